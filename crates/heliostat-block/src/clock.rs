@@ -1,0 +1,52 @@
+//! [`Clock`]: the only way in which the core learns what time it is.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+/// A point in time: what has passed since the clock's own start. Monotonic; unrelated to the calendar.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(Duration);
+
+impl Moment {
+    /// The moment that lies `elapsed` after the clock's start.
+    #[must_use]
+    pub const fn from_start(elapsed: Duration) -> Self {
+        Self(elapsed)
+    }
+
+    /// What has passed since the clock's start.
+    #[must_use]
+    pub const fn since_start(self) -> Duration {
+        self.0
+    }
+
+    /// What has passed since `earlier`; zero when `earlier` is later.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl std::ops::Add<Duration> for Moment {
+    type Output = Self;
+
+    fn add(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(duration))
+    }
+}
+
+/// A future that is used on the thread that made it.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// Where time comes from: the real one in the program, a simulated one in the simulator.
+pub trait Clock: Send + Sync + 'static {
+    /// The time now.
+    fn now(&self) -> Moment;
+
+    /// Waits until `deadline`; at once if it has passed. Awaited on the thread that called it.
+    ///
+    /// # Cancel safety
+    /// Dropping it leaves nothing behind.
+    fn sleep_until(&self, deadline: Moment) -> LocalFuture<'static, ()>;
+}

@@ -1,0 +1,104 @@
+//! [`BlockError`]: what went wrong on a node, where, and why.
+
+use std::fmt;
+use std::io;
+
+use crate::range::ByteRange;
+
+/// What a failure means to whoever must act on it. Small on purpose: each kind changes somebody's behaviour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The request itself is wrong: outside the node, misaligned, too long. Trying again is pointless.
+    InvalidRequest,
+    /// The node may not be written.
+    ReadOnly,
+    /// The host has no space left. May pass; the error policy `enospc` stops for it.
+    NoSpace,
+    /// The storage cannot do this (only for requests that allow such an answer).
+    Unsupported,
+    /// The node is going away; no request is taken any more.
+    Closed,
+    /// Any other failure of the host.
+    Io,
+}
+
+/// What went wrong. Prints as `node "disk0": no space at 0x7f0000+0x10000: No space left on device`.
+#[derive(Debug)]
+pub struct BlockError {
+    kind: ErrorKind,
+    node: String,
+    range: Option<ByteRange>,
+    source: Option<io::Error>,
+}
+
+impl BlockError {
+    /// Makes an error without a cause below it.
+    #[must_use]
+    pub fn new(kind: ErrorKind, node: &str, range: Option<ByteRange>) -> Self {
+        Self { kind, node: node.to_owned(), range, source: None }
+    }
+
+    /// Makes an error from what a storage said.
+    #[must_use]
+    pub fn from_io(node: &str, range: Option<ByteRange>, source: io::Error) -> Self {
+        Self { kind: kind_of(&source), node: node.to_owned(), range, source: Some(source) }
+    }
+
+    /// What it means.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The node's name.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Where; `None` for a flush.
+    #[must_use]
+    pub const fn range(&self) -> Option<ByteRange> {
+        self.range
+    }
+
+    /// The host's error number, where one is known.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        self.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+}
+
+fn kind_of(error: &io::Error) -> ErrorKind {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+        io::ErrorKind::ReadOnlyFilesystem => ErrorKind::ReadOnly,
+        io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+        _ => ErrorKind::Io,
+    }
+}
+
+impl fmt::Display for BlockError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.kind {
+            ErrorKind::InvalidRequest => "invalid request",
+            ErrorKind::ReadOnly => "read-only",
+            ErrorKind::NoSpace => "no space",
+            ErrorKind::Unsupported => "not supported",
+            ErrorKind::Closed => "closed",
+            ErrorKind::Io => "I/O error",
+        };
+        write!(f, "node \"{}\": {what}", self.node)?;
+        if let Some(range) = self.range {
+            write!(f, " at {range}")?;
+        }
+        match &self.source {
+            Some(source) => write!(f, ": {source}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for BlockError {
+    // The message above already holds the cause, so that one line says everything.
+}

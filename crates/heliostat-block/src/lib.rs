@@ -1,0 +1,18 @@
+//! The core of heliostat: what decides, orders, maps, marks and copies.
+//!
+//! Nothing here touches a file, a socket, a thread, wall time or chance: those come in through
+//! [`storage::Storage`] and [`clock::Clock`]. That is what lets the simulator run this very code
+//! through thousands of histories.
+
+#![forbid(unsafe_code)]
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("heliostat runs on 64-bit machines only: offsets and lengths of disks must fit in usize");
+
+pub mod buffer;
+pub mod clock;
+pub mod convert;
+pub mod error;
+pub mod limits;
+pub mod range;
+pub mod storage;

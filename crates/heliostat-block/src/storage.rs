@@ -1,0 +1,178 @@
+//! [`Storage`]: a flat array of bytes. A host file, a block device, an NBD server, the simulator's disk.
+//!
+//! Called by drivers only. What a storage can do is probed by it, never assumed by its caller; a fast path
+//! that is missing is replaced by a slow one without an error.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+
+use crate::buffer::Buffer;
+use crate::range::ByteRange;
+
+/// Whether a write is durable when it returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// Durable after the next successful flush.
+    Cached,
+    /// Durable on return (NBD's FUA).
+    Fua,
+}
+
+/// What zeroing may do with the space behind the range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroSpace {
+    /// Space may be given back; the range may become a hole.
+    MayUnmap,
+    /// Space must stay allocated (NBD's NO_HOLE), so that a later write cannot run out of it.
+    Keep,
+}
+
+/// What to do where a storage cannot zero faster than by writing zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroEffort {
+    /// Write the zeroes.
+    Any,
+    /// Fail with [`io::ErrorKind::Unsupported`], at once and with nothing changed (NBD's FAST_ZERO).
+    FastOnly,
+}
+
+/// How a range reads and whether it is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentStatus {
+    /// Allocated; may hold anything.
+    Data,
+    /// Allocated or mapped in this layer, and known to read as zeroes.
+    Zero,
+    /// Not allocated in this layer: reads as zeroes, or as the backing node where there is one.
+    Hole,
+}
+
+/// A range with one status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where.
+    pub range: ByteRange,
+    /// How it reads there.
+    pub status: ExtentStatus,
+}
+
+/// A storage's fixed properties.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traits {
+    /// Offsets and lengths of reads and writes must be multiples of this (a power of two), but for a request
+    /// that ends at the storage's end. 1 where there is no such rule.
+    pub block_size: u32,
+    /// The size that is best for performance; a hint.
+    pub preferred_size: u32,
+    /// Whether writes, zeroing and discards fail with [`io::ErrorKind::ReadOnlyFilesystem`].
+    pub read_only: bool,
+    /// Whether discarding gives space back.
+    pub can_discard: bool,
+    /// Whether `write_zeroes` is faster than writing zeroes.
+    pub can_zero_fast: bool,
+    /// Whether a request may take so long that the caller should not expect it done at once (a network).
+    pub remote: bool,
+}
+
+/// The answer to a storage call: here already, or to be awaited on the thread that asked.
+///
+/// The first case is what makes a page-cached 4 KiB write cost no allocation.
+pub enum IoFuture<'a, T> {
+    /// The answer. `None` once it has been taken.
+    Ready(Option<io::Result<T>>),
+    /// The answer will come. Once polled, the I/O runs to its end whether or not this is dropped.
+    Pending(Pin<Box<dyn Future<Output = io::Result<T>> + 'a>>),
+}
+
+impl<'a, T> IoFuture<'a, T> {
+    /// An answer that is here already.
+    pub fn ready(result: io::Result<T>) -> Self {
+        Self::Ready(Some(result))
+    }
+
+    /// An answer that `future` will give.
+    pub fn pending(future: impl Future<Output = io::Result<T>> + 'a) -> Self {
+        Self::Pending(Box::pin(future))
+    }
+}
+
+impl<T: Unpin> Future for IoFuture<'_, T> {
+    type Output = io::Result<T>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Ready(result) => Poll::Ready(result.take().expect("an IoFuture is awaited once")),
+            Self::Pending(future) => future.as_mut().poll(cx),
+        }
+    }
+}
+
+/// A flat array of bytes.
+///
+/// Shared by threads; a future that it returns stays on the thread that asked. Ranges lie within
+/// [`Storage::size`] and are aligned to [`Traits::block_size`]; the node sees to it. Overlapping writes that
+/// run at once leave each byte as one of them wrote it.
+///
+/// # Cancel safety
+/// Dropping a future does not undo or stop what was started: the I/O may still happen. Callers that must
+/// know (all of the core) never drop one that was polled.
+pub trait Storage: Send + Sync + 'static {
+    /// What it can do, as probed when it was opened.
+    fn traits(&self) -> Traits;
+
+    /// Its length in bytes.
+    fn size(&self) -> u64;
+
+    /// Bytes that it occupies on the host; `None` where that cannot be known.
+    fn allocated_size(&self) -> Option<u64>;
+
+    /// Fills all of `buffer` from `offset` on.
+    ///
+    /// # Errors
+    /// Any of the host's; [`io::ErrorKind::UnexpectedEof`] when the storage has become shorter.
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer>;
+
+    /// Writes all of `data` at `offset`. After an error any part of it may have been written.
+    ///
+    /// # Errors
+    /// Any of the host's; no space is `StorageFull` or `QuotaExceeded`.
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()>;
+
+    /// Makes `range` read as zeroes.
+    ///
+    /// # Errors
+    /// As [`Storage::write`]; [`io::ErrorKind::Unsupported`] only with [`ZeroEffort::FastOnly`].
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()>;
+
+    /// Says that the contents of `range` are no longer needed; it may then read as anything, until written.
+    /// Success where nothing can be done.
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()>;
+
+    /// Makes every write that has ended before this call durable.
+    ///
+    /// # Errors
+    /// Any of the host's. After an error everything written since the last good flush may be gone, even if a
+    /// later flush succeeds.
+    fn flush(&self) -> IoFuture<'_, ()>;
+
+    /// Says how `range` is laid out: contiguous extents in order that start at its start. May stop early, but
+    /// not before the first extent; the last may be cut at the range's end. What it says may be outdated by a
+    /// write that runs beside it. A storage that cannot know says [`ExtentStatus::Data`].
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>>;
+
+    /// Starts writing `range` back to the medium and, where that is done, drops it from the host's cache. A
+    /// hint: never fails, never waits, does nothing where there is no such cache.
+    fn start_writeback(&self, range: ByteRange) {
+        let _ = range;
+    }
+}

@@ -1,0 +1,1 @@
+//! What touches the host: system calls, io_uring, aligned memory, the real clock.
