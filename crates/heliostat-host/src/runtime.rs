@@ -344,7 +344,6 @@ pub(crate) fn run_detached(work: impl FnOnce() + Send + 'static) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
     use std::rc::Rc;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -352,6 +351,7 @@ mod tests {
 
     use super::*;
     use crate::clock::RealClock;
+    use crate::socket::Socket;
 
     const BOTH: [Driver; 2] = [Driver::IoUring, Driver::Polling];
 
@@ -384,16 +384,24 @@ mod tests {
     }
 
     #[test]
-    fn yielding_lets_disk_completions_and_other_tasks_go_on_without_sleeping() {
+    fn yielding_lets_ring_completions_and_blocking_calls_go_on_without_sleeping() {
         for driver in BOTH {
             block_on_with(driver, async {
-                let done = Rc::new(RefCell::new(false));
-                let task_done = Rc::clone(&done);
+                let ended = Rc::new(Cell::new(0));
+                let by_call = Rc::clone(&ended);
                 spawn_local(async move {
                     run_blocking(|| ()).await;
-                    *task_done.borrow_mut() = true;
+                    by_call.set(by_call.get() + 1);
                 });
-                while !*done.borrow() {
+                let (one, other) = Socket::pair().unwrap();
+                let by_ring = Rc::clone(&ended);
+                spawn_local(async move {
+                    one.readable().await.unwrap();
+                    by_ring.set(by_ring.get() + 1);
+                });
+                yield_now().await;
+                other.send_now(&[io::IoSlice::new(b"x")]).unwrap();
+                while ended.get() < 2 {
                     yield_now().await;
                 }
             })
