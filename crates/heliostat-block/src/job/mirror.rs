@@ -88,8 +88,8 @@ impl Mirror {
         let size = source_node.size();
         let bitmap =
             DirtyBitmap::new(size, options.granularity).expect("the caller has checked the granularity");
-        let write_blocking = job.options().copy_mode == CopyMode::WriteBlocking;
-        let doubling = Doubling::new(bitmap, write_blocking, options.target_deadline, Arc::clone(&clock));
+        let doubling = Doubling::new(bitmap, options.target_deadline, Arc::clone(&clock));
+        doubling.set_write_blocking(job.options().copy_mode == CopyMode::WriteBlocking);
         let now = clock.now();
         let tally = Tally::new(now, source_node.latencies());
         let piece = COPY_LEN_MAX.max(u64::from(options.granularity));
@@ -276,11 +276,9 @@ impl Mirror {
     async fn start_scan(&mut self) {
         self.scan = Scan::Running;
         let route = Arc::clone(&self.route);
-        let (from, target_is_zero) = (self.scanned_to, self.options.target_is_zero);
-        self.launch(
-            async move { Done::Scanned(scan(&route.source, &route.target, from, target_is_zero).await) },
-        )
-        .await;
+        let (from, is_zero) = (self.scanned_to, self.options.target_is_zero);
+        self.launch(async move { Done::Scanned(scan(&route.source, &route.target, from, is_zero).await) })
+            .await;
     }
 
     async fn start_copy(&mut self) {
