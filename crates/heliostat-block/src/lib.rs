@@ -12,6 +12,7 @@ compile_error!("heliostat runs on 64-bit machines only: offsets and lengths of d
 pub mod buffer;
 pub mod clock;
 pub mod convert;
+pub mod dirty_bitmap;
 pub mod error;
 pub mod limits;
 pub mod range;
