@@ -14,5 +14,6 @@ pub mod clock;
 pub mod convert;
 pub mod error;
 pub mod limits;
+pub mod nbd;
 pub mod range;
 pub mod storage;
