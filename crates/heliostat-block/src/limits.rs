@@ -1,5 +1,7 @@
 //! Every bound of the core, each with the reason for its number.
 
+use std::time::Duration;
+
 /// The smallest granularity of a dirty bitmap: a sector (MIRROR.md section 2, as QEMU).
 pub const GRANULARITY_MIN: u32 = 512;
 /// The largest granularity (MIRROR.md section 2, as QEMU).
@@ -27,3 +29,24 @@ pub const COPY_LEN_MAX: u64 = 1 << 20;
 
 /// `buf-size` when none is given (MIRROR.md section 2, as QEMU).
 pub const BUF_SIZE_DEFAULT: u64 = 16 << 20;
+
+/// How long a guest waits for the target's half of its write before it is answered without
+/// (MIRROR.md section 5): longer than a healthy target ever takes, shorter than a guest's patience.
+pub const TARGET_DEADLINE_DEFAULT: Duration = Duration::from_secs(1);
+
+/// What the last copies at the closed gate may take, at the first try. Well under what a guest notices.
+pub const PAUSE_BUDGET_FIRST: Duration = Duration::from_millis(4);
+/// The same, at most, after many tries: `max-pause-ms` of MIRROR.md section 5.
+pub const PAUSE_BUDGET_LAST: Duration = Duration::from_millis(100);
+
+/// How long a mirror that is in step waits after a mark before it copies, so that neighbours and repeats become
+/// one copy. A guest that writes one block again and again then costs 500 copies a second at most.
+pub const GATHER: Duration = Duration::from_millis(2);
+
+/// How long a mirror rests after the first error that is ignored.
+pub const REST_FIRST: Duration = Duration::from_millis(100);
+/// The longest rest; each is twice the one before.
+pub const REST_LAST: Duration = Duration::from_secs(5);
+
+/// How often a mirror tells its figures; a person sees no more often.
+pub const TICK: Duration = Duration::from_millis(50);

@@ -1,0 +1,459 @@
+//! The runtime of a data-plane thread: one io_uring, and tasks that stay on their thread.
+//!
+//! The only file that builds a compio runtime. The front ends and the mirror run on threads made here; it
+//! must not know what they do. Where the kernel or a container profile refuses io_uring, readiness polling
+//! and a pool of blocking threads take its place, with the same results and less speed.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::panic::{AssertUnwindSafe, resume_unwind};
+use std::pin::pin;
+use std::sync::{OnceLock, mpsc};
+use std::task::Poll;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use async_lock::Semaphore;
+use compio::BufResult;
+use compio::buf::IntoInner;
+use compio::driver::op::{Asyncify, OpCodeFlag};
+use compio::driver::{AsyncifyPool, DriverType, ProactorBuilder};
+use compio::runtime::{Runtime, RuntimeBuilder};
+use futures_util::FutureExt;
+
+/// The environment variable that forces a [`Driver`]: `auto`, `io_uring` or `polling`. For tests, and for
+/// hosts where io_uring is there but must not be used.
+pub const DRIVER_VARIABLE: &str = "HELIOSTAT_IO";
+
+/// Submissions that wait for the next look at the ring. More than a thread queues between two looks, so that
+/// a cancellation always finds room; costs 64 bytes each.
+const RING_ENTRIES: u32 = 1024;
+
+/// Wake-ups from other threads that may wait for a thread to look. A waker that finds the queue full spins
+/// until there is room, so it holds what all guests' threads together can wake at once.
+const REMOTE_WAKES: usize = 1024;
+
+/// Threads of the whole process that may be inside a blocking call at once.
+pub(crate) const BLOCKING_THREADS: usize = 64;
+
+/// How long such a thread waits for more work before it ends.
+const BLOCKING_IDLE: Duration = Duration::from_secs(10);
+
+/// The pool refuses work beyond its threads, and the runtime would spin until it takes it.
+static BLOCKING: Semaphore = Semaphore::new(BLOCKING_THREADS);
+
+/// How a thread asks the kernel for I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// io_uring where the kernel lets us, else polling.
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// `epoll` for sockets and blocking threads for files.
+    Polling,
+}
+
+impl Driver {
+    /// Reads [`DRIVER_VARIABLE`]; [`Driver::Auto`] where it is not set.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it holds anything else than the three words.
+    pub fn from_environment() -> io::Result<Self> {
+        let Some(word) = std::env::var_os(DRIVER_VARIABLE) else {
+            return Ok(Self::Auto);
+        };
+        match word.to_str() {
+            Some("" | "auto") => Ok(Self::Auto),
+            Some("io_uring") => Ok(Self::IoUring),
+            Some("polling") => Ok(Self::Polling),
+            _ => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{DRIVER_VARIABLE} is {}; it may be auto, io_uring or polling", word.display()),
+            )),
+        }
+    }
+
+    /// What the current thread's runtime uses; never [`Driver::Auto`].
+    ///
+    /// # Panics
+    /// Outside of a runtime's thread.
+    #[must_use]
+    pub fn in_use() -> Self {
+        match Runtime::with_current(Runtime::driver_type) {
+            DriverType::IoUring => Self::IoUring,
+            _ => Self::Polling,
+        }
+    }
+}
+
+impl fmt::Display for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::IoUring => "io_uring",
+            Self::Polling => "polling",
+        })
+    }
+}
+
+/// The ways to set up a ring, best first. A kernel that does not know a flag refuses the whole ring.
+#[derive(Clone, Copy, Debug)]
+enum Ring {
+    /// Linux 6.1: completions are only looked at when we ask for them, which is what batches need.
+    Deferred,
+    /// Linux 5.19: no interrupt of the thread for a completion.
+    Cooperative,
+    /// Anything that has the operations at all.
+    Plain,
+}
+
+fn ring(setup: Ring) -> ProactorBuilder {
+    let mut proactor = proactor();
+    proactor.driver_type(DriverType::IoUring).detect_opcode_support(OpCodeFlag::basic());
+    match setup {
+        // The flag is not optional with deferral: without it a look at the ring that does not sleep would
+        // never see that completions wait.
+        Ring::Deferred => proactor.single_issuer(true).defer_taskrun(true).taskrun_flag(true),
+        Ring::Cooperative => proactor.coop_taskrun(true).taskrun_flag(true),
+        Ring::Plain => &mut proactor,
+    };
+    proactor
+}
+
+fn proactor() -> ProactorBuilder {
+    /// Shared by all threads of the process, so that its bound is one.
+    static POOL: OnceLock<AsyncifyPool> = OnceLock::new();
+    let pool = POOL.get_or_init(|| AsyncifyPool::new(BLOCKING_THREADS, BLOCKING_IDLE));
+    let mut proactor = ProactorBuilder::new();
+    proactor.capacity(RING_ENTRIES).reuse_thread_pool(pool.clone());
+    proactor
+}
+
+fn build(driver: Driver) -> io::Result<Runtime> {
+    let mut builder = RuntimeBuilder::new();
+    builder.sync_queue_size(REMOTE_WAKES);
+    if driver != Driver::Polling {
+        let mut refusal = None;
+        for setup in [Ring::Deferred, Ring::Cooperative, Ring::Plain] {
+            match builder.with_proactor(ring(setup)).build() {
+                Ok(runtime) => return Ok(runtime),
+                Err(error) => refusal = Some(error),
+            }
+        }
+        if let (Driver::IoUring, Some(error)) = (driver, refusal) {
+            return Err(io::Error::new(error.kind(), format!("io_uring is not available: {error}")));
+        }
+    }
+    let mut polling = proactor();
+    polling.driver_type(DriverType::Poll);
+    builder.with_proactor(polling).build()
+}
+
+thread_local! {
+    /// The panic of a task of this thread, on its way to the thread's main future.
+    static FALLEN: Cell<Option<Box<dyn Any + Send>>> = const { Cell::new(None) };
+}
+
+fn run<F: Future>(runtime: &Runtime, future: F) -> F::Output {
+    let mut future = pin!(future);
+    let output = runtime.block_on(poll_fn(|cx| {
+        rethrow();
+        future.as_mut().poll(cx)
+    }));
+    // Tasks get a last turn after the main future has ended.
+    rethrow();
+    output
+}
+
+fn rethrow() {
+    if let Some(panic) = FALLEN.take() {
+        resume_unwind(panic);
+    }
+}
+
+/// A thread with a runtime of its own.
+///
+/// Dropping it lets the thread run on.
+#[derive(Debug)]
+pub struct Thread<T> {
+    /// `None` comes only from a thread that found no runtime, and such a thread is not handed out.
+    handle: JoinHandle<Option<T>>,
+    driver: Driver,
+}
+
+impl<T: Send + 'static> Thread<T> {
+    /// Starts a thread named `name` (the kernel shows 15 bytes of it) that runs the future which `body`
+    /// makes, and ends with it. Tasks that are still running then are dropped; whoever needs them to end must
+    /// await that in the future. The driver is what [`Driver::from_environment`] says.
+    ///
+    /// # Errors
+    /// When the host gives no thread or no runtime.
+    pub fn spawn<F, Fut>(name: &str, body: F) -> io::Result<Self>
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = T>,
+    {
+        Self::spawn_with(Driver::from_environment()?, name, body)
+    }
+
+    /// As [`Thread::spawn`], with a driver.
+    ///
+    /// # Errors
+    /// When the host gives no thread or no runtime of that kind.
+    pub fn spawn_with<F, Fut>(driver: Driver, name: &str, body: F) -> io::Result<Self>
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = T>,
+    {
+        let (built, is_built) = mpsc::sync_channel(1);
+        let handle = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let runtime = match build(driver) {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    // The spawner waits for this; it cannot be gone.
+                    let _ = built.send(Err(error));
+                    return None;
+                }
+            };
+            let _ = built.send(Ok(runtime.enter(Driver::in_use)));
+            Some(run(&runtime, async { body().await }))
+        })?;
+        let driver = is_built.recv().map_err(|_| io::Error::other("a new thread ended at once"))??;
+        Ok(Self { handle, driver })
+    }
+
+    /// What its runtime uses; never [`Driver::Auto`].
+    #[must_use]
+    pub const fn driver(&self) -> Driver {
+        self.driver
+    }
+
+    /// Says whether it has ended, so that [`Thread::join`] would not wait.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.handle.is_finished()
+    }
+
+    /// Waits, blocking, until it has ended.
+    ///
+    /// # Panics
+    /// With the panic of the thread's future, or of a task on it.
+    pub fn join(self) -> T {
+        match self.handle.join() {
+            Ok(output) => output.expect("a thread without a runtime is not handed out"),
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+}
+
+/// Runs `future` on the current thread, with a runtime made for it. Tasks that are still running when it ends
+/// are dropped.
+///
+/// # Errors
+/// When the host gives no runtime.
+///
+/// # Panics
+/// With the panic of a task on it.
+pub fn block_on<F: Future>(future: F) -> io::Result<F::Output> {
+    block_on_with(Driver::from_environment()?, future)
+}
+
+/// As [`block_on`], with a driver.
+///
+/// # Errors
+/// When the host gives no runtime of that kind.
+pub fn block_on_with<F: Future>(driver: Driver, future: F) -> io::Result<F::Output> {
+    let runtime = build(driver)?;
+    Ok(run(&runtime, future))
+}
+
+/// Starts a task on the current thread's runtime, which runs until it ends or the thread's main future does.
+///
+/// A panic in it is carried to the thread's main future, and so out of [`Thread::join`] or [`block_on`].
+///
+/// # Panics
+/// Outside of a runtime's thread.
+pub fn spawn_local(future: impl Future<Output = ()> + 'static) {
+    let watched = async move {
+        if let Err(panic) = AssertUnwindSafe(future).catch_unwind().await {
+            FALLEN.set(Some(panic));
+            Runtime::with_current(Runtime::waker).wake();
+        }
+    };
+    Runtime::with_current(|runtime| runtime.spawn(watched)).detach();
+}
+
+/// Looks at the ring once, without sleeping, and lets every task that is ready take its turn.
+///
+/// A loop of `recv_now` and this is a busy look at a socket during which disk completions of the same thread
+/// go on. It costs one system call.
+///
+/// # Cancel safety
+/// Dropping it leaves nothing behind.
+///
+/// # Panics
+/// Outside of a runtime's thread.
+pub async fn yield_now() {
+    Runtime::with_current(|runtime| {
+        // A runtime that was woken does not sleep when it looks.
+        runtime.waker().wake();
+        runtime.poll_with(Some(Duration::ZERO));
+    });
+    let mut has_yielded = false;
+    poll_fn(|cx| {
+        if has_yielded {
+            return Poll::Ready(());
+        }
+        has_yielded = true;
+        // The look above took the wake-ups of the thread's main future with it; this one brings the runtime
+        // round to it again, so none is lost.
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+/// Runs `work` on a thread that may block, and returns what it returns.
+///
+/// # Cancel safety
+/// Once polled, the work runs to its end even if this is dropped.
+///
+/// # Panics
+/// Outside of a runtime's thread, or with the panic of `work`.
+pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let operation = Asyncify::new(move || BufResult(Ok(0), work()));
+    let _permit = BLOCKING.acquire().await;
+    let BufResult(_, operation) = Runtime::with_current(|runtime| runtime.submit(operation)).await;
+    operation.into_inner()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Instant;
+
+    use super::*;
+    use crate::clock::RealClock;
+
+    const BOTH: [Driver; 2] = [Driver::IoUring, Driver::Polling];
+
+    #[test]
+    fn a_thread_returns_what_its_future_returns() {
+        for driver in BOTH {
+            let thread = Thread::spawn_with(driver, "test", || async { Driver::in_use() }).unwrap();
+            assert_eq!(thread.driver(), driver);
+            assert_eq!(thread.join(), driver);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_task_ends_its_thread_with_that_panic() {
+        for driver in BOTH {
+            let thread = Thread::spawn_with(driver, "test", || async {
+                spawn_local(async { panic!("a task fell") });
+                std::future::pending::<()>().await;
+            })
+            .unwrap();
+            let panic = std::panic::catch_unwind(AssertUnwindSafe(|| thread.join())).unwrap_err();
+            assert_eq!(panic.downcast_ref(), Some(&"a task fell"));
+        }
+    }
+
+    #[test]
+    fn a_panic_in_the_last_turn_of_a_task_is_not_lost() {
+        let fall = || block_on(async { spawn_local(async { panic!("a task fell") }) });
+        assert!(std::panic::catch_unwind(fall).is_err());
+    }
+
+    #[test]
+    fn yielding_lets_disk_completions_and_other_tasks_go_on_without_sleeping() {
+        for driver in BOTH {
+            block_on_with(driver, async {
+                let done = Rc::new(RefCell::new(false));
+                let task_done = Rc::clone(&done);
+                spawn_local(async move {
+                    run_blocking(|| ()).await;
+                    *task_done.borrow_mut() = true;
+                });
+                while !*done.borrow() {
+                    yield_now().await;
+                }
+            })
+            .unwrap();
+        }
+    }
+
+    #[test]
+    fn a_wake_from_another_thread_is_not_lost_while_a_task_yields() {
+        for driver in BOTH {
+            block_on_with(driver, async {
+                let stop = Arc::new(AtomicBool::new(false));
+                let seen = Arc::clone(&stop);
+                spawn_local(async move {
+                    while !seen.load(Ordering::Relaxed) {
+                        yield_now().await;
+                    }
+                });
+                let (event, is_set) =
+                    (Arc::new(event_listener::Event::new()), Arc::new(AtomicBool::new(false)));
+                for _ in 0..2000 {
+                    is_set.store(false, Ordering::SeqCst);
+                    let listener = event.listen();
+                    let (remote, flag) = (Arc::clone(&event), Arc::clone(&is_set));
+                    BOUNCER.with(|bouncer| {
+                        bouncer
+                            .send(Box::new(move || {
+                                flag.store(true, Ordering::SeqCst);
+                                remote.notify(1_usize);
+                            }))
+                            .unwrap();
+                    });
+                    listener.await;
+                    assert!(is_set.load(Ordering::SeqCst));
+                }
+                stop.store(true, Ordering::Relaxed);
+            })
+            .unwrap();
+        }
+    }
+
+    thread_local! {
+        /// A thread that runs what it is sent.
+        static BOUNCER: mpsc::Sender<Box<dyn FnOnce() + Send>> = {
+            let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
+            std::thread::spawn(move || receiver.into_iter().for_each(|work| work()));
+            sender
+        };
+    }
+
+    #[test]
+    fn sleeping_lasts_at_least_as_long_as_was_said() {
+        for driver in BOTH {
+            block_on_with(driver, async {
+                let clock = RealClock::new();
+                let before = Instant::now();
+                clock.sleep(Duration::from_millis(5)).await;
+                assert!(before.elapsed() >= Duration::from_millis(5));
+            })
+            .unwrap();
+        }
+    }
+
+    #[test]
+    fn more_blocking_calls_than_threads_all_end() {
+        for driver in BOTH {
+            block_on_with(driver, async {
+                let calls = (0..BLOCKING_THREADS * 3).map(|n| run_blocking(move || n));
+                let ended = futures_util::future::join_all(calls).await;
+                assert_eq!(ended.len(), BLOCKING_THREADS * 3);
+            })
+            .unwrap();
+        }
+    }
+}
