@@ -70,7 +70,8 @@ fn registries(file: &File) -> Vec<Finding> {
             && line.strip_prefix("source = ").is_some_and(|source| source.trim_matches('"') != REGISTRY);
         let setting =
             line.starts_with("[source.") || line.starts_with("[registries") || line.starts_with("[registry");
-        let named = words(line).next() == Some("registry") || line.contains("registry = ");
+        let mut keys = line.split(['{', ',']).filter_map(|part| Some(part.split_once('=')?.0.trim()));
+        let named = !line.starts_with('#') && keys.any(|key| matches!(key, "registry" | "registry-index"));
         if foreign_source || (is_cargo && (setting || named)) {
             findings.push(Finding::new(
                 &file.path,
