@@ -20,6 +20,7 @@ mod in_flight;
 pub mod job;
 pub mod latency;
 pub mod limits;
+pub mod nbd;
 pub mod node;
 pub mod range;
 mod range_lock;
