@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
-use crate::node::{Drained, Node, NodeName, Tracked};
+use crate::name::NodeName;
+use crate::node::Node;
+use crate::tracked::{Drained, Tracked};
 
 /// What somebody does with a node.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -65,6 +65,9 @@ pub const PAUSE_BUDGET_FIRST: Duration = Duration::from_millis(4);
 /// The same, at most, after many tries: `max-pause-ms` of MIRROR.md section 5.
 pub const PAUSE_BUDGET_LAST: Duration = Duration::from_millis(100);
 
+/// What a target is assumed to take, in bytes a second, before a copy has shown it: a slow disk.
+pub const RATE_ASSUMED: u64 = 100 << 20;
+
 /// How long a mirror that is in step waits after a mark before it copies, so that neighbours and repeats become
 /// one copy. A guest that writes one block again and again then costs 500 copies a second at most.
 pub const GATHER: Duration = Duration::from_millis(2);

@@ -17,68 +17,11 @@ use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
-use crate::limits::NODE_NAME_MAX;
+use crate::name::NodeName;
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
 use crate::storage::{Durability, Extent, Traits, ZeroEffort, ZeroSpace};
-
-/// A node's name: a letter, then letters, digits, `-`, `.` and `_`; at most 31 characters, as in QEMU.
-/// Names that the program makes itself start with `#`, so that they cannot meet an operator's.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NodeName(Arc<str>);
-
-/// Why a name is refused. The texts are QEMU's (QMP.md 1.11).
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidName {
-    /// Has a character that it may not have there.
-    #[error("Invalid node-name: '{0}'")]
-    Malformed(String),
-    /// Has more than 31 characters.
-    #[error("Node name too long")]
-    TooLong,
-}
-
-/// Says whether `id` is well-formed as QEMU's ids are: a letter, then letters, digits, `-`, `.` and `_`.
-#[must_use]
-pub fn is_wellformed_id(id: &str) -> bool {
-    let mut bytes = id.bytes();
-    bytes.next().is_some_and(|first| first.is_ascii_alphabetic())
-        && bytes.all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'))
-}
-
-impl NodeName {
-    /// Takes a name from an operator.
-    ///
-    /// # Errors
-    /// [`InvalidName`] when it is malformed or too long.
-    pub fn new(name: &str) -> Result<Self, InvalidName> {
-        if !is_wellformed_id(name) {
-            return Err(InvalidName::Malformed(name.to_owned()));
-        }
-        if name.len() > NODE_NAME_MAX {
-            return Err(InvalidName::TooLong);
-        }
-        Ok(Self(name.into()))
-    }
-
-    /// Makes the name of a node that nobody named.
-    #[must_use]
-    pub fn generated(number: u64) -> Self {
-        Self(format!("#block{number:03}").into())
-    }
-
-    /// The name.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::fmt::Display for NodeName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+use crate::tracked::{Drained, Tracked};
 
 /// What becomes of space that is no longer needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -137,24 +80,6 @@ pub struct Node {
     blocks: RangeLock,
     latencies: Latencies,
     clock: Arc<dyn Clock>,
-}
-
-/// The right to have one request in flight on a node; leaves it when dropped.
-///
-/// # Cancel safety
-/// None of its calls may be dropped once polled: a request that entered runs to its end (DESIGN.md,
-/// invariant 2). The task that awaits it must be one that nobody drops.
-#[must_use]
-pub struct Tracked {
-    node: Arc<Node>,
-    /// When the request arrived, where its latency counts as a guest's.
-    arrived: Option<Moment>,
-}
-
-/// A closed gate with nothing behind it; opens when dropped.
-#[must_use]
-pub struct Drained {
-    node: Arc<Node>,
 }
 
 impl Node {
@@ -218,6 +143,16 @@ impl Node {
         &self.latencies
     }
 
+    /// The request has left.
+    pub(crate) fn leave(&self) {
+        self.in_flight.leave();
+    }
+
+    /// Opens the gate for one holder of it.
+    pub(crate) fn open_gate(&self) {
+        self.in_flight.open();
+    }
+
     /// Requests in flight.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
@@ -230,13 +165,13 @@ impl Node {
     /// Dropped before it returns, it has not entered.
     pub async fn enter(self: &Arc<Self>) -> Tracked {
         self.in_flight.enter().await;
-        Tracked { node: Arc::clone(self), arrived: None }
+        Tracked::new(Arc::clone(self), None)
     }
 
     /// [`Node::enter`] for a guest, whose latency counts from `arrived`.
     pub(crate) async fn enter_for_guest(self: &Arc<Self>, arrived: Moment) -> Tracked {
         self.in_flight.enter().await;
-        Tracked { node: Arc::clone(self), arrived: Some(arrived) }
+        Tracked::new(Arc::clone(self), Some(arrived))
     }
 
     /// The clock that the node goes by.
@@ -250,7 +185,7 @@ impl Node {
     /// Dropped before it returns, it opens the gate again.
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
-        let drained = Drained { node: Arc::clone(self) };
+        let drained = Drained::of_closed(Arc::clone(self));
         self.in_flight.wait_quiet().await;
         drained
     }
@@ -280,7 +215,12 @@ impl Node {
 
     // ------------------------------------------------------------------ the checkpoint
 
-    async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<(), BlockError> {
+    pub(crate) async fn write(
+        &self,
+        offset: u64,
+        data: Bytes,
+        durability: Durability,
+    ) -> Result<(), BlockError> {
         let range = self.writable(offset, u64_from(data.len()))?;
         if self.options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
             let space = match self.options.detect_zeroes {
@@ -295,7 +235,7 @@ impl Node {
         written
     }
 
-    async fn write_zeroes(
+    pub(crate) async fn write_zeroes(
         &self,
         range: ByteRange,
         space: ZeroSpace,
@@ -313,7 +253,7 @@ impl Node {
         written
     }
 
-    async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
+    pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
         let whole_blocks = self.shrink_to_blocks(range);
         if self.options.discard != Discard::Unmap || whole_blocks.is_empty() {
@@ -322,6 +262,10 @@ impl Node {
         let discarded = self.driver.discard(whole_blocks).await.map_err(|error| self.failure(range, error));
         self.mark(range, None, discarded.is_ok()).await;
         discarded
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), BlockError> {
+        self.driver.flush().await.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
     }
 
     /// Waits for the write's turn where a mirror wants it doubled, and hands the target's half over.
@@ -479,98 +423,5 @@ impl Node {
     /// [`crate::storage::Storage::start_writeback`].
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         self.driver.start_writeback(range);
-    }
-}
-
-impl Tracked {
-    /// The node that was entered.
-    #[must_use]
-    pub const fn node(&self) -> &Arc<Node> {
-        &self.node
-    }
-
-    /// Leaves at once, uncounted: the place that was meant has another node by now.
-    pub(crate) fn turn_back(mut self) {
-        self.arrived = None;
-    }
-
-    /// Fills `buffer` from `offset` on.
-    ///
-    /// # Errors
-    /// `InvalidRequest` outside the node, else what the storage says.
-    pub async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
-        self.node.read_blocks(offset, buffer).await
-    }
-
-    /// Writes `data` at `offset`. When it returns, every bitmap knows.
-    ///
-    /// # Errors
-    /// `InvalidRequest` outside the node, `ReadOnly`, else what the storage says. A mirror's target that
-    /// fails is not an error here.
-    pub async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<(), BlockError> {
-        self.node.write(offset, data, durability).await
-    }
-
-    /// Makes `range` read as zeroes.
-    ///
-    /// # Errors
-    /// As [`Tracked::write`]; `Unsupported` only with [`ZeroEffort::FastOnly`].
-    pub async fn write_zeroes(
-        &self,
-        range: ByteRange,
-        space: ZeroSpace,
-        effort: ZeroEffort,
-        durability: Durability,
-    ) -> Result<(), BlockError> {
-        self.node.write_zeroes(range, space, effort, durability).await
-    }
-
-    /// Says that the contents of `range` are no longer needed.
-    ///
-    /// # Errors
-    /// As [`Tracked::write`].
-    pub async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
-        self.node.discard(range).await
-    }
-
-    /// Makes every write that has ended durable.
-    ///
-    /// # Errors
-    /// What the storage says.
-    pub async fn flush(&self) -> Result<(), BlockError> {
-        let name = self.node.name.as_str();
-        self.node.driver.flush().await.map_err(|error| BlockError::from_io(name, None, error))
-    }
-
-    /// Says how `range` is laid out; may stop early, but not before the first extent. Empty for an empty
-    /// range.
-    ///
-    /// # Errors
-    /// `InvalidRequest` outside the node, else what the storage says.
-    pub async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
-        self.node.extents_below(range).await
-    }
-}
-
-impl Drop for Tracked {
-    fn drop(&mut self) {
-        if let Some(arrived) = self.arrived {
-            self.node.latencies.record(self.node.clock.now().since(arrived));
-        }
-        self.node.in_flight.leave();
-    }
-}
-
-impl Drained {
-    /// The node behind the gate.
-    #[must_use]
-    pub const fn node(&self) -> &Arc<Node> {
-        &self.node
-    }
-}
-
-impl Drop for Drained {
-    fn drop(&mut self) {
-        self.node.in_flight.open();
     }
 }

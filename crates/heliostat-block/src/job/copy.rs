@@ -1,4 +1,4 @@
-//! One copy: a dirty range from source to target, its bits already cleared.
+//! [`Route`]: what brings bytes to the target. A copy takes a dirty range whose bits are already cleared.
 //!
 //! Whether it is data, zero or hole is decided from what is seen now, after the clear; never from anything
 //! asked before (MIRROR.md section 4, rule 2). Marks nothing, limits nothing; its caller does. Called by
@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Operation;
+use super::doubling::{Payload, TargetHalf};
 use super::scan::reads_zero;
 use crate::buffer::BufferPool;
 use crate::convert::usize_from;
@@ -68,6 +69,17 @@ impl Route {
         }
         self.target.start_writeback(range);
         Ok(copied)
+    }
+
+    /// Writes the target's half of a doubled write.
+    pub(crate) async fn write_half(&self, half: &TargetHalf) -> Result<(), BlockError> {
+        let tracked = self.target.enter().await;
+        match &half.payload {
+            Payload::Data(data) => tracked.write(half.range.offset(), data.clone(), half.durability).await,
+            Payload::Zeroes(space) => {
+                tracked.write_zeroes(half.range, *space, ZeroEffort::Any, half.durability).await
+            }
+        }
     }
 
     async fn copy_data(&self, range: ByteRange, copied: &mut Copied) -> Result<(), CopyError> {

@@ -90,16 +90,12 @@ struct Table {
 }
 
 impl Doubling {
-    pub(crate) fn new(
-        bitmap: DirtyBitmap,
-        write_blocking: bool,
-        deadline: Duration,
-        clock: Arc<dyn Clock>,
-    ) -> Arc<Self> {
+    /// Makes one in background mode.
+    pub(crate) fn new(bitmap: DirtyBitmap, deadline: Duration, clock: Arc<dyn Clock>) -> Arc<Self> {
         Arc::new(Self {
             bitmap,
             table: Mutex::default(),
-            write_blocking: AtomicBool::new(write_blocking),
+            write_blocking: AtomicBool::new(false),
             wants_marks: AtomicBool::new(false),
             wants_halves: AtomicBool::new(false),
             wake: Event::new(),

@@ -60,11 +60,9 @@ pub(crate) struct View {
     /// Doubled and unknown target writes.
     pub doubled: usize,
     pub flush: TargetFlush,
-    /// A flush has succeeded that began after the first pass was over.
-    pub flushed_once: bool,
-    /// A flush has succeeded that began after the end was asked for, so that the one at the closed gate
-    /// finds little to do.
-    pub flushed_for_end: bool,
+    /// A flush has succeeded that began in this attempt at READY, or at the end; so that the one at the closed
+    /// gate finds little to do.
+    pub flushed: bool,
     pub gate: Gate,
     /// An ignored error asks for a rest.
     pub resting: bool,
@@ -148,7 +146,7 @@ fn towards_ready(view: View) -> Step {
     // Before the next copy: a guest that never stops writing must not put READY off for ever.
     if view.scan == Scan::Over && view.nearly_clean && !view.resting {
         match view.flush {
-            _ if view.flushed_once => return Step::BecomeReady,
+            _ if view.flushed => return Step::BecomeReady,
             TargetFlush::Running => {}
             // Also when nothing was written: READY promises that a flush of this target works.
             TargetFlush::Needed | TargetFlush::Good => return Step::Flush,
@@ -172,7 +170,7 @@ fn in_step(view: View) -> Step {
     }
     // Before the next copy, for the same reason as above.
     if view.orders.end.is_some() && view.nearly_clean && !view.resting {
-        match (view.flushed_for_end, view.status) {
+        match (view.flushed, view.status) {
             (false, _) if view.flush != TargetFlush::Running => return Step::Flush,
             (false, _) => {}
             (true, JobStatus::Ready) if !view.orders.finalize => return Step::BecomePending,
@@ -234,16 +232,15 @@ mod tests {
         copies: 0,
         doubled: 0,
         flush: TargetFlush::Good,
-        flushed_once: true,
-        flushed_for_end: false,
+        flushed: false,
         gate: Gate::Open,
         resting: false,
     };
 
-    const RUNNING: View = View { status: JobStatus::Running, flushed_once: false, ..READY };
+    const RUNNING: View = View { status: JobStatus::Running, ..READY };
     const COMPLETE: Orders = Orders { end: Some(End::Complete), ..ORDERS };
     const SOFT_CANCEL: Orders = Orders { end: Some(End::Copy), ..ORDERS };
-    const CLOSED: View = View { gate: Gate::Closed, flushed_for_end: true, orders: COMPLETE, ..READY };
+    const CLOSED: View = View { gate: Gate::Closed, flushed: true, orders: COMPLETE, ..READY };
 
     fn check(table: &[(&str, View, Step)]) {
         for (what, view, step) in table {
@@ -277,18 +274,18 @@ mod tests {
             ),
             (
                 "READY before the next of a steady writer's copies",
-                View { flushed_once: true, copyable: true, clean: false, ..RUNNING },
+                View { flushed: true, copyable: true, clean: false, ..RUNNING },
                 Step::BecomeReady,
             ),
-            ("flushed", View { flushed_once: true, ..RUNNING }, Step::BecomeReady),
+            ("flushed", View { flushed: true, ..RUNNING }, Step::BecomeReady),
             (
                 "READY with a little left",
-                View { flushed_once: true, clean: false, copies: 1, ..RUNNING },
+                View { flushed: true, clean: false, copies: 1, ..RUNNING },
                 Step::BecomeReady,
             ),
             (
                 "not with much left",
-                View { flushed_once: true, clean: false, nearly_clean: false, copies: 1, ..RUNNING },
+                View { flushed: true, clean: false, nearly_clean: false, copies: 1, ..RUNNING },
                 Step::Wait,
             ),
             ("an ignored error rests", View { resting: true, ..dirty }, Step::Wait),
@@ -298,7 +295,7 @@ mod tests {
     #[test]
     fn in_step_and_to_the_end() {
         let ending = View { orders: COMPLETE, ..READY };
-        let flushed = View { flushed_for_end: true, ..ending };
+        let flushed = View { flushed: true, ..ending };
         let manual = Orders { finalize: false, ..COMPLETE };
         check(&[
             ("nothing to do", READY, Step::WaitForMarks),

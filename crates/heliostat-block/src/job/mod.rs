@@ -1,204 +1,32 @@
 //! [`Job`]: long-running work on nodes, as an operator sees and steers it.
 //!
-//! Statuses, verbs and which goes with which stand here, as tables (QMP.md 1.2). A job's work is elsewhere
+//! Statuses, verbs and which goes with which stand in `status`, as tables. A job's work is elsewhere
 //! (`mirror`); it reads its [`Orders`] here and says here what it has become. Nothing here does I/O.
 
+pub(crate) mod attempt;
 pub(crate) mod copy;
 pub mod doubling;
+pub mod figures;
 pub mod mirror;
 pub(crate) mod mirror_step;
+pub mod options;
 pub mod progress;
 pub(crate) mod range_table;
 pub(crate) mod rate;
 pub mod scan;
+pub(crate) mod source_gate;
+pub mod status;
 pub(crate) mod unflushed;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use event_listener::{Event, EventListener};
 
-use crate::range::ByteRange;
-use progress::{Rates, TimeLeft};
-
-/// What has become of a job (QMP.md 1.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum JobStatus {
-    /// Made, not running.
-    Created,
-    /// Working towards READY.
-    Running,
-    /// Paused while running.
-    Paused,
-    /// In step with the source; takes `complete`.
-    Ready,
-    /// Paused while ready.
-    Standby,
-    /// Its work is done; waits for its turn to end.
-    Waiting,
-    /// Waits for `finalize`.
-    Pending,
-    /// On its way to a failed or cancelled end.
-    Aborting,
-    /// Ended; waits for `dismiss`.
-    Concluded,
-    /// Gone.
-    Null,
-}
-
-/// What an operator asks of a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verb {
-    /// Stop copying for a while.
-    Pause,
-    /// Go on.
-    Resume,
-    /// Change the limit, in bytes a second; 0 is none.
-    SetSpeed(u64),
-    /// Let the target take the source's place.
-    Complete,
-    /// End without that; before READY or with force, at once.
-    Cancel(Force),
-    /// End now, where the job was told to wait.
-    Finalize,
-    /// Forget a job that has ended.
-    Dismiss,
-    /// Change the copy mode.
-    Change(CopyMode),
-}
-
-/// Whether a cancel in READY brings the copy to a consistent end first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Force {
-    /// The target becomes a consistent copy, and the job ends successfully.
-    Soft,
-    /// The job is cancelled; the target promises nothing.
-    Hard,
-}
-
-/// What happens to a write while it is mirrored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CopyMode {
-    /// It goes to the source and is copied later.
-    Background,
-    /// It goes to both sides before the guest is answered.
-    WriteBlocking,
-}
-
-/// What to do about an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnError {
-    /// The job fails.
-    Report,
-    /// The range is tried again, after a while.
-    Ignore,
-    /// The job pauses until it is resumed.
-    Stop,
-    /// `Stop` for no space, else `Report`.
-    Enospc,
-    /// As `Enospc`.
-    Auto,
-}
-
-/// What was done about an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ErrorAction {
-    /// The job fails.
-    Report,
-    /// The range will be tried again.
-    Ignore,
-    /// The job pauses.
-    Stop,
-}
-
-impl OnError {
-    /// What to do, given whether space has run out.
-    #[must_use]
-    pub const fn action(self, no_space: bool) -> ErrorAction {
-        match (self, no_space) {
-            (Self::Report, _) | (Self::Enospc | Self::Auto, false) => ErrorAction::Report,
-            (Self::Stop, _) | (Self::Enospc | Self::Auto, true) => ErrorAction::Stop,
-            (Self::Ignore, _) => ErrorAction::Ignore,
-        }
-    }
-}
-
-/// Which side of a copy failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    /// Reading the source.
-    Read,
-    /// Writing the target, or flushing it.
-    Write,
-}
-
-/// Whether a job is held up by an error (QMP.md 1.8). Keeps the first error until resumed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IoStatus {
-    /// It is not.
-    Ok,
-    /// By any error but the next.
-    Failed,
-    /// By lack of space.
-    NoSpace,
-}
-
-/// What a job says, in the order in which it happens.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum JobEvent {
-    /// Its status has changed.
-    Status(JobStatus),
-    /// The target is in step.
-    Ready,
-    /// It waits for `finalize`.
-    Pending,
-    /// It has ended, with the reason where it failed.
-    Completed(Option<String>),
-    /// It was cancelled.
-    Cancelled,
-    /// A copy or a flush failed.
-    Error {
-        /// On which side.
-        operation: Operation,
-        /// What is done about it.
-        action: ErrorAction,
-        /// The node that failed.
-        node: String,
-        /// Where; `None` for a flush.
-        range: Option<ByteRange>,
-        /// The host's error number, where one is known.
-        errno: Option<i32>,
-    },
-}
-
-/// Why a verb is refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum VerbError {
-    /// The status does not allow it.
-    #[error("status {0:?} does not allow it")]
-    Status(JobStatus),
-    /// It is paused already.
-    #[error("Job is already paused")]
-    AlreadyPaused,
-    /// It is not paused.
-    #[error("Can't resume a job that was not paused")]
-    NotPaused,
-    /// A soft cancel of a paused job could not end.
-    #[error("the job is currently paused")]
-    CurrentlyPaused,
-    /// It is being cancelled softly.
-    #[error("the active job cannot be completed")]
-    CannotComplete,
-}
-
-/// How a mirror is to end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The target takes the source's place.
-    Complete,
-    /// The target is left as a consistent copy.
-    Copy,
-}
+pub use figures::Figures;
+pub use status::{
+    CopyMode, End, ErrorAction, Force, IoStatus, JobEvent, JobStatus, OnError, Operation, Verb, VerbError,
+    allows, may_become,
+};
 
 /// What the operator wants at this moment. The job looks at it before each step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,60 +43,6 @@ pub struct Orders {
     pub speed: u64,
     /// The copy mode.
     pub copy_mode: CopyMode,
-}
-
-/// A job's figures at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Figures {
-    /// Bytes done; QMP's `offset`.
-    pub offset: u64,
-    /// Bytes done and left; QMP's `len`.
-    pub len: u64,
-    /// Bytes dirty or on their way.
-    pub dirty: u64,
-    /// Bytes of the source that the first pass has not looked at yet.
-    pub unscanned: u64,
-    /// How fast.
-    pub rates: Rates,
-    /// How long still, or why that cannot be said.
-    pub time_left: TimeLeft,
-    /// Whether source and target have been equal since the last look, but for what is in flight on both.
-    pub actively_synced: bool,
-    /// Whether it sleeps for the limit or has nothing to do.
-    pub busy: bool,
-    /// The 99th percentile of guests' latency before the job began.
-    pub guest_p99_before: Option<Duration>,
-    /// The same over the last second.
-    pub guest_p99_now: Option<Duration>,
-    /// How long the gate was closed at the last attempt to end.
-    pub pause: Option<Duration>,
-    /// How many bytes were copied as data.
-    pub data_copied: u64,
-    /// How many bytes became or stayed zero without being written.
-    pub zeroes_skipped: u64,
-    /// How many errors were ignored.
-    pub errors_ignored: u64,
-}
-
-impl Default for Figures {
-    fn default() -> Self {
-        Self {
-            offset: 0,
-            len: 0,
-            dirty: 0,
-            unscanned: 0,
-            rates: Rates::default(),
-            time_left: TimeLeft::NoRateYet,
-            actively_synced: false,
-            busy: true,
-            guest_p99_before: None,
-            guest_p99_now: None,
-            pause: None,
-            data_copied: 0,
-            zeroes_skipped: 0,
-            errors_ignored: 0,
-        }
-    }
 }
 
 /// Settings that do not change.
@@ -503,40 +277,5 @@ impl State {
             Verb::Change(copy_mode) => self.orders.copy_mode = copy_mode,
         }
         Ok(())
-    }
-}
-
-/// Which verbs a status takes (QMP.md 1.2).
-#[must_use]
-pub const fn allows(status: JobStatus, verb: Verb) -> bool {
-    use JobStatus::{Concluded, Created, Paused, Pending, Ready, Running, Standby, Waiting};
-    match verb {
-        Verb::Cancel(_) => {
-            matches!(status, Created | Running | Paused | Ready | Standby | Waiting | Pending)
-        }
-        Verb::Pause | Verb::Resume | Verb::SetSpeed(_) | Verb::Change(_) => {
-            matches!(status, Created | Running | Paused | Ready | Standby)
-        }
-        Verb::Complete => matches!(status, Ready | Standby),
-        Verb::Finalize => matches!(status, Pending),
-        Verb::Dismiss => matches!(status, Concluded),
-    }
-}
-
-/// Which status may follow which (QMP.md 1.2).
-#[must_use]
-pub const fn may_become(from: JobStatus, to: JobStatus) -> bool {
-    use JobStatus::{Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby, Waiting};
-    match from {
-        Created => matches!(to, Running | Aborting | Null),
-        Running => matches!(to, Paused | Ready | Waiting | Aborting),
-        Paused => matches!(to, Running),
-        Ready => matches!(to, Standby | Waiting | Aborting),
-        Standby => matches!(to, Ready),
-        Waiting => matches!(to, Pending | Aborting),
-        Pending => matches!(to, Aborting | Concluded),
-        Aborting => matches!(to, Concluded),
-        Concluded => matches!(to, Null),
-        Null => false,
     }
 }

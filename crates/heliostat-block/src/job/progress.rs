@@ -15,9 +15,7 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 /// What a job has counted, at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
-    /// Bytes done since the job began: copied, zeroed or doubled. Called `offset` in QMP.
-    pub done: u64,
-    /// Bytes whose copies ended, without the doubled ones: the pace of the copying.
+    /// Bytes whose copies have ended, doubled ones not counted.
     pub copied: u64,
     /// Dirty bytes, those on their way included: what is left.
     pub left: u64,
@@ -115,8 +113,8 @@ mod tests {
     #[test]
     fn rates_are_what_changed_in_the_window() {
         let mut progress = Progress::default();
-        progress.sample(at(0), Counted { done: 0, copied: 0, left: 1000 });
-        let now = Counted { done: 600, copied: 600, left: 500 };
+        progress.sample(at(0), Counted { copied: 0, left: 1000 });
+        let now = Counted { copied: 600, left: 500 };
         assert_eq!(progress.rates(at(1000), now), Rates { copy: 600, dirty: 100 });
         assert_eq!(progress.rates(at(1000), now).time_left(500), TimeLeft::Seconds(1));
     }
@@ -125,10 +123,10 @@ mod tests {
     fn old_samples_leave_the_window() {
         let mut progress = Progress::default();
         for step in 0..100 {
-            progress.sample(at(step * 100), Counted { done: 0, copied: step * 10, left: 0 });
+            progress.sample(at(step * 100), Counted { copied: step * 10, left: 0 });
         }
         assert!(progress.samples.len() <= 22, "{}", progress.samples.len());
-        assert_eq!(progress.rates(at(9_900), Counted { done: 0, copied: 990, left: 0 }).copy, 100);
+        assert_eq!(progress.rates(at(9_900), Counted { copied: 990, left: 0 }).copy, 100);
     }
 
     #[test]

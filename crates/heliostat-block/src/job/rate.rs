@@ -1,4 +1,4 @@
-//! [`Pace`]: a limit of bytes a second that is kept evenly.
+//! [`Pace`]: a limit of bytes a second that is kept evenly. [`Rest`]: time off after an error.
 //!
 //! Each byte takes its share of a second; the next copy may start when the time of the last ones is over. No
 //! allowance is saved up while idle, so there are no bursts. Looks at no clock itself.
@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::limits::{REST_FIRST, REST_LAST};
 
 /// The longest time that one copy may take up under a limit. Keeps the pace even: ten steps a second.
 const STEP: Duration = Duration::from_millis(100);
@@ -48,6 +49,40 @@ impl Pace {
         }
         let step = u128::from(self.speed) * STEP.as_millis() / 1000;
         u64::try_from(step).unwrap_or(u64::MAX).clamp(1, max)
+    }
+}
+
+/// The time off after an error that is ignored: one that stays must not spin, so each is twice as long as the
+/// last.
+#[derive(Debug)]
+pub(crate) struct Rest {
+    until: Option<Moment>,
+    next: Duration,
+}
+
+impl Default for Rest {
+    fn default() -> Self {
+        Self { until: None, next: REST_FIRST }
+    }
+}
+
+impl Rest {
+    /// Begins one. Errors that come together share one.
+    pub(crate) fn begin(&mut self, now: Moment) {
+        if self.until(now).is_none() {
+            self.until = Some(now + self.next);
+            self.next = (self.next * 2).min(REST_LAST);
+        }
+    }
+
+    /// Something has succeeded: the next rest is a short one again.
+    pub(crate) const fn shorten(&mut self) {
+        self.next = REST_FIRST;
+    }
+
+    /// When it ends; `None` when there is none.
+    pub(crate) fn until(&self, now: Moment) -> Option<Moment> {
+        self.until.filter(|until| *until > now)
     }
 }
 
@@ -96,5 +131,16 @@ mod tests {
         pace.spend(1000, at(0));
         pace.set_speed(1000, at(5));
         assert_eq!(pace.wait_until(at(5)), None);
+    }
+
+    #[test]
+    fn each_rest_is_longer_and_errors_that_come_together_share_one() {
+        let mut rest = Rest::default();
+        rest.begin(at(0));
+        rest.begin(at(10));
+        assert_eq!(rest.until(at(10)), Some(at(100)));
+        assert_eq!(rest.until(at(100)), None);
+        rest.begin(at(100));
+        assert_eq!(rest.until(at(100)), Some(at(300)));
     }
 }
