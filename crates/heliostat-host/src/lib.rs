@@ -4,7 +4,16 @@
 //! decides nothing: policy belongs to `heliostat-block` and to the program.
 
 pub mod clock;
+mod extents;
+mod fallocate;
+pub mod file;
+pub mod lock;
+pub mod open;
+mod pace;
+mod probe;
 mod readiness;
+mod ring;
 pub mod runtime;
 pub mod signal;
 pub mod socket;
+mod writeback;

@@ -37,13 +37,17 @@ const RING_ENTRIES: u32 = 1024;
 const REMOTE_WAKES: usize = 1024;
 
 /// Threads of the whole process that may be inside a blocking call at once.
-pub(crate) const BLOCKING_THREADS: usize = 64;
+const BLOCKING_THREADS: usize = 64;
+
+/// Threads beyond those, for work that nobody waits for.
+const DETACHED_THREADS: usize = 16;
 
 /// How long such a thread waits for more work before it ends.
 const BLOCKING_IDLE: Duration = Duration::from_secs(10);
 
-/// The pool refuses work beyond its threads, and the runtime would spin until it takes it.
-static BLOCKING: Semaphore = Semaphore::new(BLOCKING_THREADS);
+/// The right to be in a blocking call. The pool refuses work beyond its threads, and the runtime would spin
+/// until it takes it; so whoever gives it some has one of these.
+pub(crate) static BLOCKING: Semaphore = Semaphore::new(BLOCKING_THREADS);
 
 /// How a thread asks the kernel for I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,12 +128,15 @@ fn ring(setup: Ring) -> ProactorBuilder {
 }
 
 fn proactor() -> ProactorBuilder {
-    /// Shared by all threads of the process, so that its bound is one.
-    static POOL: OnceLock<AsyncifyPool> = OnceLock::new();
-    let pool = POOL.get_or_init(|| AsyncifyPool::new(BLOCKING_THREADS, BLOCKING_IDLE));
     let mut proactor = ProactorBuilder::new();
-    proactor.capacity(RING_ENTRIES).reuse_thread_pool(pool.clone());
+    proactor.capacity(RING_ENTRIES).reuse_thread_pool(pool().clone());
     proactor
+}
+
+/// The blocking threads, shared by all runtimes of the process, so that their bound is one.
+fn pool() -> &'static AsyncifyPool {
+    static POOL: OnceLock<AsyncifyPool> = OnceLock::new();
+    POOL.get_or_init(|| AsyncifyPool::new(BLOCKING_THREADS + DETACHED_THREADS, BLOCKING_IDLE))
 }
 
 fn build(driver: Driver) -> io::Result<Runtime> {
@@ -328,6 +335,11 @@ pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + '
     let _permit = BLOCKING.acquire().await;
     let BufResult(_, operation) = Runtime::with_current(|runtime| runtime.submit(operation)).await;
     operation.into_inner()
+}
+
+/// Starts `work` on a thread that may block, from any thread, and does not wait. Says whether it could.
+pub(crate) fn run_detached(work: impl FnOnce() + Send + 'static) -> bool {
+    pool().dispatch(work).is_ok()
 }
 
 #[cfg(test)]

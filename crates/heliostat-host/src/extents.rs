@@ -1,0 +1,103 @@
+//! [`Layout`]: where a file has data and where holes, asked of the file system.
+//!
+//! The calls block; [`crate::file`] makes them elsewhere than on a data-plane thread.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::{Extent, ExtentStatus};
+use rustix::fs::{SeekFrom, fstat, seek};
+use rustix::io::Errno;
+
+use crate::probe::Shape;
+
+/// The most extents in one answer: as many as a caller works off in some milliseconds, and enough that a
+/// disk in pieces costs few calls.
+const EXTENTS_MAX: usize = 1024;
+
+/// Where one file has data.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    file: Arc<OwnedFd>,
+    shape: Shape,
+    /// A range that was seen to be all data. To find its end the kernel walks to the next hole, however far
+    /// that is, so asking for a large file in steps would walk it again at each. That it may have been
+    /// punched since does no harm: "data" is the answer that claims nothing.
+    ///
+    /// Protects only itself; held for a copy.
+    data: Mutex<ByteRange>,
+}
+
+impl Layout {
+    pub(crate) fn new(file: Arc<OwnedFd>, shape: Shape) -> Self {
+        Self { file, shape, data: Mutex::new(ByteRange::from_bounds(0, 0)) }
+    }
+
+    fn data(&self) -> MutexGuard<'_, ByteRange> {
+        self.data.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets what it knows, since a hole may have come into being.
+    pub(crate) fn forget(&self) {
+        *self.data() = ByteRange::from_bounds(0, 0);
+    }
+
+    /// Answers without asking, where that is possible.
+    pub(crate) fn known(&self, range: ByteRange) -> Option<Vec<Extent>> {
+        if range.is_empty() {
+            return Some(Vec::new());
+        }
+        if self.shape.is_device {
+            return Some(vec![Extent { range, status: ExtentStatus::Data }]);
+        }
+        let data = self.data();
+        let known = data.intersection(range).filter(|known| known.offset() == range.offset())?;
+        Some(vec![Extent { range: known, status: ExtentStatus::Data }])
+    }
+
+    /// Asks the file system.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(crate) fn extents(&self, range: ByteRange) -> io::Result<Vec<Extent>> {
+        let mut extents = Vec::new();
+        // Behind the end of a file that was cut short nothing is known; reading there will tell.
+        let end = u64::try_from(fstat(&*self.file)?.st_size).unwrap_or(0);
+        let mut at = range.offset();
+        while at < range.end() && extents.len() < EXTENTS_MAX {
+            let (status, until) =
+                if at >= end { (ExtentStatus::Data, u64::MAX) } else { self.next(at, end)? };
+            let extent = ByteRange::from_bounds(at, until.min(range.end()));
+            extents.push(Extent { range: extent, status });
+            if status == ExtentStatus::Data && at < end {
+                *self.data() = ByteRange::from_bounds(at, until);
+            }
+            at = extent.end();
+        }
+        Ok(extents)
+    }
+
+    /// The status at `at`, and where it ends at the latest. `at` lies before `end`, the file's.
+    fn next(&self, at: u64, end: u64) -> io::Result<(ExtentStatus, u64)> {
+        let data = match seek(&*self.file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // No data up to the end of the file.
+            Err(Errno::NXIO) => end,
+            // A file system that does not know.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((ExtentStatus::Data, end)),
+            Err(error) => return Err(error.into()),
+        };
+        if data > at {
+            return Ok((ExtentStatus::Hole, data.min(end)));
+        }
+        match seek(&*self.file, SeekFrom::Hole(at)) {
+            // A hole exactly here came into being since; the data that was here is the safe answer.
+            Ok(hole) if hole > at => Ok((ExtentStatus::Data, hole)),
+            Ok(_) => Ok((ExtentStatus::Data, end.min(at + u64::from(self.shape.preferred_size)))),
+            Err(Errno::NXIO) => Ok((ExtentStatus::Data, end)),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

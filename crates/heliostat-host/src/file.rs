@@ -1,0 +1,381 @@
+//! [`FileStorage`]: an image file or a block device of this host.
+//!
+//! Decides for each request which way it takes: at once in the calling thread, where it will not wait for a
+//! medium, or through the thread's ring. Opened in [`crate::open`]; called by drivers.
+
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use heliostat_block::buffer::{Buffer, BufferPool};
+use heliostat_block::convert::{u64_from, usize_from};
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::extents::Layout;
+use crate::fallocate::{self, Space};
+use crate::open::{Discard, Flush, OpenOptions};
+use crate::pace::Pace;
+use crate::probe::Shape;
+use crate::ring;
+use crate::runtime::run_blocking;
+use crate::writeback::Writeback;
+
+/// The longest request that is carried out in the calling thread. Copying it takes some tens of microseconds,
+/// for which the thread's other clients wait; beyond that, the ring's workers copy beside the thread.
+const INLINE_LEN_MAX: usize = 256 << 10;
+
+/// The longest range that is zeroed or discarded in the calling thread, where it lies in memory.
+const INLINE_SPACE_MAX: u64 = 1 << 20;
+
+/// Memory kept for direct I/O from and to memory that is not aligned: length and number of pieces.
+const BOUNCE_LEN: usize = 1 << 20;
+const BOUNCES_KEPT: usize = 8;
+
+/// An image file or a block device of this host.
+///
+/// Shared by threads. A call that cannot be answered at once must be awaited on a thread that runs
+/// [`crate::runtime`].
+pub struct FileStorage {
+    path: PathBuf,
+    /// What the requests go to: the file with the page cache or, passing it by, the other one.
+    main: Arc<OwnedFd>,
+    /// The file with the page cache, holder of the locks.
+    cached: Arc<OwnedFd>,
+    shape: Shape,
+    ignores_flush: bool,
+    ignores_discard: bool,
+    /// Whether a read can be tried without waiting; found out at the first.
+    can_try_reading: AtomicBool,
+    pace: Pace,
+    bounces: BufferPool,
+    space: Arc<Space>,
+    layout: Arc<Layout>,
+    writeback: Option<Arc<Writeback>>,
+}
+
+impl fmt::Debug for FileStorage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileStorage").field("path", &self.path).field("shape", &self.shape).finish()
+    }
+}
+
+impl FileStorage {
+    pub(crate) fn new(
+        path: PathBuf,
+        cached: Arc<OwnedFd>,
+        direct: Option<Arc<OwnedFd>>,
+        shape: Shape,
+        options: &OpenOptions,
+    ) -> Self {
+        let is_direct = direct.is_some();
+        let writes_back = shape.is_writable && !shape.in_memory && !is_direct;
+        Self {
+            path,
+            main: direct.unwrap_or_else(|| Arc::clone(&cached)),
+            shape,
+            ignores_flush: options.flush == Flush::Ignore,
+            ignores_discard: options.discard == Discard::Ignore,
+            can_try_reading: AtomicBool::new(!is_direct && !shape.in_memory),
+            pace: Pace::new(),
+            bounces: BufferPool::new(BOUNCE_LEN, BOUNCES_KEPT),
+            space: Arc::new(Space::new(Arc::clone(&cached), shape)),
+            layout: Arc::new(Layout::new(Arc::clone(&cached), shape)),
+            writeback: writes_back.then(|| Arc::new(Writeback::new(Arc::clone(&cached)))),
+            cached,
+        }
+    }
+
+    /// Where it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Says whether it is a block device, not a file.
+    #[must_use]
+    pub const fn is_device(&self) -> bool {
+        self.shape.is_device
+    }
+
+    /// Says whether the page cache is passed by.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        !Arc::ptr_eq(&self.main, &self.cached)
+    }
+
+    /// Refuses what lies outside, which would make the file longer, and what may not be changed.
+    fn check(&self, range: Option<ByteRange>, is_change: bool) -> io::Result<()> {
+        if is_change && !self.shape.is_writable {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        match range {
+            Some(range) if range.end() <= self.shape.size => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "outside of the storage")),
+        }
+    }
+
+    fn range(offset: u64, len: usize) -> Option<ByteRange> {
+        ByteRange::new(offset, u64_from(len)).ok()
+    }
+
+    /// Reads without waiting, as far as that goes; says how many bytes it were.
+    fn read_now(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let rest = &mut buffer[done..];
+            let at = offset + u64_from(done);
+            let result = if self.shape.in_memory {
+                rustix::io::pread(&*self.main, rest, at)
+            } else {
+                let slices = &mut [IoSliceMut::new(rest)];
+                rustix::io::preadv2(&*self.main, slices, at, ReadWriteFlags::NOWAIT)
+            };
+            match result {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(Errno::OPNOTSUPP) => {
+                    self.can_try_reading.store(false, Ordering::Relaxed);
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(done)
+    }
+
+    async fn read_direct(&self, offset: u64, mut buffer: Buffer) -> io::Result<Buffer> {
+        let direct_len = usize_from(self.shape.tail.saturating_sub(offset)).min(buffer.len());
+        if direct_len == buffer.len() {
+            // A buffer starts on a page, which is enough for any memory.
+            return ring::read(&self.main, offset, buffer, 0).await;
+        }
+        let tail = ring::read(
+            &self.cached,
+            offset + u64_from(direct_len),
+            Buffer::zeroed(buffer.len() - direct_len),
+            0,
+        );
+        let tail = tail.await?;
+        buffer[direct_len..].copy_from_slice(&tail);
+        if direct_len > 0 {
+            let head = ring::read(&self.main, offset, self.bounces.take(direct_len), 0).await?;
+            buffer[..direct_len].copy_from_slice(&head);
+        }
+        Ok(buffer)
+    }
+
+    async fn write_direct(&self, offset: u64, data: Bytes, durability: Durability) -> io::Result<()> {
+        let direct_len = usize_from(self.shape.tail.saturating_sub(offset)).min(data.len());
+        if direct_len > 0 {
+            let head = self.aligned(data.slice(..direct_len));
+            ring::write(&self.main, offset, head, 0, durability).await?;
+        }
+        if direct_len < data.len() {
+            ring::write(&self.cached, offset, data, direct_len, durability).await?;
+        }
+        Ok(())
+    }
+
+    /// The same bytes, in memory that direct I/O can use.
+    fn aligned(&self, data: Bytes) -> Bytes {
+        let alignment = usize_from(u64::from(self.shape.memory_alignment));
+        if data.as_ptr().addr().is_multiple_of(alignment) {
+            return data;
+        }
+        let mut bounce = self.bounces.take(data.len());
+        bounce.copy_from_slice(&data);
+        bounce.freeze()
+    }
+
+    /// What `durability` comes to here: nothing has to be waited for where flushes do nothing.
+    fn effective(&self, durability: Durability) -> Durability {
+        if self.ignores_flush || self.shape.in_memory { Durability::Cached } else { durability }
+    }
+
+    async fn write_zeroes_slowly(&self, range: ByteRange) -> io::Result<()> {
+        let zeroes = fallocate::zeroes();
+        for piece in range.pieces(u64_from(zeroes.len())) {
+            let data = zeroes.slice(..usize_from(piece.len()));
+            if self.is_direct() {
+                self.write_direct(piece.offset(), data, Durability::Cached).await?;
+            } else {
+                ring::write(&self.main, piece.offset(), data, 0, Durability::Cached).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush_file(&self) -> io::Result<()> {
+        ring::flush(&self.cached).await
+    }
+}
+
+impl Storage for FileStorage {
+    fn traits(&self) -> Traits {
+        let able = self.space.able();
+        Traits {
+            block_size: self.shape.block_size,
+            preferred_size: self.shape.preferred_size,
+            read_only: !self.shape.is_writable,
+            can_discard: able.discard && !self.ignores_discard,
+            can_zero_fast: able.punch || able.zero_range,
+            remote: false,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.shape.size
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        if self.shape.is_device {
+            return None;
+        }
+        let stat = rustix::fs::fstat(&*self.cached).ok()?;
+        // st_blocks counts 512 bytes, whatever the file system's blocks are.
+        u64::try_from(stat.st_blocks).ok()?.checked_mul(512)
+    }
+
+    fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
+        if let Err(error) = self.check(Self::range(offset, buffer.len()), false) {
+            return IoFuture::ready(Err(error));
+        }
+        if self.is_direct() {
+            return IoFuture::pending(self.read_direct(offset, buffer));
+        }
+        let may_try = self.shape.in_memory || self.can_try_reading.load(Ordering::Relaxed);
+        let done = if buffer.len() <= INLINE_LEN_MAX && may_try {
+            match self.read_now(offset, &mut buffer) {
+                Ok(done) if done == buffer.len() => return IoFuture::ready(Ok(buffer)),
+                Ok(done) => done,
+                Err(error) => return IoFuture::ready(Err(error)),
+            }
+        } else {
+            0
+        };
+        IoFuture::pending(ring::read(&self.main, offset, buffer, done))
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        if let Err(error) = self.check(Self::range(offset, data.len()), true) {
+            return IoFuture::ready(Err(error));
+        }
+        let durability = self.effective(durability);
+        if self.is_direct() {
+            return IoFuture::pending(self.write_direct(offset, data, durability));
+        }
+        if data.len() <= INLINE_LEN_MAX && durability == Durability::Cached {
+            if self.shape.in_memory {
+                return IoFuture::ready(write_now(&self.main, offset, &data));
+            }
+            if let Some(watch) = self.pace.start() {
+                let result = write_now(&self.main, offset, &data);
+                self.pace.end(watch);
+                return IoFuture::ready(result);
+            }
+        }
+        IoFuture::pending(ring::write(&self.main, offset, data, 0, durability))
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        if let Err(error) = self.check(Some(range), true) {
+            return IoFuture::ready(Err(error));
+        }
+        let durability = self.effective(durability);
+        let at_once = (self.shape.in_memory && range.len() <= INLINE_SPACE_MAX)
+            .then(|| self.space.zero(range, space, effort));
+        if let Some(Ok([None, None, None])) = at_once {
+            self.layout.forget();
+            return IoFuture::ready(Ok(()));
+        }
+        IoFuture::pending(async move {
+            let left = match at_once {
+                Some(result) => result?,
+                None => {
+                    let worker = Arc::clone(&self.space);
+                    run_blocking(move || worker.zero(range, space, effort)).await?
+                }
+            };
+            self.layout.forget();
+            for piece in left.into_iter().flatten() {
+                self.write_zeroes_slowly(piece).await?;
+            }
+            match durability {
+                Durability::Cached => Ok(()),
+                Durability::Fua => self.flush_file().await,
+            }
+        })
+    }
+
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        if let Err(error) = self.check(Some(range), true) {
+            return IoFuture::ready(Err(error));
+        }
+        if self.ignores_discard || !self.space.able().discard {
+            return IoFuture::ready(Ok(()));
+        }
+        if self.shape.in_memory && range.len() <= INLINE_SPACE_MAX {
+            let result = self.space.discard(range);
+            self.layout.forget();
+            return IoFuture::ready(result);
+        }
+        IoFuture::pending(async move {
+            let worker = Arc::clone(&self.space);
+            let result = run_blocking(move || worker.discard(range)).await;
+            self.layout.forget();
+            result
+        })
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        if self.ignores_flush || self.shape.in_memory || !self.shape.is_writable {
+            return IoFuture::ready(Ok(()));
+        }
+        IoFuture::pending(self.flush_file())
+    }
+
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        if let Err(error) = self.check(Some(range), false) {
+            return IoFuture::ready(Err(error));
+        }
+        if let Some(known) = self.layout.known(range) {
+            return IoFuture::ready(Ok(known));
+        }
+        let worker = Arc::clone(&self.layout);
+        IoFuture::pending(async move { run_blocking(move || worker.extents(range)).await })
+    }
+
+    fn start_writeback(&self, range: ByteRange) {
+        if let Some(writeback) = &self.writeback {
+            Writeback::start(writeback, range);
+        }
+    }
+}
+
+/// Writes all of `data` in the calling thread.
+fn write_now(file: &impl AsFd, offset: u64, data: &[u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < data.len() {
+        match rustix::io::pwrite(file, &data[done..], offset + u64_from(done)) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
