@@ -14,14 +14,20 @@ const LANES_MAX: usize = 3;
 /// Lanes and their threads; none until they are asked for.
 #[derive(Default)]
 pub(super) struct LaneThreads {
-    started: Mutex<Option<(Arc<Lanes>, Vec<Thread<()>>)>>,
+    /// Held while threads are started or ended.
+    started: Mutex<Option<Started>>,
+}
+
+struct Started {
+    lanes: Arc<Lanes>,
+    threads: Vec<Thread<()>>,
 }
 
 impl LaneThreads {
     /// The lanes. One thread for each core but the mirror's own; a thread that cannot be had is done without.
     pub(super) fn lanes(&self) -> Arc<Lanes> {
         let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
-        let (lanes, _) = started.get_or_insert_with(|| {
+        let started = started.get_or_insert_with(|| {
             let lanes = Arc::<Lanes>::default();
             let cores = available_parallelism().map_or(1, std::num::NonZero::get);
             let threads = (1..cores.min(LANES_MAX + 1)).filter_map(|number| {
@@ -29,15 +35,15 @@ impl LaneThreads {
                 Thread::spawn(&format!("lane-{number}"), move || body.run()).ok()
             });
             let threads = threads.collect();
-            (lanes, threads)
+            Started { lanes, threads }
         });
-        Arc::clone(lanes)
+        Arc::clone(&started.lanes)
     }
 
     /// Ends the threads when what they carry has ended. Called when no mirror runs any more.
     pub(super) fn end(&self) {
         let started = self.started.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some((lanes, threads)) = started {
+        if let Some(Started { lanes, threads }) = started {
             lanes.close();
             threads.into_iter().for_each(Thread::join);
         }
