@@ -96,7 +96,9 @@ impl Guest {
         let tracked = self.place.enter().await;
         let storage = Arc::clone(&self.bench.disk_of(tracked.node()).storage);
         let errors = storage.errors();
-        self.bench.world.trace(|| format!("{} at {}: {draw} {range} {fua:?}", self.name, tracked.node().name()));
+        self.bench
+            .world
+            .trace(|| format!("{} at {}: {draw} {range} {fua:?}", self.name, tracked.node().name()));
         let answer = match draw {
             _ if draw < reads => self.read(&tracked, range).await,
             _ if draw < reads + 60 => self.flush(&tracked).await,
@@ -150,7 +152,12 @@ impl Guest {
         answer.map(|_| ())
     }
 
-    async fn write(&mut self, tracked: &Tracked, range: ByteRange, fua: Durability) -> Result<(), BlockError> {
+    async fn write(
+        &mut self,
+        tracked: &Tracked,
+        range: ByteRange,
+        fua: Durability,
+    ) -> Result<(), BlockError> {
         let put = if self.random.chance(100) { Put::Zeroes } else { Put::Pattern };
         let (id, data) = {
             let mut oracle = self.bench.oracle();

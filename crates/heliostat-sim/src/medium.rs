@@ -129,9 +129,8 @@ impl Medium {
     }
 
     pub(crate) fn flush_begins(&self) -> FlushStart {
-        let content = |sector: &usize| {
-            (*sector, self.version[*sector], self.visible[self.bytes_of(*sector)].to_vec())
-        };
+        let content =
+            |sector: &usize| (*sector, self.version[*sector], self.visible[self.bytes_of(*sector)].to_vec());
         FlushStart(self.cached.iter().map(content).collect())
     }
 

@@ -96,8 +96,7 @@ impl Operator {
         let job = Job::start(id, errand.job, Arc::new(move |job, event| hears.hear(job, event)));
         let clock: Arc<dyn Clock> = Arc::<crate::world::SimClock>::clone(&self.bench.clock);
         let graph = Arc::clone(&self.bench.graph);
-        let mirror =
-            Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, clock);
+        let mirror = Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, clock);
         self.executor.spawn("mirror", mirror.run());
         self.play(&job, &watch, &errand).await;
         self.finish(&job, &watch, &errand).await;
@@ -143,7 +142,7 @@ impl Operator {
                 return;
             }
             let verb = match job.status() {
-                _ if job.orders().speed > 0 => Some(Verb::SetSpeed(0)),
+                JobStatus::Running | JobStatus::Ready if job.orders().speed > 0 => Some(Verb::SetSpeed(0)),
                 JobStatus::Paused | JobStatus::Standby => Some(Verb::Resume),
                 JobStatus::Running if errand.goal == Goal::Cancel => Some(Verb::Cancel(Force::Soft)),
                 JobStatus::Ready if errand.patient && job.figures().dirty > 0 => None,

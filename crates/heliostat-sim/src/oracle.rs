@@ -75,8 +75,13 @@ pub(crate) struct FlushId(u64);
 impl Oracle {
     pub(crate) fn new(image: Vec<u8>) -> Self {
         let size = u64_from(image.len());
-        let mut oracle =
-            Self { moment: 0, writes: Vec::new(), segments: BTreeMap::new(), readings: BTreeMap::new(), size };
+        let mut oracle = Self {
+            moment: 0,
+            writes: Vec::new(),
+            segments: BTreeMap::new(),
+            readings: BTreeMap::new(),
+            size,
+        };
         oracle.settle(image);
         oracle
     }
@@ -279,11 +284,13 @@ impl Oracle {
         self.explain(&self.possible(range, |segment| &segment.crash), range, image)
     }
 
-    /// The ranges of all writes that had not ended at `moment` or came later, as starts and ends.
+    /// The ranges of all writes that had not ended at `moment` or came later, as starts and ends. Discards and
+    /// failed writes are left out: they may have done nothing.
     pub(crate) fn written_since(&self, moment: u64) -> BTreeMap<u64, u64> {
         let mut ranges = BTreeMap::new();
         for write in self.writes.iter().filter(|write| write.ended > moment) {
-            if !write.range.is_empty() && !matches!(write.put, Put::Image(_)) {
+            let is_write = matches!(write.put, Put::Pattern | Put::Zeroes);
+            if !write.range.is_empty() && is_write && write.good {
                 let end = ranges.entry(write.range.offset()).or_insert(0);
                 *end = write.range.end().max(*end);
             }

@@ -76,7 +76,8 @@ pub(crate) fn run(seed: u64, tracing: bool) -> Result<(), String> {
     start_guests(&bench, &executor, &settings, &mut random)?;
     start_drainer(&bench, &executor, &settings, &mut random);
     watch_for_crashes(&bench, &executor, &settings, &mut random);
-    let errands: Vec<_> = (0..random.pick(&[1, 1, 1, 2, 3])).map(|_| errand(&settings, &mut random)).collect();
+    let errands: Vec<_> =
+        (0..random.pick(&[1, 1, 1, 2, 3])).map(|_| errand(&settings, &mut random)).collect();
     let operator = Operator {
         bench: Arc::clone(&bench),
         executor: executor.clone(),
@@ -128,7 +129,12 @@ fn disk(
     let options = NodeOptions {
         read_only: false,
         discard: random.pick(&[Discard::Unmap, Discard::Unmap, Discard::ZeroesOnly, Discard::Ignore]),
-        detect_zeroes: random.pick(&[DetectZeroes::Off, DetectZeroes::Off, DetectZeroes::On, DetectZeroes::Unmap]),
+        detect_zeroes: random.pick(&[
+            DetectZeroes::Off,
+            DetectZeroes::Off,
+            DetectZeroes::On,
+            DetectZeroes::Unmap,
+        ]),
     };
     let raw = Raw::whole(Arc::<SimStorage>::clone(&storage));
     let name = NodeName::new(name).map_err(|error| error.to_string())?;
@@ -139,7 +145,8 @@ fn disk(
 fn profile(settings: &Settings, random: &mut Random) -> Profile {
     let faulty = settings.faulty && random.chance(600);
     let mut some = |of: &[u64]| if faulty { random.pick(of) } else { 0 };
-    let (hangs, read_errors, write_errors) = (some(&[0, 0, 20, 100]), some(&[0, 0, 10, 50]), some(&[0, 10, 50, 200]));
+    let (hangs, read_errors, write_errors) =
+        (some(&[0, 0, 20, 100]), some(&[0, 0, 10, 50]), some(&[0, 10, 50, 200]));
     let (flush_errors, extents_errors) = (some(&[0, 100, 400]), some(&[0, 0, 50]));
     let slow = random.pick(&[1, 1, 4]);
     Profile {
@@ -189,7 +196,8 @@ fn start_guests(
     settings: &Settings,
     random: &mut Random,
 ) -> Result<(), String> {
-    let len_max = random.pick(&[512, 2048, u64::from(settings.granularity), 3 * u64::from(settings.granularity)]);
+    let len_max =
+        random.pick(&[512, 2048, u64::from(settings.granularity), 3 * u64::from(settings.granularity)]);
     let at_once = random.pick(&[1, 2, 4, 8]);
     let hot_len = random.pick(&[512, 4096, settings.size]).min(settings.size);
     let hot = random.below(settings.size - hot_len + 1);
@@ -277,7 +285,11 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
         // Said only where it is true, which is known when the job starts.
         target_is_zero: random.chance(500),
         detect_zeroes: random.chance(300),
-        target_deadline: random.pick(&[settings.delay_max / 4, settings.delay_max * 3, Duration::from_secs(1)]),
+        target_deadline: random.pick(&[
+            settings.delay_max / 4,
+            settings.delay_max * 3,
+            Duration::from_secs(1),
+        ]),
     };
     let verbs = [
         Verb::Pause,
@@ -287,7 +299,8 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
         Verb::Finalize,
         Verb::Change(CopyMode::WriteBlocking),
     ];
-    let moments = [JobStatus::Running, JobStatus::Ready, JobStatus::Waiting, JobStatus::Pending, JobStatus::Paused];
+    let moments =
+        [JobStatus::Running, JobStatus::Ready, JobStatus::Waiting, JobStatus::Pending, JobStatus::Paused];
     Errand {
         target,
         job: JobOptions {

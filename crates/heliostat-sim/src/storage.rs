@@ -185,7 +185,11 @@ impl SimStorage {
                 finish(&slot, plan.error.map_or(Ok(answer), |errno| Err(error(errno))));
             }
         };
-        if inline { end() } else { self.world.at(plan.end.max(now + Duration::from_nanos(1)), end) }
+        if inline {
+            end()
+        } else {
+            self.world.at(plan.end.max(now + Duration::from_nanos(1)), end)
+        }
         Answer { slot, world: Arc::clone(&self.world), ended: false }
     }
 

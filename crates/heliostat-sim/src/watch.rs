@@ -205,7 +205,9 @@ impl Watch {
             if let Some(at) = Medium::difference(&from, image, &ranges) {
                 let index = heliostat_block::convert::usize_from(at);
                 let (is, should) = (image[index], from[index]);
-                self.fail(&format!("at the end the target {what} {is:#04x} at {at:#x}, the source {should:#04x}"));
+                self.fail(&format!(
+                    "at the end the target {what} {is:#04x} at {at:#x}, the source {should:#04x}"
+                ));
             }
         }
         if pivoted {

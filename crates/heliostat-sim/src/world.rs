@@ -254,7 +254,11 @@ impl Executor {
             world.let_happen(false);
             let next = {
                 let mut list = self.runnable.list();
-                if list.is_empty() { None } else { Some(random.index(list.len())).map(|i| list.swap_remove(i)) }
+                if list.is_empty() {
+                    None
+                } else {
+                    Some(random.index(list.len())).map(|i| list.swap_remove(i))
+                }
             };
             match next {
                 Some(task) => self.step(task),
@@ -266,7 +270,11 @@ impl Executor {
                 world.pass(random.even_time(cost));
             }
             if steps > STEPS_MAX || world.time() > TIME_MAX {
-                world.fail(format!("no end: {steps} steps, {:?}, still there: {}", world.time(), self.names()));
+                world.fail(format!(
+                    "no end: {steps} steps, {:?}, still there: {}",
+                    world.time(),
+                    self.names()
+                ));
             }
         }
         steps
