@@ -4,7 +4,7 @@
 //! read it) before the next is looked at. Never takes more than one option's length of memory for itself.
 //! Called by the NBD front end's socket loop.
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::option::{self, ContextQuery, ExportQuery, put_error, put_reply};
 use super::wire::{
@@ -110,7 +110,7 @@ impl Handshake {
     /// [`Violation`] when the connection must be closed. Nothing may be sent any more.
     pub fn step(
         &mut self,
-        input: &mut BytesMut,
+        input: &mut Bytes,
         offers: Offers<'_>,
         output: &mut BytesMut,
     ) -> Result<Step, Violation> {
@@ -122,7 +122,7 @@ impl Handshake {
         }
     }
 
-    fn client_flags(&mut self, input: &mut BytesMut) -> Result<Step, Violation> {
+    fn client_flags(&mut self, input: &mut Bytes) -> Result<Step, Violation> {
         let Ok(flags) = input.try_get_u32() else { return Ok(Step::Incomplete) };
         let no_zeroes = u32::from(handshake_flag::NO_ZEROES);
         // A client that does not say that it knows fixed newstyle is served alike: what it must not send, it
@@ -138,7 +138,7 @@ impl Handshake {
 
     fn option(
         &mut self,
-        input: &mut BytesMut,
+        input: &mut Bytes,
         offers: Offers<'_>,
         output: &mut BytesMut,
     ) -> Result<Step, Violation> {
@@ -162,7 +162,7 @@ impl Handshake {
     }
 
     /// The option and its length at the front of the input, once all of its header is there.
-    fn peek_option(&mut self, input: &BytesMut) -> Result<Option<(u32, usize)>, Violation> {
+    fn peek_option(&mut self, input: &Bytes) -> Result<Option<(u32, usize)>, Violation> {
         let Some(mut header) = input.get(..OPTION_LEN) else { return Ok(None) };
         let found = header.get_u64();
         if found != OPTION_MAGIC {
@@ -188,7 +188,7 @@ impl Handshake {
         Err(violation)
     }
 
-    fn skip(&mut self, input: &mut BytesMut, output: &mut BytesMut, option: u32, left: usize) -> Step {
+    fn skip(&mut self, input: &mut Bytes, output: &mut BytesMut, option: u32, left: usize) -> Step {
         let now = left.min(input.len());
         input.advance(now);
         if now < left {

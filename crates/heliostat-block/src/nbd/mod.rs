@@ -3,9 +3,9 @@
 //!
 //! A server's connection is first a [`handshake::Handshake`], then [`request::Requests`], which hands out
 //! each request together with the [`reply::Reply`] that it is owed. A client's is first a
-//! [`client::Negotiation`], then [`client_reply::Conversation`]. All of them eat from the front of a
-//! [`bytes::BytesMut`] that the socket loop fills, keep what is incomplete for the next time, and answer any
-//! bytes whatever with a value or a [`Violation`], never with a panic.
+//! [`client::Negotiation`], then [`client_reply::Conversation`]. All of them eat from the front of the bytes
+//! that were received, leave what is incomplete for the next time, and answer any bytes whatever with a value
+//! or a [`Violation`], never with a panic.
 //!
 //! Nothing here opens a socket, waits, or takes more memory than [`crate::limits`] says. Called by the NBD
 //! front end, by the demo's guest, and by the NBD storage.

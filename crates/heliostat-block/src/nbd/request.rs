@@ -5,7 +5,7 @@
 //! gets an aligned buffer of its own, into which the socket loop receives directly. Never executes anything,
 //! never waits. Called by the NBD front end's socket loop.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 
 use super::reply::{Replies, Reply};
 use super::wire::{REQUEST_LEN, REQUEST_MAGIC, cmd, cmd_flag};
@@ -15,6 +15,9 @@ use crate::convert::{u64_from, usize_from};
 use crate::limits::{NBD_OWN_BUFFER_MIN, NBD_SKIP_MAX};
 use crate::range::ByteRange;
 use crate::storage::{Durability, ZeroEffort, ZeroSpace};
+
+/// What must fit into the input at once: a header and a payload that gets no buffer of its own.
+pub const INPUT_MAX: usize = REQUEST_LEN + NBD_OWN_BUFFER_MIN;
 
 /// What a client wants done. Ranges lie within the export and are aligned to its block size.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,8 +102,8 @@ pub struct Request {
 /// What was found at the front of the input.
 #[derive(Debug)]
 pub enum Parsed {
-    /// No whole request. Receive more: into [`Requests::payload_room`] where there is one, else into the
-    /// input, which should have room for [`Requests::wanted`] bytes more.
+    /// No whole request. Receive more: into [`Requests::payload_room`] where there is one, else behind what
+    /// is left of the input, which is never more than [`INPUT_MAX`] bytes.
     Incomplete,
     /// The next request would hold more memory than the caller has left. Nothing was consumed.
     NoRoom,
@@ -165,7 +168,7 @@ impl Requests {
     ///
     /// # Errors
     /// [`Violation`] when it can no longer be known where a request starts. The connection is to be closed.
-    pub fn next(&mut self, input: &mut BytesMut, room: u64) -> Result<Parsed, Violation> {
+    pub fn next(&mut self, input: &mut Bytes, room: u64) -> Result<Parsed, Violation> {
         match &mut self.state {
             State::Over if input.is_empty() => return Ok(Parsed::Incomplete),
             State::Over => return Err(Violation::AfterEnd),
@@ -220,21 +223,9 @@ impl Requests {
         }
     }
 
-    /// How many more bytes `input` must hold before [`Requests::next`] can get further. At least one.
-    #[must_use]
-    pub fn wanted(&self, input: &BytesMut) -> usize {
-        let whole = match (&self.state, Header::peek(input)) {
-            (State::Header, Ok(Some(header))) if header.kind == cmd::WRITE => {
-                REQUEST_LEN + header.payload_len()
-            }
-            _ => REQUEST_LEN,
-        };
-        whole.saturating_sub(input.len()).max(1)
-    }
-
     /// Says whether the client stopped in the middle of a request.
     #[must_use]
-    pub fn is_inside_request(&self, input: &BytesMut) -> bool {
+    pub fn is_inside_request(&self, input: &Bytes) -> bool {
         !input.is_empty() || matches!(self.state, State::Payload(_) | State::Skip(_))
     }
 
@@ -288,7 +279,7 @@ impl Requests {
     }
 
     /// Takes a request that passed the check off the input, if all of it is there.
-    fn take(&mut self, header: Header, range: ByteRange, input: &mut BytesMut, room: u64) -> Parsed {
+    fn take(&mut self, header: Header, range: ByteRange, input: &mut Bytes, room: u64) -> Parsed {
         if matches!(header.kind, cmd::READ | cmd::WRITE) && range.len() > room {
             return Parsed::NoRoom;
         }
@@ -317,13 +308,12 @@ impl Requests {
         Parsed::Request(Request { command, reply: self.replies.owe(header.cookie) })
     }
 
-    fn take_write(&mut self, header: Header, range: ByteRange, input: &mut BytesMut) -> Parsed {
+    fn take_write(&mut self, header: Header, range: ByteRange, input: &mut Bytes) -> Parsed {
         let len = usize_from(range.len());
         let (cookie, durability) = (header.cookie, header.durability());
         if input.len() >= REQUEST_LEN + len {
             input.advance(REQUEST_LEN);
-            let command =
-                Command::Write { offset: range.offset(), data: input.split_to(len).freeze(), durability };
+            let command = Command::Write { offset: range.offset(), data: input.split_to(len), durability };
             return Parsed::Request(Request { command, reply: self.replies.owe(cookie) });
         }
         if len >= NBD_OWN_BUFFER_MIN {
@@ -351,12 +341,7 @@ impl Requests {
         }
     }
 
-    fn refuse(
-        &mut self,
-        header: Header,
-        refusal: Refusal,
-        input: &mut BytesMut,
-    ) -> Result<Parsed, Violation> {
+    fn refuse(&mut self, header: Header, refusal: Refusal, input: &mut Bytes) -> Result<Parsed, Violation> {
         let (errno, message) = refusal;
         if header.kind == cmd::WRITE {
             if header.len > NBD_SKIP_MAX {
@@ -373,7 +358,7 @@ impl Requests {
 
 impl Payload {
     /// Moves what is there from `input` into the buffer.
-    fn take_from(&mut self, input: &mut BytesMut) {
+    fn take_from(&mut self, input: &mut Bytes) {
         let now = input.len().min(self.buffer.len() - self.filled);
         self.buffer[self.filled..self.filled + now].copy_from_slice(&input[..now]);
         input.advance(now);
@@ -383,7 +368,7 @@ impl Payload {
 
 impl Header {
     /// Reads the header at the front of `input`, once it is all there. Consumes nothing.
-    fn peek(input: &BytesMut) -> Result<Option<Self>, Violation> {
+    fn peek(input: &Bytes) -> Result<Option<Self>, Violation> {
         let Some(mut header) = input.get(..REQUEST_LEN) else { return Ok(None) };
         let found = header.get_u32();
         if found != REQUEST_MAGIC {
@@ -401,10 +386,5 @@ impl Header {
 
     const fn durability(self) -> Durability {
         if self.has(cmd_flag::FUA) { Durability::Fua } else { Durability::Cached }
-    }
-
-    /// The payload's length as far as it must be in the input at once: a long one has a buffer of its own.
-    fn payload_len(self) -> usize {
-        usize_from(u64::from(self.len)).min(NBD_OWN_BUFFER_MIN)
     }
 }

@@ -1,6 +1,6 @@
 //! Any bytes, cut at any place.
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::round_trip::Disk;
@@ -10,7 +10,7 @@ use crate::limits::NBD_OWN_BUFFER_MIN;
 use crate::nbd::client::{Allocation, Found, Negotiation, Wish};
 use crate::nbd::client_reply::Conversation;
 use crate::nbd::client_request::Ask;
-use crate::nbd::request::ExtentsWanted;
+use crate::nbd::request::{ExtentsWanted, INPUT_MAX};
 use crate::nbd::wire::{cmd, info, opt};
 use crate::range::ByteRange;
 
@@ -20,10 +20,10 @@ fn handshake_of(pieces: &[&[u8]]) -> (Vec<u8>, Result<Step, Violation>) {
     let offers = Offers { exports: &exports, shutting_down: false };
     let mut output = BytesMut::new();
     let mut handshake = Handshake::new(&mut output);
-    let mut input = BytesMut::new();
+    let mut input = Bytes::new();
     let mut last = Ok(Step::Incomplete);
     for piece in pieces {
-        input.extend_from_slice(piece);
+        receive(&mut input, piece);
         loop {
             last = handshake.step(&mut input, offers, &mut output);
             match last {
@@ -41,7 +41,7 @@ fn handshake_of(pieces: &[&[u8]]) -> (Vec<u8>, Result<Step, Violation>) {
 fn transmission_of(terms: Terms, pieces: &[&[u8]], direct: bool) -> (Vec<u8>, Option<Violation>, Vec<u8>) {
     let (mut requests, replies) = requests(terms);
     let mut disk = Disk(vec![0; terms.size.try_into().unwrap()]);
-    let mut input = BytesMut::new();
+    let mut input = Bytes::new();
     let mut sent = Vec::new();
     for piece in pieces {
         let mut piece = *piece;
@@ -52,17 +52,21 @@ fn transmission_of(terms: Terms, pieces: &[&[u8]], direct: bool) -> (Vec<u8>, Op
             requests.payload_received(now);
             piece = &piece[now..];
         }
-        input.extend_from_slice(piece);
+        receive(&mut input, piece);
         loop {
             match requests.next(&mut input, u64::MAX) {
                 Ok(Parsed::Request(request)) => disk.carry_out(request),
                 Ok(Parsed::Refused(_)) => {}
-                Ok(Parsed::Incomplete | Parsed::Disconnect) => break,
+                Ok(Parsed::Incomplete) => break,
+                Ok(Parsed::Disconnect) => {
+                    sent.extend(drain(&replies));
+                    return (sent, None, disk.0);
+                }
                 Ok(Parsed::NoRoom) => panic!("there is room without end"),
                 Err(violation) => return (drain(&replies), Some(violation), disk.0),
             }
         }
-        assert!(requests.wanted(&input) > 0);
+        assert!(input.len() < INPUT_MAX);
         sent.extend(drain(&replies));
     }
     (sent, None, disk.0)

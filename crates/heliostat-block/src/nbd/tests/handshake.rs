@@ -1,4 +1,4 @@
-use bytes::{BufMut, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 
 use super::*;
 use crate::limits::{NBD_OPTION_LEN_MAX, NBD_OPTIONS_MAX};
@@ -26,7 +26,7 @@ fn unknown_client_flags_end_the_connection() {
     for flags in [4_u32, 1 << 31, u32::MAX] {
         let mut output = BytesMut::new();
         let mut handshake = Handshake::new(&mut output);
-        let mut input = BytesMut::from(&flags.to_be_bytes()[..]);
+        let mut input = Bytes::copy_from_slice(&flags.to_be_bytes());
         let offers = Offers { exports: &[], shutting_down: false };
         assert_eq!(handshake.step(&mut input, offers, &mut output), Err(Violation::ClientFlags(flags)));
         assert_eq!(handshake.step(&mut input, offers, &mut output), Err(Violation::AfterEnd));
@@ -154,8 +154,8 @@ fn export_name_is_answered_with_zeroes_unless_refused() {
         let mut output = BytesMut::new();
         let mut handshake = Handshake::new(&mut output);
         output.clear();
-        let mut input = BytesMut::from(&client_flags.to_be_bytes()[..]);
-        input.extend_from_slice(&option_bytes(opt::EXPORT_NAME, b"a"));
+        let mut input = Bytes::copy_from_slice(&client_flags.to_be_bytes());
+        receive(&mut input, &option_bytes(opt::EXPORT_NAME, b"a"));
         let offers = Offers { exports: &exports, shutting_down: false };
         assert_eq!(handshake.step(&mut input, offers, &mut output), Ok(Step::Answered));
         assert!(matches!(handshake.step(&mut input, offers, &mut output), Ok(Step::Agreed(_))));
@@ -230,8 +230,8 @@ fn a_context_is_lost_by_another_export_or_a_later_selection() {
 fn an_option_that_is_too_long_is_passed_over_and_refused() {
     let exports = [offer("a")];
     let mut server = Server::new(&exports);
-    let mut input = option_bytes(opt::GO, &vec![0; NBD_OPTION_LEN_MAX + 1]);
-    input.extend_from_slice(&option_bytes(opt::LIST, &[]));
+    let mut input = option_bytes(opt::GO, &vec![0; NBD_OPTION_LEN_MAX + 1]).freeze();
+    receive(&mut input, &option_bytes(opt::LIST, &[]));
     while !input.is_empty() {
         server.handshake.step(&mut input, server.offers, &mut server.output).unwrap();
     }
@@ -251,14 +251,14 @@ fn a_handshake_without_end_is_ended() {
     let mut header = option_bytes(77, &[]);
     header.truncate(12);
     header.put_u32(u32::MAX);
-    let end = server.handshake.step(&mut header, server.offers, &mut server.output);
+    let end = server.handshake.step(&mut header.freeze(), server.offers, &mut server.output);
     assert!(matches!(end, Err(Violation::HandshakeBound(_, "bytes"))));
 }
 
 #[test]
 fn garbage_instead_of_an_option_ends_the_connection() {
     let mut server = Server::new(&[]);
-    let mut input = BytesMut::from(&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..]);
+    let mut input = Bytes::from_static(&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..]);
     let end = server.handshake.step(&mut input, server.offers, &mut server.output);
     assert!(matches!(end, Err(Violation::Magic { .. })));
 }

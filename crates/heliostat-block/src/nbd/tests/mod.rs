@@ -7,7 +7,7 @@ mod replies;
 mod requests;
 mod round_trip;
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::handshake::{Agreed, Handshake, Offers, Step};
 use super::reply::Replies;
@@ -97,13 +97,13 @@ impl<'a> Server<'a> {
         let mut handshake = Handshake::new(&mut output);
         output.clear();
         let offers = Offers { exports, shutting_down: false };
-        let mut flags = BytesMut::from(&3_u32.to_be_bytes()[..]);
+        let mut flags = Bytes::copy_from_slice(&3_u32.to_be_bytes());
         assert_eq!(handshake.step(&mut flags, offers, &mut output), Ok(Step::Answered));
         Self { handshake, offers, output }
     }
 
     pub(super) fn send(&mut self, option: u32, data: &[u8]) -> Result<Step, Violation> {
-        self.handshake.step(&mut option_bytes(option, data), self.offers, &mut self.output)
+        self.handshake.step(&mut option_bytes(option, data).freeze(), self.offers, &mut self.output)
     }
 
     /// Sends an option; answers the types and data of the replies.
@@ -151,10 +151,15 @@ pub(super) fn drain(replies: &Replies) -> Vec<u8> {
     bytes
 }
 
+/// Appends what was received.
+pub(super) fn receive(input: &mut Bytes, piece: &[u8]) {
+    *input = [&input[..], piece].concat().into();
+}
+
 /// The one request in `bytes`, paid with success.
 pub(super) fn parse_one(terms: Terms, bytes: &[u8]) -> Command {
     let (mut requests, replies) = requests(terms);
-    let mut input = BytesMut::from(bytes);
+    let mut input = Bytes::copy_from_slice(bytes);
     match requests.next(&mut input, u64::MAX) {
         Ok(Parsed::Request(request)) => {
             request.reply.done();

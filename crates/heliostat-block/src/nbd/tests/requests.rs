@@ -1,4 +1,4 @@
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use super::*;
 use crate::limits::{NBD_OWN_BUFFER_MIN, NBD_PAYLOAD_MAX, NBD_SKIP_MAX};
@@ -75,7 +75,7 @@ fn requests_of_no_length_are_taken_but_have_no_status() {
 /// The error with which `bytes` are refused. Sees that it is answered once, and that the next is understood.
 fn refusal(terms: Terms, bytes: &[u8]) -> Errno {
     let (mut requests, replies) = requests(terms);
-    let mut input = BytesMut::from(bytes);
+    let mut input = Bytes::copy_from_slice(bytes);
     let refused = requests.next(&mut input, u64::MAX);
     let Ok(Parsed::Refused(errno)) = refused else { panic!("not refused: {refused:?}") };
     let answer = drain(&replies);
@@ -89,7 +89,7 @@ fn refusal(terms: Terms, bytes: &[u8]) -> Errno {
         &answer[8..16]
     };
     assert_eq!(cookie, 7_u64.to_be_bytes());
-    input.extend_from_slice(&request_bytes(cmd::FLUSH, 0, 8, 0, 0));
+    receive(&mut input, &request_bytes(cmd::FLUSH, 0, 8, 0, 0));
     let next = requests.next(&mut input, u64::MAX);
     let Ok(Parsed::Request(next)) = next else { panic!("out of step: {next:?}") };
     next.reply.done();
@@ -156,7 +156,7 @@ fn wrong_requests_get_the_error_of_the_document() {
 fn a_payload_that_is_too_long_to_be_skipped_ends_the_connection() {
     for len in [NBD_SKIP_MAX + 1, u32::MAX] {
         let (mut requests, replies) = requests(terms(ReplyStyle::Simple));
-        let mut input = request_bytes(cmd::WRITE, 0, 7, 0, len);
+        let mut input = request_bytes(cmd::WRITE, 0, 7, 0, len).freeze();
         let end = requests.next(&mut input, u64::MAX);
         assert!(matches!(end, Err(Violation::PayloadTooLong(_))));
         assert!(replies.is_empty());
@@ -167,7 +167,7 @@ fn a_payload_that_is_too_long_to_be_skipped_ends_the_connection() {
 #[test]
 fn garbage_ends_the_connection_and_stays_ended() {
     let (mut requests, _) = requests(terms(ReplyStyle::Simple));
-    let mut input = BytesMut::from(&[0x42; 64][..]);
+    let mut input = Bytes::from_static(&[0x42; 64]);
     assert!(matches!(requests.next(&mut input, u64::MAX), Err(Violation::Magic { .. })));
     assert!(matches!(requests.next(&mut input, u64::MAX), Err(Violation::AfterEnd)));
 }
@@ -175,10 +175,10 @@ fn garbage_ends_the_connection_and_stays_ended() {
 #[test]
 fn nothing_may_follow_a_disconnect() {
     let (mut requests, replies) = requests(terms(ReplyStyle::Structured));
-    let mut input = request_bytes(cmd::DISC, 0, 7, 0, 0);
+    let mut input = request_bytes(cmd::DISC, 0, 7, 0, 0).freeze();
     assert!(matches!(requests.next(&mut input, u64::MAX), Ok(Parsed::Disconnect)));
     assert!(matches!(requests.next(&mut input, u64::MAX), Ok(Parsed::Incomplete)));
-    input.extend_from_slice(&request_bytes(cmd::FLUSH, 0, 8, 0, 0));
+    receive(&mut input, &request_bytes(cmd::FLUSH, 0, 8, 0, 0));
     assert!(matches!(requests.next(&mut input, u64::MAX), Err(Violation::AfterEnd)));
     assert!(replies.is_empty(), "a disconnect has no answer");
 }
@@ -187,8 +187,8 @@ fn nothing_may_follow_a_disconnect() {
 fn a_request_waits_until_there_is_room() {
     for kind in [cmd::READ, cmd::WRITE] {
         let (mut requests, _) = requests(terms(ReplyStyle::Structured));
-        let mut input = request_bytes(kind, 0, 7, 0, 4096);
-        input.extend_from_slice(&[1; 4096]);
+        let mut input = request_bytes(kind, 0, 7, 0, 4096).freeze();
+        receive(&mut input, &[1; 4096]);
         assert!(matches!(requests.next(&mut input, 4095), Ok(Parsed::NoRoom)));
         let Ok(Parsed::Request(request)) = requests.next(&mut input, 4096) else { panic!("room enough") };
         request.reply.failed(Errno::Io, "");
@@ -200,8 +200,8 @@ fn a_long_payload_is_received_into_a_buffer_of_its_own() {
     let len = NBD_OWN_BUFFER_MIN + 5;
     let payload: Vec<u8> = (0..len).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let (mut requests, _) = requests(terms(ReplyStyle::Structured));
-    let mut input = request_bytes(cmd::WRITE, 0, 7, 4096, len.try_into().unwrap());
-    input.extend_from_slice(&payload[..100]);
+    let mut input = request_bytes(cmd::WRITE, 0, 7, 4096, len.try_into().unwrap()).freeze();
+    receive(&mut input, &payload[..100]);
     assert!(matches!(requests.next(&mut input, u64::MAX), Ok(Parsed::Incomplete)));
     assert!(input.is_empty() && requests.is_inside_request(&input));
     let mut from = 100;
@@ -221,11 +221,10 @@ fn a_long_payload_is_received_into_a_buffer_of_its_own() {
 #[test]
 fn a_short_payload_is_cut_out_of_the_input_without_a_copy() {
     let (mut requests, _) = requests(terms(ReplyStyle::Simple));
-    let mut input = request_bytes(cmd::WRITE, 0, 7, 0, 4096);
-    input.extend_from_slice(&[9; 4000]);
+    let mut input = request_bytes(cmd::WRITE, 0, 7, 0, 4096).freeze();
+    receive(&mut input, &[9; 4000]);
     assert!(matches!(requests.next(&mut input, u64::MAX), Ok(Parsed::Incomplete)));
-    assert_eq!(requests.wanted(&input), 96);
-    input.extend_from_slice(&[9; 96]);
+    receive(&mut input, &[9; 96]);
     let place = input[28..].as_ptr();
     let Ok(Parsed::Request(request)) = requests.next(&mut input, u64::MAX) else { panic!("all was there") };
     request.reply.done();

@@ -36,7 +36,10 @@ fn negotiate(exports: &[Offer], wish: Wish) -> Result<(Conversation, Agreed), Ne
             assert_eq!(found.terms, terms, "both sides know the same");
             return Ok((Conversation::new(found), agreed));
         }
-        match server.step(&mut to_server, offers, &mut to_client) {
+        let mut received = to_server.split().freeze();
+        let step = server.step(&mut received, offers, &mut to_client);
+        to_server.extend_from_slice(&received);
+        match step {
             Ok(Step::Agreed(now)) => agreed = Some(now),
             Ok(Step::Answered) => {}
             other => panic!("stuck: {other:?}, client found {found:?}"),
@@ -98,6 +101,7 @@ impl Pair {
         let mut wire = BytesMut::new();
         let cookie = self.client.ask(ask, &mut wire).unwrap();
         wire.extend_from_slice(payload);
+        let mut wire = wire.freeze();
         while let Parsed::Request(request) = self.server.next(&mut wire, u64::MAX).unwrap() {
             self.disk.carry_out(request);
         }
@@ -184,6 +188,11 @@ fn old_server(known: &[u32]) -> Result<Conversation, NegotiationError> {
     let (mut to_client, mut to_server) = (BytesMut::new(), BytesMut::new());
     let mut server = Handshake::new(&mut to_client);
     let mut client = Negotiation::new(wish("a", ReplyStyle::Structured));
+    let step = |server: &mut Handshake, to_server: &mut BytesMut, to_client: &mut BytesMut| {
+        let mut received = to_server.split().freeze();
+        server.step(&mut received, offers, to_client).unwrap();
+        to_server.extend_from_slice(&received);
+    };
     for _ in 0..20 {
         if let Some(found) = client.step(&mut to_client, &mut to_server)? {
             return Ok(Conversation::new(&found));
@@ -193,12 +202,12 @@ fn old_server(known: &[u32]) -> Result<Conversation, NegotiationError> {
             if !known.contains(&option) {
                 to_server[8..12].copy_from_slice(&99_u32.to_be_bytes());
             }
-            server.step(&mut to_server, offers, &mut to_client).unwrap();
+            step(&mut server, &mut to_server, &mut to_client);
             if to_client.len() >= 12 && to_client[8..12] == 99_u32.to_be_bytes() {
                 to_client[8..12].copy_from_slice(&option.to_be_bytes());
             }
         } else {
-            server.step(&mut to_server, offers, &mut to_client).unwrap();
+            step(&mut server, &mut to_server, &mut to_client);
         }
     }
     panic!("no end");
