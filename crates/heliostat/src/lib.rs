@@ -1,14 +1,8 @@
-//! The program: front ends, control, command line. Tests and benchmarks use its parts from here.
-//!
-//! Bytes of an image are touched through a node only; what touches the host is `heliostat-host`'s.
-
-#![forbid(unsafe_code)]
-
-pub mod cli;
 //! heliostat, the program, as a library: what `main.rs` and the end to end tests share.
 //!
 //! It touches image bytes only through nodes; what touches the host is in `heliostat-host`.
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod daemon;

@@ -1,4 +1,5 @@
-//! Images that a verb of the command line opens itself, to look at them: always through a node, never to write.
+//! Images that a verb of the command line opens itself, to look at them: always through a node that refuses
+//! writes.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use heliostat_host::clock::RealClock;
 use heliostat_host::file::FileStorage;
 use heliostat_host::open::{Access, Cache, Locking, OpenError, OpenOptions};
 
-/// An image that is open for reading.
+/// An image that is open, to be read.
 pub struct Image {
     /// Where it is.
     pub path: PathBuf,
@@ -24,13 +25,21 @@ pub struct Image {
     pub is_direct: bool,
 }
 
-/// Opens an image for reading.
+/// Opens an image for reading, while nobody else may write, or they may.
 ///
 /// # Errors
 /// [`OpenError`], which says what to do.
 pub fn open(path: &Path, cache: Cache, locking: Locking) -> Result<Image, OpenError> {
-    let options = OpenOptions { access: Access::ReadOnly, cache, locking, ..OpenOptions::default() };
-    let storage = FileStorage::open(path, &options)?;
+    open_as(path, &OpenOptions { access: Access::ReadOnly, cache, locking, ..OpenOptions::default() })
+}
+
+/// Opens an image as somebody else is about to, so that what stands in the way is known before anything
+/// happens.
+///
+/// # Errors
+/// [`OpenError`], which says what to do.
+pub fn open_as(path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    let storage = FileStorage::open(path, options)?;
     let (is_device, is_direct) = (storage.is_device(), storage.is_direct());
     let node = Node::new(
         NodeName::generated(0),

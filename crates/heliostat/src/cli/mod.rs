@@ -7,10 +7,15 @@ mod address;
 mod compare;
 mod completions;
 pub mod demo;
+mod ending;
 mod image;
 mod info;
+mod mirror;
+mod offer;
 mod output;
 mod progress;
+mod serve;
+mod target;
 mod units;
 
 use std::process::ExitCode;
@@ -34,6 +39,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    Serve(serve::Serve),
+    Mirror(mirror::Mirror),
     Info(info::Info),
     Compare(compare::Compare),
     Completions(completions::Completions),
@@ -42,6 +49,8 @@ enum Verb {
 impl Verb {
     fn run(&self, form: Form) -> Result<Outcome> {
         match self {
+            Self::Serve(serve) => serve.run(form),
+            Self::Mirror(mirror) => mirror.run(form),
             Self::Info(info) => info.run(form),
             Self::Compare(compare) => compare.run(form),
             Self::Completions(completions) => completions.run(),
