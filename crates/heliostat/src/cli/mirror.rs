@@ -304,7 +304,9 @@ impl Mirror {
             let event = session.events.next(ending::LOOK_EVERY);
             let look = Look::at(&session.job);
             meter.show(&look);
-            let Some(Happening::Job { event, .. }) = event.as_ref().map(|event| &event.what) else { continue };
+            let Some(Happening::Job { event, .. }) = event.as_ref().map(|event| &event.what) else {
+                continue;
+            };
             match event {
                 JobEvent::Ready => self.ready(session),
                 JobEvent::Error { .. } => say(format_args!("mirror: {}", words_of_error(event))),
@@ -343,7 +345,9 @@ impl Mirror {
 
     fn words_of_pause(&self) -> String {
         match &self.offer.control() {
-            Some(control) => format!("mirror: paused; `heliostat job resume {JOB} --control {}`", control.display()),
+            Some(control) => {
+                format!("mirror: paused; `heliostat job resume {JOB} --control {}`", control.display())
+            }
             None => "mirror: paused, and nobody can resume it without --control; Ctrl-C ends it".to_owned(),
         }
     }
@@ -465,7 +469,8 @@ fn words_of_error(event: &JobEvent) -> String {
         heliostat_block::job::Operation::Write => "writing the target",
     };
     let place = range.map_or_else(String::new, |range| format!(" at {range}"));
-    let why = errno.map_or_else(String::new, |errno| format!(": {}", std::io::Error::from_raw_os_error(errno)));
+    let why =
+        errno.map_or_else(String::new, |errno| format!(": {}", std::io::Error::from_raw_os_error(errno)));
     let next = match action {
         heliostat_block::job::ErrorAction::Report => "",
         heliostat_block::job::ErrorAction::Ignore => "; it will be tried again",

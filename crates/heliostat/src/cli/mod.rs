@@ -39,6 +39,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    Demo(demo::Demo),
     Serve(serve::Serve),
     Mirror(mirror::Mirror),
     Info(info::Info),
@@ -49,6 +50,7 @@ enum Verb {
 impl Verb {
     fn run(&self, form: Form) -> Result<Outcome> {
         match self {
+            Self::Demo(demo) => demo.run(form),
             Self::Serve(serve) => serve.run(form),
             Self::Mirror(mirror) => mirror.run(form),
             Self::Info(info) => info.run(form),

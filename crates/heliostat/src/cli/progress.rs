@@ -81,11 +81,9 @@ impl Look {
         }
         words.push(time_words(self.status, self.time_left));
         match (self.guest_p99_before, self.guest_p99_now) {
-            (Some(before), Some(now)) => words.push(format!(
-                "guest p99 {}, before {}",
-                units::latency(now),
-                units::latency(before)
-            )),
+            (Some(before), Some(now)) => {
+                words.push(format!("guest p99 {}, before {}", units::latency(now), units::latency(before)))
+            }
             (None, Some(now)) => words.push(format!("guest p99 {}", units::latency(now))),
             (_, None) => {}
         }

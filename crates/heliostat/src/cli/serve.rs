@@ -134,7 +134,9 @@ impl Serve {
     pub fn run(&self, form: Form) -> Result<Outcome> {
         let address = self.offer.resolve()?;
         if !self.offer.is_reachable() {
-            bail!("nobody could reach it; add --nbd ADDRESS for clients, --control SOCKET for operators, or both");
+            bail!(
+                "nobody could reach it; add --nbd ADDRESS for clients, --control SOCKET for operators, or both"
+            );
         }
         if self.disk.is_none() && address.is_some() {
             bail!("--nbd needs a disk; without one, start the NBD server over the control socket");

@@ -55,7 +55,10 @@ impl Plan {
     pub fn new(source: &Path, path: &Path, size: u64, permission: Permission, cache: Cache) -> Result<Self> {
         let Some(there) = metadata(path)? else {
             if permission == Permission::Existing {
-                bail!("{}: there is no such file, and --existing was given; without it the file is made", path.display());
+                bail!(
+                    "{}: there is no such file, and --existing was given; without it the file is made",
+                    path.display()
+                );
             }
             check_parent(path)?;
             return Ok(Self { path: path.to_owned(), size, way: Way::Create });
@@ -63,7 +66,11 @@ impl Plan {
         if let Some(source_there) = metadata(source)?
             && is_same(&source_there, &there)
         {
-            bail!("{} and {} are the same file; a disk cannot be mirrored into itself", source.display(), path.display());
+            bail!(
+                "{} and {} are the same file; a disk cannot be mirrored into itself",
+                source.display(),
+                path.display()
+            );
         }
         let is_file = there.is_file();
         let way = match permission {
@@ -159,7 +166,8 @@ fn metadata(path: &Path) -> Result<Option<Metadata>> {
 }
 
 fn is_same(a: &Metadata, b: &Metadata) -> bool {
-    let same_device = a.file_type().is_block_device() && b.file_type().is_block_device() && a.rdev() == b.rdev();
+    let same_device =
+        a.file_type().is_block_device() && b.file_type().is_block_device() && a.rdev() == b.rdev();
     same_device || (a.dev() == b.dev() && a.ino() == b.ino())
 }
 

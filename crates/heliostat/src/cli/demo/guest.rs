@@ -38,8 +38,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Received at once, at most: some answers of the longest reads.
 const RECEIVE: usize = 256 << 10;
 
-/// The most false reads that are described; more are counted.
-const FALSE_READS_KEPT: usize = 8;
+/// The most failures of one kind that are described; more are counted.
+const DESCRIBED_MAX: usize = 8;
 
 /// How a guest behaves.
 #[derive(Clone, Debug)]
@@ -84,6 +84,8 @@ pub struct Report {
     pub false_read_count: u64,
     /// Descriptions of requests that were answered with an error.
     pub errors: Vec<String>,
+    /// How many such requests there were.
+    pub error_count: u64,
 }
 
 /// Why a guest gave up.
@@ -101,7 +103,9 @@ impl fmt::Display for GuestError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Connection(error) => write!(f, "the guest lost its disk: {error}"),
-            Self::Protocol(error) => write!(f, "the guest and the server do not understand each other: {error}"),
+            Self::Protocol(error) => {
+                write!(f, "the guest and the server do not understand each other: {error}")
+            }
             Self::NoAnswer(waited) => write!(f, "a request of the guest got no answer in {waited:?}"),
         }
     }
@@ -233,6 +237,7 @@ impl Client {
                 false_reads: Vec::new(),
                 false_read_count: 0,
                 errors: Vec::new(),
+                error_count: 0,
             },
         })
     }
@@ -354,7 +359,12 @@ impl Client {
                     }
                     What::Flush => "a flush".to_owned(),
                 };
-                self.report.errors.push(format!("{name} failed: {:?} {}", failure.errno, failure.message));
+                self.report.error_count += 1;
+                if self.report.errors.len() < DESCRIBED_MAX {
+                    self.report
+                        .errors
+                        .push(format!("{name} failed: {:?} {}", failure.errno, failure.message));
+                }
             }
         }
         Ok(())
@@ -369,7 +379,7 @@ impl Client {
                 continue;
             }
             self.report.false_read_count += 1;
-            if self.report.false_reads.len() < FALSE_READS_KEPT {
+            if self.report.false_reads.len() < DESCRIBED_MAX {
                 let found = self.pattern.recognise(bytes);
                 let wanted = describe(expected.contents());
                 self.report.false_reads.push(format!("block {block}: read {found}, not {wanted}"));
@@ -448,15 +458,13 @@ fn fill(socket: &Socket, input: &mut BytesMut) -> io::Result<bool> {
 }
 
 async fn negotiate(socket: &Socket, export: &str, input: &mut BytesMut) -> Result<Found, GuestError> {
-    let wish = Wish {
-        export: export.to_owned(),
-        replies: ReplyStyle::Structured,
-        allocation: Allocation::Unwanted,
-    };
+    let wish =
+        Wish { export: export.to_owned(), replies: ReplyStyle::Structured, allocation: Allocation::Unwanted };
     let mut negotiation = Negotiation::new(wish);
     let mut output = BytesMut::new();
     loop {
-        let found = negotiation.step(input, &mut output).map_err(|error| GuestError::Protocol(error.to_string()))?;
+        let found =
+            negotiation.step(input, &mut output).map_err(|error| GuestError::Protocol(error.to_string()))?;
         while !output.is_empty() {
             send(socket, &mut output)?;
             if !output.is_empty() {
@@ -490,7 +498,8 @@ impl Report {
     /// The longest request that was under way at some moment of a stretch of time.
     #[must_use]
     pub fn longest_across(&self, from: Moment, until: Moment) -> Duration {
-        let across = self.timings.iter().filter(|timing| timing.sent <= until && timing.sent + timing.took >= from);
+        let across =
+            self.timings.iter().filter(|timing| timing.sent <= until && timing.sent + timing.took >= from);
         across.map(|timing| timing.took).max().unwrap_or_default()
     }
 }

@@ -13,24 +13,25 @@ mod record;
 mod stage;
 mod summary;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use heliostat_block::clock::Clock;
+use heliostat_block::clock::{Clock, Moment};
 use heliostat_block::convert::u64_from;
-use heliostat_block::job::progress::Rates;
 use heliostat_host::clock::RealClock;
 use heliostat_host::signal::Signals;
 
 use self::guest::{Guest, Habits};
 use self::pattern::{BLOCK, Pattern};
 use self::record::{PivotWindow, Record};
-use self::stage::Stage;
-use self::summary::{Facts, Space, Times};
+use self::stage::{Mirrored, Proved, Stage};
+use self::summary::{Facts, Times};
 use super::ending;
 use super::output::{self, Form, Outcome, say};
+use super::progress::Wanted;
 use super::units;
 
 /// The smallest disk that shows anything: some places with data, some holes, room for a guest.
@@ -191,7 +192,40 @@ impl Run<'_> {
         let initial = stage::initial_data(self.size / BLOCK);
         self.introduce(&initial);
         let stage = Stage::build(self.folder, self.size, pattern, &initial, signals)?;
-        let space_at_start = stage.space();
+        let guest = self.start_guest(&stage, pattern, initial)?;
+        let alone = self.clock.now();
+        let lived = self.live(&stage, &guest, signals);
+        let stopped = self.clock.now();
+        let (mirrored, mirror, report) = match (lived, guest.stop()) {
+            (Ok((mirrored, mirror)), Ok(report)) => (mirrored, mirror, report),
+            (Err(error), _) if error.is::<Interrupted>() => return Err(error),
+            // A guest that gave up is the reason for what else went wrong, not its consequence.
+            (_, Err(error)) => return Err(error.into()),
+            (Err(error), Ok(_)) => return Err(error),
+        };
+        let taken = stage.close()?;
+        let disks =
+            Disks { source: &stage::source_path(self.folder), target: &stage::target_path(self.folder) };
+        tamper(disks);
+        let window = PivotWindow { asked: mirror.asked, done: mirror.done };
+        let Proved { proof, read_back } = stage::prove(disks, &report.record, window, pattern)?;
+        let ended = self.clock.now();
+        Ok(Facts {
+            folder: self.folder.to_owned(),
+            size: self.size,
+            seed: self.seed,
+            counts: report.record.counts(window),
+            report,
+            times: Times { began, alone, mirrored, ready: mirror.ready, window, stopped, ended },
+            pause: mirror.pause,
+            data_copied: mirror.data_copied,
+            taken,
+            proof,
+            read_back,
+        })
+    }
+
+    fn start_guest(&self, stage: &Stage, pattern: Pattern, initial: Vec<Range<u64>>) -> Result<Guest> {
         let habits = Habits {
             address: stage.address(),
             export: stage::EXPORT.to_owned(),
@@ -201,46 +235,24 @@ impl Run<'_> {
             per_second: PER_SECOND,
         };
         let record = Record::new(self.size / BLOCK, initial);
-        let guest = Guest::start(habits, record, self.clock).context("cannot start the guest")?;
-
-        let alone = self.clock.now();
-        self.watch_guest(&guest, signals, ALONE)?;
-        let mirrored = self.clock.now();
-        let mirror = stage.mirror(self.speed(space_at_start.source), &guest, signals, self.wants_progress(), &self.clock)?;
-        self.watch_guest(&guest, signals, AFTERWARDS)?;
-        let stopped = self.clock.now();
-        let report = guest.stop().context("the guest")?;
-        let clients = stage.close()?;
-        let disks = Disks { source: &stage::source_path(self.folder), target: &stage::target_path(self.folder) };
-        tamper(disks);
-        let window = PivotWindow { asked: mirror.asked, done: mirror.done };
-        let proved = stage::prove(disks, &report.record, window, pattern)?;
-        let times = Times { began, alone, mirrored, ready: mirror.ready, window, stopped, ended: self.clock.now() };
-        Ok(Facts {
-            folder: self.folder.to_owned(),
-            size: self.size,
-            seed: self.seed,
-            counts: report.record.counts(window),
-            report,
-            times,
-            pause: mirror.pause,
-            rates: Rates::default(),
-            data_copied: mirror.data_copied,
-            space: Space { at_start: space_at_start, at_end: clients },
-            proof: proved.proof,
-            read_back: proved.read_back,
-        })
+        Guest::start(habits, record, self.clock).context("cannot start the guest")
     }
 
-    fn wants_progress(&self) -> super::progress::Wanted {
-        if self.demo.quiet || self.form == Form::Json {
-            super::progress::Wanted::No
-        } else {
-            super::progress::Wanted::Yes
-        }
+    /// What happens while the guest runs: alone, with the mirror, on the target.
+    fn live(&self, stage: &Stage, guest: &Guest, signals: &mut Signals) -> Result<(Moment, Mirrored)> {
+        self.watch_guest(guest, signals, ALONE)?;
+        let started = self.clock.now();
+        let speed = self.speed(stage.taken().source);
+        let mirrored = stage.mirror(speed, guest, signals, self.wants_progress(), self.clock)?;
+        self.watch_guest(guest, signals, AFTERWARDS)?;
+        Ok((started, mirrored))
     }
 
-    fn introduce(&self, initial: &[std::ops::Range<u64>]) {
+    fn wants_progress(&self) -> Wanted {
+        if self.demo.quiet || self.form == Form::Json { Wanted::No } else { Wanted::Yes }
+    }
+
+    fn introduce(&self, initial: &[Range<u64>]) {
         let data: u64 = initial.iter().map(|range| (range.end - range.start) * BLOCK).sum();
         self.say("A disk that moves while it is being written to.");
         self.say("");

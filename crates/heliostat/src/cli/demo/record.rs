@@ -183,8 +183,7 @@ impl Record {
     /// and target may differ.
     #[must_use]
     pub fn touched_since(&self, window: PivotWindow) -> BTreeSet<u64> {
-        let late =
-            self.entries.iter().filter(|entry| entry.acknowledged.is_none_or(|at| at >= window.asked));
+        let late = self.entries.iter().filter(|entry| entry.acknowledged.is_none_or(|at| at >= window.asked));
         late.flat_map(|entry| entry.blocks.clone()).collect()
     }
 
