@@ -7,6 +7,7 @@ pub(crate) mod attempt;
 pub(crate) mod copy;
 pub mod doubling;
 pub mod figures;
+pub mod lanes;
 pub mod mirror;
 pub(crate) mod mirror_step;
 pub mod options;
@@ -16,6 +17,7 @@ pub(crate) mod rate;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;
+pub(crate) mod underway;
 pub(crate) mod unflushed;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
