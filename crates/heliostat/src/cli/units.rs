@@ -26,7 +26,9 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let not_a_number = || format!("\"{text}\" is no size; write it as 512, 64K or 1.5G");
-    if whole.is_empty() || fraction.len() > FRACTION_DIGITS_MAX || (fraction.is_empty() && number.contains('.'))
+    if whole.is_empty()
+        || fraction.len() > FRACTION_DIGITS_MAX
+        || (fraction.is_empty() && number.contains('.'))
     {
         return Err(not_a_number());
     }
@@ -143,7 +145,20 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused_with_a_sentence() {
-        for text in ["", "K", "-1", "1x", "1..2", "1.", ".5", "16E", "99999999999T", "1e3", "0x10", "18446744073709551616"] {
+        for text in [
+            "",
+            "K",
+            "-1",
+            "1x",
+            "1..2",
+            "1.",
+            ".5",
+            "16E",
+            "99999999999T",
+            "1e3",
+            "0x10",
+            "18446744073709551616",
+        ] {
             let error = parse_size(text).unwrap_err();
             assert!(error.len() > 20, "{text}: {error}");
         }

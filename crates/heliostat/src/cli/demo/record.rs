@@ -4,7 +4,7 @@
 //! Two requests of the guest never touch the same block at the same time, so that what a block must hold is
 //! never a matter of opinion. Pure: times come in.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use heliostat_block::clock::Moment;
@@ -182,10 +182,9 @@ impl Record {
     /// Which blocks were touched by requests that were not acknowledged before the pivot: there alone source
     /// and target may differ.
     #[must_use]
-    pub fn touched_since(&self, window: PivotWindow) -> BTreeMap<u64, ()> {
-        let late =
-            self.entries.iter().filter(|entry| entry.acknowledged.is_none_or(|at| at >= window.asked));
-        late.flat_map(|entry| entry.blocks.clone()).map(|block| (block, ())).collect()
+    pub fn touched_since(&self, window: PivotWindow) -> BTreeSet<u64> {
+        let late = self.entries.iter().filter(|entry| entry.acknowledged.is_none_or(|at| at >= window.asked));
+        late.flat_map(|entry| entry.blocks.clone()).collect()
     }
 
     /// How many requests were acknowledged before, during and after the pivot.
@@ -288,7 +287,7 @@ mod tests {
         assert_eq!(source[2], Expected::One(Content::Written(before)));
         assert_eq!(source[3], Expected::One(Content::Zeroes));
         assert_eq!(record.expected(2), &Expected::One(Content::Written(after)));
-        let touched: Vec<_> = record.touched_since(window()).into_keys().collect();
+        let touched: Vec<_> = record.touched_since(window()).into_iter().collect();
         assert_eq!(touched, [1, 2, 3]);
         assert_eq!(record.counts(window()), Counts { before: 1, during: 1, after: 1, failed: 0 });
     }
