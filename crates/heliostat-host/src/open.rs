@@ -330,7 +330,7 @@ impl FileStorage {
         let stat = fstat(file).map_err(|e| OpenError::io(path, "look at", e))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         check_kind(path, kind)?;
-        // A ring gives up instead of waiting when this is set, even for files.
+        // What a ring makes of this on a file differs from kernel to kernel, down to giving up instead of waiting.
         let flags = rustix::fs::fcntl_getfl(file).map_err(|e| OpenError::io(path, "look at", e))?;
         rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)
             .map_err(|e| OpenError::io(path, "set up", e))?;

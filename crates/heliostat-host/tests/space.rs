@@ -55,6 +55,8 @@ fn data_and_holes_are_told_apart() {
             assert_eq!(all_extents(&storage).await, expected);
             let part = storage.extents(range(MIB + 5, 10)).await.unwrap();
             assert_eq!(part, [Extent { range: range(MIB + 5, 10), status: data }]);
+            // It remembers this, and must not for longer than it is true.
+            storage.extents(range(5 * MIB, 3 * MIB)).await.unwrap();
             storage
                 .write_zeroes(range(5 * MIB, MIB), ZeroSpace::MayUnmap, ZeroEffort::Any, Durability::Cached)
                 .await
