@@ -23,17 +23,12 @@ use heliostat_block::nbd::Terms;
 use heliostat_block::nbd::handshake::{Handshake, Offers, Step};
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
-use heliostat_host::clock::RealClock;
 use heliostat_host::socket::Socket;
 
-use super::exports::{Client, Exports};
+use super::exports::Client;
 use super::patience::Patience;
-use super::until_stopped;
+use super::{Shared, until_stopped};
 use crate::serve::{Buffers, Permit, Permits, bytes_held, carry_out, detached};
-
-/// How long a client may take for the handshake. People type no handshakes; a program on the other side of
-/// the world needs two seconds.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 
 /// How long answers are kept for a client that does not read them when its connection is to end.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(3);
@@ -58,29 +53,25 @@ const PINNING_MAX: usize = 16;
 const PINNING_LEN: usize = RECEIVE_LEN / 4;
 
 /// Serves a client from its first byte to its last answer.
-pub(super) async fn serve(socket: Socket, exports: Arc<Exports>, buffers: Buffers, clock: RealClock) {
+pub(super) async fn serve(socket: Socket, shared: &Shared) {
     let mut input = Bytes::new();
     let agreed = {
-        let handshake = until_stopped(&exports, handshake(&socket, &exports, &buffers, &mut input));
-        match select(pin!(handshake), clock.sleep(HANDSHAKE_TIME)).await {
+        let handshake = until_stopped(&shared.exports, handshake(&socket, shared, &mut input));
+        match select(pin!(handshake), shared.clock.sleep(shared.handshake_time)).await {
             Either::Left((agreed, _)) => agreed.flatten(),
             Either::Right(_) => None,
         }
     };
     let Some((client, terms)) = agreed else { return };
-    let start = |request, permit| carry_out(Arc::clone(client.place()), buffers.clone(), request, permit);
-    let mut connection =
-        Connection::new(socket, (&client, terms), &exports, input, (buffers.clone(), clock), start);
+    let start =
+        |request, permit| carry_out(Arc::clone(client.place()), shared.buffers.clone(), request, permit);
+    let mut connection = Connection::new(socket, (&client, terms), shared, input, start);
     poll_fn(|cx| connection.turn(cx)).await;
 }
 
 /// Agrees with the client on an export. `None` when the connection is to be closed.
-async fn handshake(
-    socket: &Socket,
-    exports: &Exports,
-    buffers: &Buffers,
-    input: &mut Bytes,
-) -> Option<(Client, Terms)> {
+async fn handshake(socket: &Socket, shared: &Shared, input: &mut Bytes) -> Option<(Client, Terms)> {
+    let exports = &shared.exports;
     let mut output = BytesMut::new();
     let mut handshake = Handshake::new(&mut output);
     loop {
@@ -89,7 +80,7 @@ async fn handshake(
         let offers = Offers { exports: &offers, shutting_down: exports.is_stopping() };
         match handshake.step(input, offers, &mut output).ok()? {
             Step::Answered => {}
-            Step::Incomplete => receive(socket, buffers, input).await.ok()?,
+            Step::Incomplete => receive(socket, &shared.buffers, input).await.ok()?,
             Step::Agreed(agreed) => {
                 let client = exports.enter(&offered[agreed.offer])?;
                 send_all(socket, &mut output).await.ok()?;
@@ -204,7 +195,7 @@ enum Stage {
 struct Connection<'a, F, M> {
     socket: Socket,
     client: &'a Client,
-    exports: &'a Exports,
+    shared: &'a Shared,
     stage: Stage,
     requests: Requests,
     replies: Replies,
@@ -212,7 +203,6 @@ struct Connection<'a, F, M> {
     input: Bytes,
     /// Memory for the next receive.
     spare: Option<Buffer>,
-    buffers: Buffers,
     permits: Permits,
     start: M,
     flights: Flights<F>,
@@ -220,7 +210,6 @@ struct Connection<'a, F, M> {
     is_full: bool,
     patience: Patience,
     last_answer: Instant,
-    clock: RealClock,
     changed: EventListener,
     last_answers: Option<LocalFuture<'static, ()>>,
 }
@@ -229,37 +218,34 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     fn new(
         socket: Socket,
         (client, terms): (&'a Client, Terms),
-        exports: &'a Exports,
+        shared: &'a Shared,
         input: Bytes,
-        (buffers, clock): (Buffers, RealClock),
         start: M,
     ) -> Self {
         let replies = Replies::new(&terms);
         Self {
             socket,
             client,
-            exports,
+            shared,
             stage: Stage::Serving,
-            requests: Requests::new(terms, buffers.for_payloads(), replies.clone()),
+            requests: Requests::new(terms, shared.buffers.for_payloads(), replies.clone()),
             replies,
             input,
             spare: None,
-            buffers,
             permits: Permits::new(REQUESTS_MAX, BYTES_MAX),
             start,
             flights: Flights::new(),
             is_full: false,
             patience: Patience::new(),
             last_answer: Instant::now(),
-            clock,
-            changed: exports.listen(),
+            changed: shared.exports.listen(),
             last_answers: None,
         }
     }
 
     /// Does what can be done now. Ready when the connection is over.
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.stage == Stage::Serving && (self.exports.is_stopping() || self.client.is_closing()) {
+        if self.stage == Stage::Serving && (self.shared.exports.is_stopping() || self.client.is_closing()) {
             self.stage = Stage::Ending;
         }
         let mut has_moved = self.flights.poll_ended(cx);
@@ -294,7 +280,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 self.requests.payload_received(received.as_ref().copied().unwrap_or(0));
                 received
             }
-            None => receive_now(&self.socket, &self.buffers, &mut self.spare, &mut self.input),
+            None => receive_now(&self.socket, &self.shared.buffers, &mut self.spare, &mut self.input),
         };
         match received {
             Ok(0) => self.stage = Stage::Ending,
@@ -380,7 +366,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         if self.replies.is_empty() {
             return true;
         }
-        let clock = self.clock;
+        let clock = self.shared.clock;
         let patience = self.last_answers.get_or_insert_with(|| clock.sleep(LAST_ANSWERS_TIME));
         patience.as_mut().poll(cx).is_ready()
     }
@@ -401,7 +387,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 has_news |= pin!(self.socket.readable()).poll(cx).is_ready();
             }
             if Pin::new(&mut self.changed).poll(cx).is_ready() {
-                self.changed = self.exports.listen();
+                self.changed = self.shared.exports.listen();
                 has_news = true;
             }
         }

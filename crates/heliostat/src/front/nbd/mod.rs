@@ -28,6 +28,10 @@ pub use exports::{ExportError, ExportSettings, ExportStatus, Removal, Removed};
 /// Connections of one server at once when nothing is said, as QEMU has it.
 pub const CONNECTIONS_DEFAULT: usize = 100;
 
+/// How long a client may take for the handshake when nothing is said. People type no handshakes; a program on
+/// the other side of the world needs two seconds.
+pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
+
 /// How long to wait when the host has no descriptor left for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -47,11 +51,17 @@ pub struct ServerSettings {
     pub reach: Reach,
     /// The most connections at once; further ones wait. 0 means no bound.
     pub connections_max: usize,
+    /// How long a client may take until it has chosen its export. After that it may be silent for ever.
+    pub handshake_time: Duration,
 }
 
 impl Default for ServerSettings {
     fn default() -> Self {
-        Self { reach: Reach::Local, connections_max: CONNECTIONS_DEFAULT }
+        Self {
+            reach: Reach::Local,
+            connections_max: CONNECTIONS_DEFAULT,
+            handshake_time: HANDSHAKE_TIME_DEFAULT,
+        }
     }
 }
 
@@ -82,7 +92,7 @@ impl NbdServer {
         let address = listener.address().clone();
         let exports = Arc::new(Exports::new());
         let shared = Arc::clone(&exports);
-        let body = move || run(listener, shared, settings.connections_max);
+        let body = move || run(listener, shared, settings);
         let thread = Thread::spawn("nbd", body)?;
         Ok(Self { exports, address, thread: Some(thread) })
     }
@@ -140,6 +150,14 @@ impl Drop for NbdServer {
     }
 }
 
+/// What the connections of one server share.
+struct Shared {
+    exports: Arc<Exports>,
+    buffers: Buffers,
+    clock: RealClock,
+    handshake_time: Duration,
+}
+
 /// Connections that have not ended. Counted on the server's thread.
 #[derive(Default)]
 struct Tally {
@@ -172,11 +190,16 @@ impl Drop for Counted {
 }
 
 /// The server's thread.
-async fn run(listener: Listener, exports: Arc<Exports>, connections_max: usize) {
-    let clock = RealClock::new();
-    let buffers = Buffers::new();
+async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings) {
+    let shared = Shared {
+        exports: Arc::clone(&exports),
+        buffers: Buffers::new(),
+        clock: RealClock::new(),
+        handshake_time: settings.handshake_time,
+    };
+    let shared = Rc::new(shared);
     let tally = Rc::new(Tally::default());
-    let bound = if connections_max == 0 { usize::MAX } else { connections_max };
+    let bound = if settings.connections_max == 0 { usize::MAX } else { settings.connections_max };
     loop {
         let next = async {
             tally.fewer_than(bound).await;
@@ -186,17 +209,17 @@ async fn run(listener: Listener, exports: Arc<Exports>, connections_max: usize) 
             None => break,
             Some(Ok(socket)) => {
                 let counted = tally.count_in();
-                spawn_local(serve(socket, Arc::clone(&exports), buffers.clone(), clock, counted));
+                spawn_local(serve(socket, Rc::clone(&shared), counted));
             }
-            Some(Err(_)) => clock.sleep(ACCEPT_PAUSE).await,
+            Some(Err(_)) => shared.clock.sleep(ACCEPT_PAUSE).await,
         }
     }
     drop(listener);
     tally.fewer_than(1).await;
 }
 
-async fn serve(socket: Socket, exports: Arc<Exports>, buffers: Buffers, clock: RealClock, counted: Counted) {
-    connection::serve(socket, exports, buffers, clock).await;
+async fn serve(socket: Socket, shared: Rc<Shared>, counted: Counted) {
+    connection::serve(socket, &shared).await;
     drop(counted);
 }
 
