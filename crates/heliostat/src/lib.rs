@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod control;
 pub mod daemon;
 //! The program's parts, for its binary and its tests. Not an interface for other programs.
 
