@@ -121,6 +121,14 @@ pub const fn status_name(status: JobStatus) -> &'static str {
     }
 }
 
+/// The status of that name.
+#[must_use]
+pub fn status_named(name: &str) -> Option<JobStatus> {
+    use JobStatus::{Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby, Waiting};
+    let all = [Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null];
+    all.into_iter().find(|status| status_name(*status) == name)
+}
+
 /// Whether progress is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
