@@ -247,3 +247,39 @@ fn writing_past_the_largest_file_is_an_error_of_its_own() {
     })
     .unwrap();
 }
+
+/// Bytes of a file that are in the page cache.
+fn cached(path: &Path) -> Option<u64> {
+    let arguments = ["--bytes", "--noheadings", "--output", "RES", path.to_str().unwrap()];
+    match common::run("fincore", &arguments) {
+        Ok(text) => text.trim().parse().ok(),
+        Err(error) => {
+            common::skipped(&error);
+            None
+        }
+    }
+}
+
+#[test]
+fn writeback_drops_from_the_cache_what_lies_behind() {
+    let directory = disk_directory();
+    let path = directory.path().join("disk");
+    let storage = create(&path, 96 * MIB, &OpenOptions::default());
+    let data = pattern(1, MIB, 0);
+    block_on(async {
+        for piece in range(0, 96 * MIB).pieces(MIB) {
+            storage.write(piece.offset(), data.clone(), Durability::Cached).await.unwrap();
+            storage.start_writeback(piece);
+        }
+    })
+    .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while let Some(bytes) = cached(&path) {
+        // 64 MiB may be under way, in pieces of 8.
+        if bytes <= 72 * MIB {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{bytes} bytes are still there");
+        std::thread::yield_now();
+    }
+}

@@ -145,8 +145,8 @@ impl Mirror {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
-                Step::Pivot => return self.end(End::Complete),
-                Step::EndWithCopy => return self.end(End::Copy),
+                Step::Pivot if self.may_end(End::Complete) => return self.end(End::Complete),
+                Step::EndWithCopy if self.may_end(End::Copy) => return self.end(End::Copy),
                 step => self.carry_out(step).await,
             }
         }
@@ -231,9 +231,9 @@ impl Mirror {
             }
             Step::BecomePending => {
                 self.tell_figures(true);
-                self.job.become_status(JobStatus::Waiting);
-                self.job.become_status(JobStatus::Pending);
-                self.job.say(&JobEvent::Pending);
+                if self.job.orders().end.is_some_and(|end| self.job.leave_ready(end)) {
+                    self.job.say(&JobEvent::Pending);
+                }
             }
             Step::CloseGate => {
                 let source = Arc::clone(&self.route.source);
@@ -245,7 +245,7 @@ impl Mirror {
                 self.route.source.detach_doubling();
                 self.doubling.close();
             }
-            // The loop's own.
+            // The loop's own; an end that a verb stood in the way of is decided anew.
             Step::Wait | Step::WaitForMarks | Step::Pivot | Step::EndWithCopy | Step::EndAborted => {}
         }
     }
@@ -445,11 +445,12 @@ impl Mirror {
 
     // ------------------------------------------------------------------ end
 
+    /// Whether no verb stands in the way of the end, nor can any more.
+    fn may_end(&self, end: End) -> bool {
+        (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
+    }
+
     fn end(mut self, end: End) {
-        if self.job.status() != JobStatus::Pending {
-            self.job.become_status(JobStatus::Waiting);
-            self.job.become_status(JobStatus::Pending);
-        }
         self.route.source.detach_doubling();
         self.doubling.close();
         if let (End::Complete, Some(drained)) = (end, self.gate.drained()) {
