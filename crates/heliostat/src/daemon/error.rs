@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use heliostat_block::driver::raw::WindowError;
 use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
+use heliostat_host::open::OpenError;
 
 /// Why the daemon refuses something. Nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,9 @@ pub enum DaemonError {
     /// The node has a user that keeps it.
     #[error("Node {0} is in use")]
     NodeInUse(NodeName),
+    /// The node has a node above it.
+    #[error("Block device {0} is in use")]
+    NodeIsChild(NodeName),
     /// The node is a job's.
     #[error("Node '{0}' is busy: block device is in use by block job: mirror")]
     NodeBusy(NodeName),
@@ -37,17 +41,33 @@ pub enum DaemonError {
     /// The node has a node above it, or is mirrored already.
     #[error("Need a root block node")]
     NotRoot,
-    /// The host refuses the file.
-    #[error("Could not open '{}': {reason}", path.display())]
+    /// The file cannot be used. The text is QEMU's; the source says more, for a person.
+    #[error("{text}")]
     Open {
+        /// QEMU's text.
+        text: String,
+        /// What happened.
+        source: OpenError,
+    },
+    /// The file is of another kind than the driver is for.
+    #[error("'{driver}' driver requires '{}' to be {wanted}", path.display())]
+    WrongKind {
+        /// The driver.
+        driver: &'static str,
         /// Where.
         path: PathBuf,
-        /// What the host says.
-        reason: String,
+        /// What it is for, with its article.
+        wanted: &'static str,
     },
+    /// Locks are to be ignored for a file that is to be written.
+    #[error("force-share=on can only be used with read-only images")]
+    ForceShare,
+    /// Zeroes are to become holes where no holes may be made.
+    #[error("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")]
+    DetectZeroes,
     /// A raw node's window is larger than what is below.
     #[error(
-        "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the actual size of the \
+        "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the \
          containing file ({there})"
     )]
     Outside {
@@ -58,6 +78,17 @@ pub enum DaemonError {
         /// How long the node below is.
         there: u64,
     },
+    /// A raw node's window starts behind what is below.
+    #[error("Offset ({offset}) cannot be greater than size of the containing file ({there})")]
+    OffsetOutside {
+        /// Where it starts.
+        offset: u64,
+        /// How long the node below is.
+        there: u64,
+    },
+    /// A raw node's window ends in the middle of a sector.
+    #[error("Specified size is not multiple of 512")]
+    SizeUnaligned,
     /// A raw node's window cannot be used on its storage.
     #[error(transparent)]
     Window(#[from] WindowError),
@@ -149,4 +180,26 @@ pub enum DaemonError {
     /// The daemon is ending and takes on nothing new.
     #[error("the daemon is shutting down")]
     Closing,
+}
+
+impl From<OpenError> for DaemonError {
+    fn from(source: OpenError) -> Self {
+        let text = match &source {
+            OpenError::Locked { conflict, .. } => conflict.to_string(),
+            _ => {
+                let reason = rustix::io::Errno::from_raw_os_error(source.errno());
+                format!("Could not open '{}': {}", source.path().display(), strerror(reason))
+            }
+        };
+        Self::Open { text, source }
+    }
+}
+
+/// The host's words for an error number, without the number that the standard library adds.
+fn strerror(errno: rustix::io::Errno) -> String {
+    let text = std::io::Error::from(errno).to_string();
+    match text.rfind(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
 }

@@ -25,7 +25,7 @@ pub use events::{Event, Happening, Subscription, Watch};
 pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
 pub use jobs::JobEntry;
 pub use mirror::MirrorSpec;
-pub use nodes::{CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec};
+pub use nodes::{CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Sharing};
 pub use shutdown::ShutdownError;
 
 use events::Events;
@@ -176,9 +176,8 @@ mod tests {
         let daemon = with_two_nodes();
         let events = daemon.subscribe();
         let job = daemon.start_mirror(&MirrorSpec::new("j", "source", "target")).unwrap();
-        for name in ["source", "target"] {
-            assert!(matches!(daemon.remove_node(name), Err(DaemonError::NodeBusy(_))));
-        }
+        assert!(matches!(daemon.remove_node("source"), Err(DaemonError::NodeBusy(_))));
+        assert!(matches!(daemon.remove_node("target"), Err(DaemonError::NodeInUse(_))));
         job.ask(Verb::Cancel(Force::Hard)).unwrap();
         until_null(&events);
         daemon.remove_node("target").unwrap();
@@ -206,7 +205,7 @@ mod tests {
         assert_eq!(node.size(), (1 << 20) - 65536);
         let second = raw("second", Child::Named("first".to_owned()), 0, Some(1 << 20));
         assert!(matches!(daemon.add_node(&second), Err(DaemonError::Outside { .. })));
-        assert!(matches!(daemon.remove_node("disk"), Err(DaemonError::NodeInUse(_))));
+        assert!(matches!(daemon.remove_node("disk"), Err(DaemonError::NodeIsChild(_))));
         daemon.remove_node("first").unwrap();
         assert!(daemon.nodes().is_empty(), "the child goes with the node that it was made for");
     }

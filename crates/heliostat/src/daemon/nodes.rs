@@ -3,7 +3,8 @@
 //! A node whose child it made shares the child's storage: there is one open file, one lock, one path for the
 //! bytes. The child is a node too, so that it can be named and seen, and has a place that keeps it.
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use heliostat_block::driver::null::{NullStorage, ReadsZero};
@@ -12,6 +13,8 @@ use heliostat_block::graph::{Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node, NodeOptions};
 use heliostat_block::storage::Storage;
+use heliostat_host::file::FileStorage;
+use heliostat_host::open::{self, Access, Cache, Flush, Locking, OpenError, OpenOptions};
 use heliostat_host::runtime;
 
 use super::{Daemon, DaemonError};
@@ -81,8 +84,18 @@ pub enum DriverSpec {
 pub struct FileSpec {
     /// Where.
     pub path: PathBuf,
-    /// Whether other programs are kept from it meanwhile; where nothing is said, if the host can do that.
-    pub locking: Option<bool>,
+    /// What other programs may do with it meanwhile.
+    pub sharing: Sharing,
+}
+
+/// What other programs may do with a file meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// Read it. A writer of ours keeps other writers out, where the file system has locks.
+    #[default]
+    Locked,
+    /// Anything: no locks are taken or looked at.
+    Anything,
 }
 
 /// A node below another.
@@ -98,8 +111,10 @@ impl NodeSpec {
     /// A node named `name` in the file or block device at `path`, with nothing else said.
     #[must_use]
     pub fn file(name: &str, path: impl Into<PathBuf>) -> Self {
-        let file = FileSpec { path: path.into(), locking: None };
-        Self::new(Some(name.to_owned()), DriverSpec::File(file))
+        let file = FileSpec { path: path.into(), sharing: Sharing::default() };
+        let driver =
+            if is_device(&file.path) { DriverSpec::HostDevice(file) } else { DriverSpec::File(file) };
+        Self::new(Some(name.to_owned()), driver)
     }
 
     /// A node with nothing said but its driver.
@@ -213,13 +228,21 @@ impl Daemon {
 
     fn check_unused(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
         let roles = self.graph.roles(node);
-        if roles.iter().any(|role| matches!(role, Role::MirrorSource { .. } | Role::MirrorTarget { .. })) {
-            return Err(DaemonError::NodeBusy(node.name().clone()));
+        let name = || node.name().clone();
+        if roles.iter().any(|role| matches!(role, Role::MirrorSource { .. })) {
+            return Err(DaemonError::NodeBusy(name()));
         }
-        if roles.is_empty() { Ok(()) } else { Err(DaemonError::NodeInUse(node.name().clone())) }
+        match roles.first() {
+            None => Ok(()),
+            Some(Role::Child { .. }) => Err(DaemonError::NodeIsChild(name())),
+            Some(_) => Err(DaemonError::NodeInUse(name())),
+        }
     }
 
     fn make_node(&self, spec: &NodeSpec, depth: usize, is_owned: bool) -> Result<Below, DaemonError> {
+        if spec.detect_zeroes == DetectZeroes::Unmap && spec.discard != Discard::Unmap {
+            return Err(DaemonError::DetectZeroes);
+        }
         let name = match &spec.name {
             Some(name) => NodeName::new(name)?,
             None => self.graph.generate_name(),
@@ -232,8 +255,10 @@ impl Daemon {
         }
         let mut child = None;
         let (storage, driver, path) = match &spec.driver {
-            DriverSpec::File(file) => (open_file(file, spec)?, "file", file.path.clone()),
-            DriverSpec::HostDevice(file) => (open_file(file, spec)?, "host_device", file.path.clone()),
+            DriverSpec::File(file) => (open_file(file, spec, "file")?, "file", file.path.clone()),
+            DriverSpec::HostDevice(file) => {
+                (open_file(file, spec, "host_device")?, "host_device", file.path.clone())
+            }
             DriverSpec::NullCo { size, read_zeroes } => {
                 let reads_zero = if *read_zeroes { ReadsZero::Promised } else { ReadsZero::Unsaid };
                 let storage: Arc<dyn Storage> = Arc::new(NullStorage::new(*size, reads_zero));
@@ -342,17 +367,60 @@ impl Record {
 /// The part of the node below that starts at `offset`, and where that is in their common storage.
 fn window(below: &Below, offset: u64, size: Option<u64>) -> Result<(u64, Raw), DaemonError> {
     let there = below.entry.node.size();
+    if offset > there {
+        return Err(DaemonError::OffsetOutside { offset, there });
+    }
     let len = size.unwrap_or_else(|| there.saturating_sub(offset));
     if offset.checked_add(len).is_none_or(|end| end > there) {
         return Err(DaemonError::Outside { offset, size: len, there });
+    }
+    if size.is_some_and(|size| !size.is_multiple_of(512)) {
+        return Err(DaemonError::SizeUnaligned);
     }
     let start = below.start + offset;
     Ok((start, Raw::window(Arc::clone(&below.storage), start, Some(len))?))
 }
 
 /// Opens the storage of a file node.
-fn open_file(file: &FileSpec, _spec: &NodeSpec) -> Result<Arc<dyn Storage>, DaemonError> {
-    Err(DaemonError::Open { path: file.path.clone(), reason: "files are not there yet".to_owned() })
+fn open_file(
+    file: &FileSpec,
+    spec: &NodeSpec,
+    driver: &'static str,
+) -> Result<Arc<dyn Storage>, DaemonError> {
+    let wants_device = driver == "host_device";
+    let wrong_kind = || {
+        let wanted = if wants_device { "either a character or block device" } else { "a regular file" };
+        DaemonError::WrongKind { driver, path: file.path.clone(), wanted }
+    };
+    let access = match (spec.read_only, spec.auto_read_only) {
+        (true, _) => Access::ReadOnly,
+        (false, true) => Access::ReadWriteIfAllowed,
+        (false, false) => Access::ReadWrite,
+    };
+    let options = OpenOptions {
+        access,
+        cache: if spec.cache.direct { Cache::Direct } else { Cache::Page },
+        flush: if spec.cache.no_flush { Flush::Ignore } else { Flush::Honor },
+        discard: match spec.discard {
+            Discard::Unmap => open::Discard::Unmap,
+            Discard::Ignore | Discard::ZeroesOnly => open::Discard::Ignore,
+        },
+        locking: match file.sharing {
+            Sharing::Locked => Locking::Auto,
+            Sharing::Anything => Locking::Off,
+        },
+    };
+    let storage = FileStorage::open(&file.path, &options).map_err(|error| match error {
+        OpenError::NotADisk { .. } if error.errno() != rustix::io::Errno::ISDIR.raw_os_error() => {
+            wrong_kind()
+        }
+        error => error.into(),
+    })?;
+    if storage.is_device() == wants_device { Ok(Arc::new(storage)) } else { Err(wrong_kind()) }
+}
+
+fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
 /// Makes durable what has been written to `nodes`.
