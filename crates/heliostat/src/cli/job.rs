@@ -142,6 +142,7 @@ impl Row {
                 status,
                 offset: number("offset").unwrap_or(0),
                 len: number("len").unwrap_or(0),
+                unscanned: number("unscanned").unwrap_or(0),
                 rates: Rates {
                     copy: number("copy-rate").unwrap_or(0),
                     dirty: number("dirty-rate").unwrap_or(0),
