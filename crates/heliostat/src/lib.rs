@@ -7,9 +7,5 @@
 pub mod cli;
 pub mod control;
 pub mod daemon;
-//! The program's parts, for its binary and its tests. Not an interface for other programs.
-
-#![forbid(unsafe_code)]
-
 pub mod front;
 pub mod serve;

@@ -123,9 +123,10 @@ impl Facts {
             (
                 "data",
                 format!(
-                    "{} in {} places{so_far}; the rest is holes",
+                    "{} in {} {}{so_far}; the rest is holes",
                     units::size(self.layout.data),
-                    units::count(self.layout.data_extents)
+                    units::count(self.layout.data_extents),
+                    if self.layout.data_extents == 1 { "place" } else { "places" }
                 ),
             ),
         ];

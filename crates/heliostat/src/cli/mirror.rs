@@ -367,8 +367,10 @@ impl Mirror {
     }
 
     fn tell(&self, session: &Session, ended: &Ended, took: Duration, form: Form) -> Result<()> {
-        if let Ended::Failed(error) = ended {
-            say(format_args!("heliostat: the mirror failed: {error}"));
+        match ended {
+            Ended::Failed(error) => say(format_args!("heliostat: the mirror failed: {error}")),
+            Ended::Cancelled => say("heliostat: the mirror was cancelled"),
+            Ended::Completed | Ended::Copied => {}
         }
         match form {
             Form::Json => output::json(&self.to_json(session, ended, took)),
@@ -391,8 +393,7 @@ impl Mirror {
                 Some(format!("{target} has taken the place of {source}: {done}{pause}"))
             }
             Ended::Completed | Ended::Copied => Some(format!("{target} is a copy of {source}: {done}")),
-            Ended::Cancelled => Some("The mirror was cancelled.".to_owned()),
-            Ended::Failed(_) => None,
+            Ended::Cancelled | Ended::Failed(_) => None,
         }
     }
 

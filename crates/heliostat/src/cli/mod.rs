@@ -6,10 +6,12 @@
 mod address;
 mod compare;
 mod completions;
+mod control;
 pub mod demo;
 mod ending;
 mod image;
 mod info;
+mod job;
 mod mirror;
 mod offer;
 mod output;
@@ -42,6 +44,7 @@ enum Verb {
     Demo(demo::Demo),
     Serve(serve::Serve),
     Mirror(mirror::Mirror),
+    Job(job::Job),
     Info(info::Info),
     Compare(compare::Compare),
     Completions(completions::Completions),
@@ -53,6 +56,7 @@ impl Verb {
             Self::Demo(demo) => demo.run(form),
             Self::Serve(serve) => serve.run(form),
             Self::Mirror(mirror) => mirror.run(form),
+            Self::Job(job) => job.run(form),
             Self::Info(info) => info.run(form),
             Self::Compare(compare) => compare.run(form),
             Self::Completions(completions) => completions.run(),

@@ -26,6 +26,8 @@ pub struct Look {
     pub offset: u64,
     /// Bytes done and left.
     pub len: u64,
+    /// Bytes of the source that have not been looked at, so that what is left is not known yet.
+    pub unscanned: u64,
     /// How fast.
     pub rates: Rates,
     /// How long still, or why that cannot be said.
@@ -47,6 +49,7 @@ impl Look {
             status: job.status(),
             offset: figures.offset,
             len: figures.len,
+            unscanned: figures.unscanned,
             rates: figures.rates,
             time_left: figures.time_left,
             guest_p99_before: figures.guest_p99_before,
@@ -64,17 +67,20 @@ impl Look {
     /// How much of what there is to do is done, in whole hundredths; 100 only when nothing is left.
     #[must_use]
     pub fn percent(&self) -> u64 {
-        if self.left() == 0 {
+        if self.left() == 0 && self.unscanned == 0 {
             return 100;
         }
-        let percent = u128::from(self.offset) * 100 / u128::from(self.len);
+        let percent = u128::from(self.offset) * 100 / (u128::from(self.len) + u128::from(self.unscanned));
         u64::try_from(percent).unwrap_or(99).min(99)
     }
 
     /// The figures in words, without the percentage.
     #[must_use]
     pub fn words(&self) -> String {
-        let mut words = vec![format!("{} left", units::size(self.left()))];
+        let mut words = vec![match self.unscanned {
+            0 => format!("{} left", units::size(self.left())),
+            unscanned => format!("{} left, {} to look at", units::size(self.left()), units::size(unscanned)),
+        }];
         words.push(format!("{} copied", units::rate(self.rates.copy)));
         if self.rates.dirty > 0 {
             words.push(format!("{} dirtied", units::rate(self.rates.dirty)));
@@ -121,6 +127,14 @@ pub const fn status_name(status: JobStatus) -> &'static str {
     }
 }
 
+/// The status of that name.
+#[must_use]
+pub fn status_named(name: &str) -> Option<JobStatus> {
+    use JobStatus::{Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby, Waiting};
+    let all = [Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null];
+    all.into_iter().find(|status| status_name(*status) == name)
+}
+
 /// Whether progress is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
@@ -138,7 +152,7 @@ pub struct Meter {
 
 enum Place {
     Terminal(ProgressBar),
-    Lines { last: Option<Instant>, words: String },
+    Lines { last: Instant, words: String },
     Nowhere,
 }
 
@@ -149,7 +163,7 @@ impl Meter {
         let place = match wanted {
             Wanted::No => Place::Nowhere,
             Wanted::Yes if std::io::stderr().is_terminal() => Place::Terminal(bar(name)),
-            Wanted::Yes => Place::Lines { last: None, words: String::new() },
+            Wanted::Yes => Place::Lines { last: Instant::now(), words: String::new() },
         };
         Self { place, name: name.to_owned() }
     }
@@ -164,7 +178,7 @@ impl Meter {
                 bar.set_message(look.words());
             }
             Place::Lines { last, words } => {
-                if last.is_some_and(|last| last.elapsed() < LINE_EVERY) {
+                if last.elapsed() < LINE_EVERY {
                     return;
                 }
                 let now = format!("{}: {} %, {}", self.name, look.percent(), look.words());
@@ -173,7 +187,7 @@ impl Meter {
                     say(&now);
                     *words = now;
                 }
-                *last = Some(Instant::now());
+                *last = Instant::now();
             }
         }
     }
@@ -207,6 +221,7 @@ mod tests {
             status: JobStatus::Running,
             offset: 62 << 20,
             len: 100 << 20,
+            unscanned: 0,
             rates: Rates { copy: 64 << 20, dirty: 0 },
             time_left: TimeLeft::Seconds(1),
             guest_p99_before: None,
@@ -237,6 +252,7 @@ mod tests {
     fn it_is_100_percent_only_when_nothing_is_left() {
         assert_eq!(Look { offset: (100 << 20) - 1, ..look() }.percent(), 99);
         assert_eq!(Look { offset: 0, len: 0, ..look() }.percent(), 100);
+        assert_eq!(Look { offset: 0, len: 0, unscanned: 1, ..look() }.percent(), 0);
         assert_eq!(Look { offset: u64::MAX - 1, len: u64::MAX, ..look() }.percent(), 99);
     }
 

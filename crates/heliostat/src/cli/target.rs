@@ -105,12 +105,6 @@ impl Plan {
 }
 
 impl Target {
-    /// Where it is.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Says whether all of it is known to read as zero.
     #[must_use]
     pub const fn reads_zero(&self) -> bool {

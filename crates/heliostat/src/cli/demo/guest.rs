@@ -119,19 +119,11 @@ impl From<io::Error> for GuestError {
     }
 }
 
-/// What others may see of a running guest.
+/// What a running guest shares with who started it.
 #[derive(Debug, Default)]
-pub struct Board {
+struct Board {
     stop: AtomicBool,
     answered: AtomicU64,
-}
-
-impl Board {
-    /// Requests that have been answered.
-    #[must_use]
-    pub fn answered(&self) -> u64 {
-        self.answered.load(Ordering::Relaxed)
-    }
 }
 
 /// A running guest.
@@ -155,10 +147,10 @@ impl Guest {
         Ok(Self { board, thread })
     }
 
-    /// What can be seen of it.
+    /// Requests that have been answered so far.
     #[must_use]
-    pub fn board(&self) -> &Board {
-        &self.board
+    pub fn answered(&self) -> u64 {
+        self.board.answered.load(Ordering::Relaxed)
     }
 
     /// Says whether it has ended by itself, which it does only when something is wrong.

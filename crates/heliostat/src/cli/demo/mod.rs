@@ -240,11 +240,11 @@ impl Run<'_> {
 
     /// What happens while the guest runs: alone, with the mirror, on the target.
     fn live(&self, stage: &Stage, guest: &Guest, signals: &mut Signals) -> Result<(Moment, Mirrored)> {
-        self.watch_guest(guest, signals, ALONE)?;
+        self.watch_guest("guest alone", guest, signals, ALONE)?;
         let started = self.clock.now();
         let speed = self.speed(stage.taken().source);
         let mirrored = stage.mirror(speed, guest, signals, self.wants_progress(), self.clock)?;
-        self.watch_guest(guest, signals, AFTERWARDS)?;
+        self.watch_guest("guest on the target", guest, signals, AFTERWARDS)?;
         Ok((started, mirrored))
     }
 
@@ -279,12 +279,14 @@ impl Run<'_> {
     }
 
     /// Lets the guest run for a while, if nothing is wrong with it.
-    fn watch_guest(&self, guest: &Guest, signals: &mut Signals, time: Duration) -> Result<()> {
-        let until = self.clock.now() + time;
+    fn watch_guest(&self, name: &str, guest: &Guest, signals: &mut Signals, time: Duration) -> Result<()> {
+        let (before, until) = (guest.answered(), self.clock.now() + time);
         while self.clock.now() < until {
             check(guest, signals)?;
             std::thread::sleep(ending::LOOK_EVERY);
         }
+        let answered = units::count(guest.answered() - before);
+        self.say(format_args!("  {name}: {answered} requests answered in {}", units::latency(time)));
         Ok(())
     }
 }

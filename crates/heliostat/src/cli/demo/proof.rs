@@ -61,14 +61,6 @@ pub struct Proof {
     pub differing: Findings,
 }
 
-impl Proof {
-    /// Says whether nothing is wrong.
-    #[must_use]
-    pub const fn holds(&self) -> bool {
-        self.target.count == 0 && self.source.count == 0 && self.differing.count == 0
-    }
-}
-
 /// Reads both disks and compares them with the record.
 ///
 /// # Errors

@@ -50,7 +50,7 @@ const EIGHTHS: u64 = 3;
 const PIECE_BLOCKS: u64 = 256;
 const PIECES_IN_FLIGHT: usize = 4;
 
-/// A mirror that has said nothing for so long will not end; nothing in a demo should take a tenth of it.
+/// A mirror that takes so long will not come to its end; one in a demo should take a tenth of it.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The blocks that hold data at the start.
@@ -181,8 +181,12 @@ impl Stage {
         let job = self.daemon.start_mirror(&spec)?;
         let mut meter = Meter::start("mirror", progress);
         let mut asked = None;
+        let started = clock.now();
         let done = loop {
             check(guest, signals)?;
+            if clock.now().since(started) > PATIENCE {
+                bail!("the mirror did not come to its end in {PATIENCE:?}");
+            }
             meter.show(&Look::at(&job));
             match next(&events)? {
                 Some((at, JobEvent::Ready)) => {
