@@ -9,6 +9,9 @@ use std::time::Duration;
 pub struct Moment(Duration);
 
 impl Moment {
+    /// The clock's start.
+    pub const START: Self = Self(Duration::ZERO);
+
     /// The moment that lies `elapsed` after the clock's start.
     #[must_use]
     pub const fn from_start(elapsed: Duration) -> Self {
@@ -49,4 +52,17 @@ pub trait Clock: Send + Sync + 'static {
     /// # Cancel safety
     /// Dropping it leaves nothing behind.
     fn sleep_until(&self, deadline: Moment) -> LocalFuture<'static, ()>;
+}
+
+/// Lets the thread's other tasks and its ring have their turn.
+pub(crate) async fn yield_once() {
+    let mut yielded = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return std::task::Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        std::task::Poll::Pending
+    })
+    .await;
 }

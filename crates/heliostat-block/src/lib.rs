@@ -12,7 +12,18 @@ compile_error!("heliostat runs on 64-bit machines only: offsets and lengths of d
 pub mod buffer;
 pub mod clock;
 pub mod convert;
+pub mod dirty_bitmap;
+pub mod driver;
 pub mod error;
+pub mod graph;
+mod in_flight;
+pub mod job;
+pub mod latency;
 pub mod limits;
+pub mod name;
+pub mod nbd;
+pub mod node;
 pub mod range;
+mod range_lock;
 pub mod storage;
+pub mod tracked;

@@ -1,5 +1,7 @@
 //! Every bound of the core, each with the reason for its number.
 
+use std::time::Duration;
+
 /// The smallest granularity of a dirty bitmap: a sector (MIRROR.md section 2, as QEMU).
 pub const GRANULARITY_MIN: u32 = 512;
 /// The largest granularity (MIRROR.md section 2, as QEMU).
@@ -10,6 +12,32 @@ pub const GRANULARITY_DEFAULT: u32 = 64 << 10;
 /// The largest payload that one NBD request may carry: what `doc/proto.md` tells clients to expect from a
 /// server that states no maximum, and what other servers take.
 pub const NBD_PAYLOAD_MAX: u32 = 32 << 20;
+
+/// The longest option of an NBD handshake that is looked at: room for a name and fifteen queries of the longest
+/// length that the document allows. Clients send a few dozen bytes.
+pub const NBD_OPTION_LEN_MAX: usize = 64 << 10;
+
+/// The most options in one NBD handshake. `nbdinfo --list` asks three or four times for each export.
+pub const NBD_OPTIONS_MAX: usize = 16 << 10;
+
+/// The most bytes that a client may send in one NBD handshake, also in options too long to be looked at.
+pub const NBD_HANDSHAKE_BYTES_MAX: usize = 4 << 20;
+
+/// The longest NBD payload that is skipped after a refusal, so that the next request can be found; the
+/// document asks that 32 MiB be no reason to disconnect. Whoever announces more loses the connection.
+pub const NBD_SKIP_MAX: u32 = 64 << 20;
+
+/// An NBD write at least this long whose payload has not arrived whole gets an aligned buffer of its own,
+/// which the rest is received into. Shorter ones are cut out of the receive buffer.
+pub const NBD_OWN_BUFFER_MIN: usize = 32 << 10;
+
+/// The most extents in one answer to NBD's block status (32 KiB of reply); clients ask on from where it ends.
+pub const NBD_EXTENTS_MAX: usize = 4096;
+
+/// The most chunks of one NBD reply, or distinct filled ranges of one read, that a client puts up with. A
+/// server that keeps to the document's advice of 512-byte multiples cannot exceed it below 2 MiB, and real
+/// ones send a handful.
+pub const NBD_CHUNKS_MAX: usize = 4096;
 
 /// The longest name of a node, as QEMU has it (31 characters), so that a name valid here is valid there.
 pub const NODE_NAME_MAX: usize = 31;
@@ -27,3 +55,27 @@ pub const COPY_LEN_MAX: u64 = 1 << 20;
 
 /// `buf-size` when none is given (MIRROR.md section 2, as QEMU).
 pub const BUF_SIZE_DEFAULT: u64 = 16 << 20;
+
+/// How long a guest waits for the target's half of its write before it is answered without
+/// (MIRROR.md section 5): longer than a healthy target ever takes, shorter than a guest's patience.
+pub const TARGET_DEADLINE_DEFAULT: Duration = Duration::from_secs(1);
+
+/// What the last copies at the closed gate may take, at the first try. Well under what a guest notices.
+pub const PAUSE_BUDGET_FIRST: Duration = Duration::from_millis(4);
+/// The same, at most, after many tries: `max-pause-ms` of MIRROR.md section 5.
+pub const PAUSE_BUDGET_LAST: Duration = Duration::from_millis(100);
+
+/// What a target is assumed to take, in bytes a second, before a copy has shown it: a slow disk.
+pub const RATE_ASSUMED: u64 = 100 << 20;
+
+/// How long a mirror that is in step waits after a mark before it copies, so that neighbours and repeats become
+/// one copy. A guest that writes one block again and again then costs 500 copies a second at most.
+pub const GATHER: Duration = Duration::from_millis(2);
+
+/// How long a mirror rests after the first error that is ignored.
+pub const REST_FIRST: Duration = Duration::from_millis(100);
+/// The longest rest; each is twice the one before.
+pub const REST_LAST: Duration = Duration::from_secs(5);
+
+/// How often a mirror tells its figures; a person sees no more often.
+pub const TICK: Duration = Duration::from_millis(50);

@@ -1,0 +1,99 @@
+//! [`Driver`]: how a node keeps its bytes. A closed set, so an enum.
+//!
+//! A driver maps a node's bytes onto a storage. It knows nothing of clients, bitmaps or jobs; the node calls
+//! it with ranges that lie inside and are aligned to its block size.
+
+pub mod null;
+pub mod raw;
+
+use bytes::Bytes;
+
+use crate::buffer::Buffer;
+use crate::range::ByteRange;
+use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
+
+pub use raw::Raw;
+
+/// How a node keeps its bytes.
+pub enum Driver {
+    /// One to one, in a window of a storage.
+    Raw(Raw),
+}
+
+impl Driver {
+    /// The fixed properties.
+    pub(crate) fn traits(&self) -> Traits {
+        match self {
+            Self::Raw(raw) => raw.traits(),
+        }
+    }
+
+    /// The virtual size in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.size(),
+        }
+    }
+
+    /// Bytes spent on the host, where that can be known.
+    pub(crate) fn allocated_size(&self) -> Option<u64> {
+        match self {
+            Self::Raw(raw) => raw.allocated_size(),
+        }
+    }
+
+    /// See [`crate::storage::Storage::read`].
+    pub(crate) fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
+        match self {
+            Self::Raw(raw) => raw.read(offset, buffer),
+        }
+    }
+
+    /// See [`crate::storage::Storage::write`].
+    pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.write(offset, data, durability),
+        }
+    }
+
+    /// See [`crate::storage::Storage::write_zeroes`].
+    pub(crate) fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.write_zeroes(range, space, effort, durability),
+        }
+    }
+
+    /// See [`crate::storage::Storage::discard`].
+    pub(crate) fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.discard(range),
+        }
+    }
+
+    /// See [`crate::storage::Storage::flush`].
+    pub(crate) fn flush(&self) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.flush(),
+        }
+    }
+
+    /// See [`crate::storage::Storage::extents`].
+    pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        match self {
+            Self::Raw(raw) => raw.extents(range),
+        }
+    }
+
+    /// See [`crate::storage::Storage::start_writeback`].
+    pub(crate) fn start_writeback(&self, range: ByteRange) {
+        match self {
+            Self::Raw(raw) => raw.start_writeback(range),
+        }
+    }
+}

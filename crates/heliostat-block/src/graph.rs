@@ -1,0 +1,222 @@
+//! [`Graph`]: the nodes by name, and who uses them. [`Place`]: where a user of a node stands.
+//!
+//! An export holds a place, not a node; a pivot puts another node there while the gate is closed. The graph
+//! does no I/O and knows no protocol. Called by the control plane and by jobs.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+
+use crate::name::NodeName;
+use crate::node::Node;
+use crate::tracked::{Drained, Tracked};
+
+/// What somebody does with a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Offers it to clients.
+    Export {
+        /// The export's id.
+        id: String,
+        /// Whether clients may write.
+        writable: bool,
+    },
+    /// Is mirrored.
+    MirrorSource {
+        /// The job's id.
+        job: String,
+    },
+    /// Is mirrored to.
+    MirrorTarget {
+        /// The job's id.
+        job: String,
+    },
+    /// Is the lower layer of another node.
+    Child {
+        /// The upper node.
+        of: NodeName,
+    },
+}
+
+impl Role {
+    const fn moves_with_a_pivot(&self) -> bool {
+        matches!(self, Self::Export { .. })
+    }
+}
+
+/// Why a node cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GraphError {
+    /// There is no such node.
+    #[error("Cannot find device='{0}' nor node-name='{0}'")]
+    NotFound(String),
+    /// There is one of that name already.
+    #[error("Duplicate nodes with node-name='{0}'")]
+    Duplicate(String),
+    /// The node's present user does not allow this use.
+    #[error("Node '{node}' is in use: {role:?}")]
+    InUse {
+        /// The node.
+        node: NodeName,
+        /// The use that stands in the way.
+        role: Role,
+    },
+}
+
+/// The nodes and their users.
+#[derive(Default)]
+pub struct Graph {
+    /// Held for look-ups and changes, never across I/O. Lock order: this, then a place's node.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    nodes: BTreeMap<NodeName, Arc<Node>>,
+    places: Vec<Weak<Place>>,
+    generated: u64,
+}
+
+/// Where one user of a node stands. Dropped, the use has ended.
+pub struct Place {
+    role: Role,
+    /// Changed only by a pivot, while the gate of the node that stands here is closed and quiet.
+    node: RwLock<Arc<Node>>,
+}
+
+impl Place {
+    /// What this user does.
+    #[must_use]
+    pub const fn role(&self) -> &Role {
+        &self.role
+    }
+
+    /// The node that stands here now.
+    #[must_use]
+    pub fn node(&self) -> Arc<Node> {
+        Arc::clone(&self.node.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Enters whichever node stands here when the gate lets the request through; a guest's way in.
+    ///
+    /// # Cancel safety
+    /// Dropped before it returns, it has not entered.
+    pub async fn enter(&self) -> Tracked {
+        let mut node = self.node();
+        let arrived = node.clock().now();
+        loop {
+            let tracked = node.enter_for_guest(arrived).await;
+            // Inside, the gate cannot be passed by a pivot: what stands here now stays until we leave.
+            let standing = self.node();
+            if Arc::ptr_eq(&standing, &node) {
+                return tracked;
+            }
+            tracked.turn_back();
+            node = standing;
+        }
+    }
+}
+
+impl Graph {
+    /// Adds a node.
+    ///
+    /// # Errors
+    /// [`GraphError::Duplicate`].
+    pub fn add(&self, node: Arc<Node>) -> Result<(), GraphError> {
+        let mut state = self.state();
+        if state.nodes.contains_key(node.name()) {
+            return Err(GraphError::Duplicate(node.name().to_string()));
+        }
+        state.nodes.insert(node.name().clone(), node);
+        Ok(())
+    }
+
+    /// Makes a name that no node has.
+    #[must_use]
+    pub fn generate_name(&self) -> NodeName {
+        let mut state = self.state();
+        let number = state.generated;
+        state.generated += 1;
+        NodeName::generated(number)
+    }
+
+    /// Finds a node.
+    ///
+    /// # Errors
+    /// [`GraphError::NotFound`].
+    pub fn node(&self, name: &str) -> Result<Arc<Node>, GraphError> {
+        let state = self.state();
+        let found = state.nodes.values().find(|node| node.name().as_str() == name);
+        found.cloned().ok_or_else(|| GraphError::NotFound(name.to_owned()))
+    }
+
+    /// All nodes, by name.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<Arc<Node>> {
+        self.state().nodes.values().cloned().collect()
+    }
+
+    /// Everybody who uses `node`, in the order in which they came.
+    #[must_use]
+    pub fn roles(&self, node: &Arc<Node>) -> Vec<Role> {
+        self.state().places_at(node).map(|place| place.role.clone()).collect()
+    }
+
+    /// Removes a node that nobody uses. Its storage is closed when the last reference goes.
+    ///
+    /// # Errors
+    /// [`GraphError::NotFound`], [`GraphError::InUse`].
+    pub fn remove(&self, name: &str) -> Result<Arc<Node>, GraphError> {
+        let node = self.node(name)?;
+        let mut state = self.state();
+        if let Some(place) = state.places_at(&node).next() {
+            return Err(GraphError::InUse { node: node.name().clone(), role: place.role.clone() });
+        }
+        state.nodes.remove(node.name());
+        Ok(node)
+    }
+
+    /// Puts a user at `node`, if its present users allow that. A mirror's target allows nobody else, because
+    /// nobody may see or change a half-made copy; a source allows everybody but a second mirror.
+    ///
+    /// # Errors
+    /// [`GraphError::InUse`] with the use that stands in the way.
+    pub fn attach(&self, node: &Arc<Node>, role: Role) -> Result<Arc<Place>, GraphError> {
+        let mut state = self.state();
+        let conflict = state.places_at(node).find(|place| conflicts(&place.role, &role));
+        if let Some(place) = conflict {
+            return Err(GraphError::InUse { node: node.name().clone(), role: place.role.clone() });
+        }
+        let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(node)) });
+        state.places.retain(|place| place.strong_count() > 0);
+        state.places.push(Arc::downgrade(&place));
+        Ok(place)
+    }
+
+    /// Puts `target` in the place of the drained node under every export: the pivot. Who waits at the closed
+    /// gate goes to `target` when it opens.
+    pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
+        let state = self.state();
+        for place in state.places_at(drained.node()).filter(|place| place.role.moves_with_a_pivot()) {
+            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn places_at(&self, node: &Arc<Node>) -> impl Iterator<Item = Arc<Place>> {
+        self.places.iter().filter_map(Weak::upgrade).filter(|place| Arc::ptr_eq(&place.node(), node))
+    }
+}
+
+fn conflicts(present: &Role, wanted: &Role) -> bool {
+    match (present, wanted) {
+        (Role::MirrorTarget { .. }, _) | (_, Role::MirrorTarget { .. }) => true,
+        (Role::MirrorSource { .. }, Role::MirrorSource { .. }) => true,
+        (Role::Child { .. }, Role::Export { writable, .. }) => *writable,
+        _ => false,
+    }
+}

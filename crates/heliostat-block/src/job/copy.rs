@@ -1,0 +1,143 @@
+//! [`Route`]: what brings bytes to the target. A copy takes a dirty range whose bits are already cleared.
+//!
+//! Whether it is data, zero or hole is decided from what is seen now, after the clear; never from anything
+//! asked before (MIRROR.md section 4, rule 2). Marks nothing, limits nothing; its caller does. Called by
+//! `mirror`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::Operation;
+use super::doubling::{Payload, TargetHalf};
+use super::scan::reads_zero;
+use crate::buffer::BufferPool;
+use crate::convert::usize_from;
+use crate::error::BlockError;
+use crate::node::Node;
+use crate::range::ByteRange;
+use crate::storage::{Durability, Extent, ExtentStatus, ZeroEffort, ZeroSpace};
+
+/// The piece in which page-cached bytes are moved: it stays in a core's cache between read and write.
+const CACHED_PIECE: u64 = 256 << 10;
+
+/// What every copy of a mirror shares.
+pub(crate) struct Route {
+    pub(crate) source: Arc<Node>,
+    pub(crate) target: Arc<Node>,
+    pub(crate) buffers: BufferPool,
+    /// Data that is all zero is not written as data.
+    pub(crate) detect_zeroes: bool,
+    /// What zeroing may do with the target's space.
+    pub(crate) zero_space: ZeroSpace,
+    /// Whether the target is believed when it says that a range reads as zero. Not after a failed flush: its
+    /// cache may show what its medium has lost.
+    pub(crate) trust_target: AtomicBool,
+}
+
+/// How a range was brought over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Copied {
+    /// Bytes written as data.
+    pub(crate) data: u64,
+    /// Bytes made zero.
+    pub(crate) zeroed: u64,
+    /// Bytes that were zero on both sides already.
+    pub(crate) skipped: u64,
+}
+
+/// Which side failed, and how.
+pub(crate) type CopyError = (Operation, BlockError);
+
+impl Route {
+    /// Whether copying is work for a core rather than for a disk.
+    pub(crate) fn is_cached(&self) -> bool {
+        let cached = |node: &Node| node.traits().block_size == 1 && !node.traits().remote;
+        cached(&self.source) && cached(&self.target)
+    }
+
+    /// Brings `range` over.
+    pub(crate) async fn copy(&self, range: ByteRange) -> Result<Copied, CopyError> {
+        let mut copied = Copied::default();
+        let mut from = range.offset();
+        while from < range.end() {
+            let rest = ByteRange::from_bounds(from, range.end());
+            let extents = self.source.extents_below(rest).await.map_err(|e| (Operation::Read, e))?;
+            for extent in extents.iter().filter_map(|e| Some((e.range.intersection(rest)?, e.status))) {
+                match extent {
+                    (part, ExtentStatus::Data) => self.copy_data(part, &mut copied).await?,
+                    (part, ExtentStatus::Zero | ExtentStatus::Hole) => self.zero(part, &mut copied).await?,
+                }
+                from = extent.0.end();
+            }
+            if extents.is_empty() {
+                break;
+            }
+        }
+        self.target.start_writeback(range);
+        Ok(copied)
+    }
+
+    /// Writes the target's half of a doubled write.
+    pub(crate) async fn write_half(&self, half: &TargetHalf) -> Result<(), BlockError> {
+        let tracked = self.target.enter().await;
+        match &half.payload {
+            Payload::Data(data) => tracked.write(half.range.offset(), data.clone(), half.durability).await,
+            Payload::Zeroes(space) => {
+                tracked.write_zeroes(half.range, *space, ZeroEffort::Any, half.durability).await
+            }
+        }
+    }
+
+    async fn copy_data(&self, range: ByteRange, copied: &mut Copied) -> Result<(), CopyError> {
+        let cached = self.source.traits().block_size == 1;
+        let step = if cached { CACHED_PIECE } else { range.len() };
+        for piece in range.pieces(step) {
+            let buffer = self.buffers.take(usize_from(piece.len()));
+            let read = self.source.read_blocks(piece.offset(), buffer).await;
+            let buffer = read.map_err(|error| (Operation::Read, error))?;
+            if self.detect_zeroes && buffer.is_zero() {
+                self.zero(piece, copied).await?;
+                continue;
+            }
+            let tracked = self.target.enter().await;
+            let written = tracked.write(piece.offset(), buffer.freeze(), Durability::Cached).await;
+            written.map_err(|error| (Operation::Write, error))?;
+            copied.data += piece.len();
+        }
+        Ok(())
+    }
+
+    /// Makes `range` read as zeroes on the target, touching only what is not zero there. What the target says
+    /// of itself is good here: nothing else writes this range while the copy stands in the table.
+    async fn zero(&self, range: ByteRange, copied: &mut Copied) -> Result<(), CopyError> {
+        let mut from = range.offset();
+        while from < range.end() {
+            let rest = ByteRange::from_bounds(from, range.end());
+            let part = match self.first_on_target(rest).await {
+                Some(first) if reads_zero(&first) => {
+                    copied.skipped += first.range.len();
+                    from = first.range.end();
+                    continue;
+                }
+                Some(first) => first.range,
+                None => rest,
+            };
+            let tracked = self.target.enter().await;
+            let zeroed =
+                tracked.write_zeroes(part, self.zero_space, ZeroEffort::Any, Durability::Cached).await;
+            zeroed.map_err(|error| (Operation::Write, error))?;
+            copied.zeroed += part.len();
+            from = part.end();
+        }
+        Ok(())
+    }
+
+    /// The target's first extent in `range`, where it can say and is believed.
+    async fn first_on_target(&self, range: ByteRange) -> Option<Extent> {
+        if !self.trust_target.load(Ordering::Relaxed) {
+            return None;
+        }
+        let first = self.target.extents_below(range).await.ok()?.into_iter().next()?;
+        Some(Extent { range: first.range.intersection(range)?, ..first })
+    }
+}

@@ -1,0 +1,474 @@
+//! [`Mirror`]: makes a target equal a source that is being written to, keeps it so, and ends as told.
+//!
+//! This is the loop that acts: it looks ([`View`]), lets `mirror_step` decide, and carries the step out. It
+//! runs on a thread of its own, beside the guests'; it never holds a guest up but behind the gate at the end,
+//! and never answers for the target. Started by the control plane, which made its [`Job`].
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+
+use event_listener::EventListener;
+use futures_util::FutureExt;
+
+use super::attempt::Attempt;
+use super::copy::{Copied, CopyError, Route};
+use super::doubling::{Copying, Doubling};
+use super::figures::{Standing, Tally};
+use super::lanes::Lanes;
+use super::mirror_step::{Scan, Step, View, next_step};
+use super::rate::{Pace, Rest};
+use super::scan::SyncMode;
+use super::source_gate::SourceGate;
+use super::underway::{Done, Underway};
+use super::unflushed::Unflushed;
+use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
+use crate::buffer::BufferPool;
+use crate::clock::{Clock, Moment};
+use crate::convert::usize_from;
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::error::{BlockError, ErrorKind};
+use crate::graph::{Graph, Place};
+use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GATHER, TICK};
+use crate::storage::ZeroSpace;
+
+pub use super::options::MirrorOptions;
+
+/// A running mirror.
+pub struct Mirror {
+    job: Arc<Job>,
+    graph: Arc<Graph>,
+    /// Held so that the graph knows; let go before the end is said, so that who hears it may delete the nodes.
+    places: Vec<Arc<Place>>,
+    route: Arc<Route>,
+    doubling: Arc<Doubling>,
+    unflushed: Unflushed,
+    options: MirrorOptions,
+    clock: Arc<dyn Clock>,
+    underway: Underway,
+    scan: Scan,
+    scanned_to: u64,
+    /// Where the next copy looks first.
+    cursor: u64,
+    /// Everything that the scan has marked has been copied once; what is left is the guests' doing.
+    first_pass_over: bool,
+    /// There was nothing that could be copied when it last looked; until something changes.
+    blocked: bool,
+    gate: SourceGate,
+    attempt: Attempt,
+    pace: Pace,
+    rest: Rest,
+    gather_until: Option<Moment>,
+    failure: Option<String>,
+    tally: Tally,
+}
+
+impl Mirror {
+    /// Makes a mirror of `source` to `target`, whose places the caller has attached in `graph`, and lets the
+    /// source's writes be heard from now on.
+    #[must_use]
+    pub fn new(
+        job: Arc<Job>,
+        graph: Arc<Graph>,
+        source: Arc<Place>,
+        target: Arc<Place>,
+        options: MirrorOptions,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let (source_node, target_node) = (source.node(), target.node());
+        let size = source_node.size();
+        let bitmap =
+            DirtyBitmap::new(size, options.granularity).expect("the caller has checked the granularity");
+        let doubling = Doubling::new(bitmap, options.target_deadline, Arc::clone(&clock));
+        doubling.set_write_blocking(job.options().copy_mode == CopyMode::WriteBlocking);
+        let now = clock.now();
+        let tally = Tally::new(now, source_node.latencies());
+        let piece = COPY_LEN_MAX.max(u64::from(options.granularity));
+        source_node.attach_doubling(Arc::clone(&doubling));
+        let route = Arc::new(Route {
+            source: source_node,
+            target: target_node,
+            buffers: BufferPool::new(usize_from(piece), COPIES_IN_FLIGHT_MAX),
+            detect_zeroes: options.detect_zeroes,
+            zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
+            trust_target: AtomicBool::new(true),
+        });
+        Self {
+            underway: Underway::new(Arc::clone(&route)),
+            route,
+            job,
+            graph,
+            places: vec![source, target],
+            unflushed: Unflushed::new(size, options.granularity),
+            doubling,
+            scan: if options.sync == SyncMode::None { Scan::Over } else { Scan::Ahead },
+            options,
+            scanned_to: 0,
+            cursor: 0,
+            first_pass_over: options.sync == SyncMode::None,
+            blocked: false,
+            gate: SourceGate::open(),
+            attempt: Attempt::at_ready(now),
+            pace: Pace::default(),
+            rest: Rest::default(),
+            gather_until: None,
+            failure: None,
+            tally,
+            clock,
+        }
+    }
+
+    /// Lets it send copies to `lanes` while no guest wants the other cores.
+    #[must_use]
+    pub fn with_lanes(mut self, lanes: Arc<Lanes>) -> Self {
+        self.underway.use_lanes(lanes);
+        self
+    }
+
+    /// Runs until the job has ended.
+    ///
+    /// # Cancel safety
+    /// Must not be dropped: the target's halves of guests' writes would be of unknown fate.
+    pub async fn run(mut self) {
+        if self.route.source.size() != self.route.target.size() {
+            self.failure = Some("Source and target image have different sizes".to_owned());
+        }
+        loop {
+            // Taken before anything is looked at, so that no change between the look and the wait is missed.
+            let heard = [self.job.listen(), self.doubling.listen_left(), self.underway.listen()];
+            self.take_orders();
+            self.reap().await;
+            self.start_halves().await;
+            self.tell_figures(false);
+            match next_step(self.view()) {
+                Step::Wait => self.wait(heard, false).await,
+                Step::WaitForMarks => self.wait(heard, true).await,
+                Step::EndAborted => return self.end_aborted(),
+                Step::Pivot if self.may_end(End::Complete) => return self.end(End::Complete),
+                Step::EndWithCopy if self.may_end(End::Copy) => return self.end(End::Copy),
+                step => self.carry_out(step).await,
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------ look
+
+    fn take_orders(&mut self) {
+        let orders = self.job.orders();
+        let now = self.clock.now();
+        self.pace.set_speed(orders.speed, now);
+        self.attempt.aim(orders.end.is_some(), now);
+        self.doubling.set_write_blocking(orders.copy_mode == CopyMode::WriteBlocking);
+    }
+
+    fn view(&mut self) -> View {
+        let now = self.clock.now();
+        let clean = self.doubling.bitmap().is_clean();
+        let left = self.left();
+        let budget =
+            self.tally.pause_budget(self.attempt.tried(now)).max(2 * u64::from(self.options.granularity));
+        let orders = self.job.orders();
+        let gathering = self.gather_until.is_some_and(|until| until > now) && orders.end.is_none();
+        let room = self.underway.copies() == 0
+            || (self.underway.copies() < COPIES_IN_FLIGHT_MAX
+                && self.doubling.copying_bytes() < self.options.buf_size);
+        View {
+            status: self.job.status(),
+            orders,
+            failed: self.failure.is_some(),
+            scan: self.scan,
+            copyable: !clean && room && !self.blocked && !gathering,
+            pace_allows: self.pace.wait_until(now).is_none(),
+            clean,
+            nearly_clean: left == 0 || (self.first_pass_over && left <= budget),
+            copies: self.underway.copies(),
+            doubled: self.doubling.doubled_in_flight(),
+            flush: self.unflushed.state(),
+            flushed: self.attempt.is_flushed(),
+            gate: self.gate.view(),
+            resting: self.rest.until(now).is_some(),
+        }
+    }
+
+    fn left(&self) -> u64 {
+        self.doubling.bitmap().dirty_bytes() + self.doubling.copying_bytes()
+    }
+
+    // ------------------------------------------------------------------ act
+
+    async fn carry_out(&mut self, step: Step) {
+        match step {
+            Step::Scan => {
+                self.scan = Scan::Running;
+                let done = self.underway.scan(self.scanned_to, self.options.target_is_zero).await;
+                self.take_in(done);
+            }
+            Step::Copy => self.start_copy().await,
+            Step::Flush => {
+                self.unflushed.flush_begins();
+                self.attempt.flush_begins();
+                let done = self.underway.flush().await;
+                self.take_in(done);
+            }
+            Step::BecomeReady => {
+                self.tell_figures(true);
+                self.job.become_status(JobStatus::Ready);
+                self.job.say(&JobEvent::Ready);
+            }
+            Step::BecomePaused => self.job.become_status(match self.job.status() {
+                JobStatus::Ready => JobStatus::Standby,
+                _ => JobStatus::Paused,
+            }),
+            Step::Continue => {
+                self.rest = Rest::default();
+                self.attempt.restart(self.clock.now());
+                self.tally.phase_begins();
+                self.job.become_status(match self.job.status() {
+                    JobStatus::Standby => JobStatus::Ready,
+                    _ => JobStatus::Running,
+                });
+            }
+            Step::BecomePending => {
+                self.tell_figures(true);
+                if self.job.orders().end.is_some_and(|end| self.job.leave_ready(end)) {
+                    self.job.say(&JobEvent::Pending);
+                }
+            }
+            Step::CloseGate => {
+                let source = Arc::clone(&self.route.source);
+                self.gate.close(source, self.clock.now()).await;
+            }
+            Step::OpenGate => self.open_gate(),
+            Step::Abort => {
+                self.job.become_status(JobStatus::Aborting);
+                self.route.source.detach_doubling();
+                self.doubling.close();
+            }
+            // The loop's own; an end that a verb stood in the way of is decided anew.
+            Step::Wait | Step::WaitForMarks | Step::Pivot | Step::EndWithCopy | Step::EndAborted => {}
+        }
+    }
+
+    fn open_gate(&mut self) {
+        self.attempt.retry();
+        let pause = self.gate.reopen(self.clock.now());
+        self.tally.paused_guests_for(pause);
+    }
+
+    async fn start_halves(&mut self) {
+        while let Some(half) = self.doubling.next_half() {
+            self.pace.spend(half.range.len(), self.clock.now());
+            let done = self.underway.half(half).await;
+            self.take_in(done);
+        }
+    }
+
+    async fn start_copy(&mut self) {
+        let longest = self.pace.copy_len(COPY_LEN_MAX);
+        let from_cursor = self.doubling.begin_copy(self.cursor, longest);
+        // The scan has set the cursor back to 0 at its end, so that reaching the end means a whole round.
+        self.first_pass_over |= from_cursor.is_none() && self.scan == Scan::Over;
+        let Some(copying) = from_cursor.or_else(|| self.doubling.begin_copy(0, longest)) else {
+            self.blocked = true;
+            return;
+        };
+        let now = self.clock.now();
+        self.cursor = copying.range().end();
+        self.pace.spend(copying.range().len(), now);
+        self.tally.copy_begins(now);
+        let elsewhere = self.tally.guests_are_quiet();
+        let done = self.underway.copy(copying, elsewhere).await;
+        self.take_in(done);
+    }
+
+    // ------------------------------------------------------------------ take in
+
+    fn take_in(&mut self, done: Option<Done>) {
+        let Some(done) = done else { return };
+        self.blocked = false;
+        match done {
+            Done::Copied(copying, copied) => self.take_in_copy(copying, copied),
+            Done::Half(half, written) => {
+                self.unflushed.wrote(half.range);
+                self.doubling.half_ended(half, written.is_ok());
+                if let Err(error) = written {
+                    self.meet_error(Operation::Write, &error);
+                }
+            }
+            Done::Flushed(Ok(())) => {
+                self.unflushed.flush_succeeded();
+                self.attempt.flush_ended(true);
+            }
+            Done::Flushed(Err(error)) => {
+                self.unflushed.flush_failed(self.doubling.bitmap());
+                self.route.trust_target.store(false, Ordering::Relaxed);
+                self.attempt.flush_ended(false);
+                self.meet_error(Operation::Write, &error);
+            }
+            Done::Scanned(Ok(scanned)) => {
+                for range in &scanned.dirty {
+                    self.doubling.bitmap().mark(*range);
+                }
+                self.scanned_to = scanned.range.end();
+                let over = self.scanned_to >= self.route.source.size();
+                self.scan = if over { Scan::Over } else { Scan::Ahead };
+                if over {
+                    self.cursor = 0;
+                    self.attempt.restart(self.clock.now());
+                    self.tally.phase_begins();
+                }
+            }
+            Done::Scanned(Err(error)) => {
+                self.scan = Scan::Ahead;
+                self.meet_error(Operation::Read, &error);
+            }
+        }
+    }
+
+    fn take_in_copy(&mut self, copying: Copying, copied: Result<Copied, CopyError>) {
+        let range = copying.range();
+        // Also when it failed: some of it may have reached the target.
+        self.unflushed.wrote(range);
+        self.doubling.end_copy(copying, copied.is_ok());
+        match copied {
+            Ok(copied) => {
+                self.rest.shorten();
+                self.tally.copy_succeeded(range.len(), copied);
+            }
+            Err((operation, error)) => self.meet_error(operation, &error),
+        }
+        if self.underway.copies() == 0 {
+            self.tally.copies_end(self.clock.now());
+        }
+    }
+
+    /// Does what the policy says about an error. The range is dirty again already.
+    fn meet_error(&mut self, operation: Operation, error: &BlockError) {
+        let policy = match operation {
+            Operation::Read => self.options.on_source_error,
+            Operation::Write => self.options.on_target_error,
+        };
+        let no_space = error.kind() == ErrorKind::NoSpace;
+        let action = policy.action(no_space);
+        self.job.say(&JobEvent::Error {
+            operation,
+            action,
+            node: error.node().to_owned(),
+            range: error.range(),
+            errno: error.errno(),
+        });
+        match action {
+            ErrorAction::Report => {
+                self.failure.get_or_insert_with(|| error.to_string());
+            }
+            // A pending job takes no `resume`, so it is not paused: it stays pending and can be finalized again.
+            ErrorAction::Stop if self.job.status() == JobStatus::Pending => {
+                self.job.withdraw_finalize();
+                self.rest.begin(self.clock.now());
+            }
+            ErrorAction::Stop => self.job.stop_for_error(no_space),
+            ErrorAction::Ignore => {
+                self.tally.error_ignored();
+                self.rest.begin(self.clock.now());
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------ wait
+
+    /// Takes in what has ended, without waiting.
+    async fn reap(&mut self) {
+        loop {
+            let done = std::future::poll_fn(|cx| {
+                self.gate.poll_drained(cx);
+                Poll::Ready(self.underway.poll_ended(cx))
+            })
+            .await;
+            if done.is_none() {
+                return;
+            }
+            self.take_in(done);
+        }
+    }
+
+    /// Waits until something is worth another look, at most for a tick.
+    async fn wait(&mut self, heard: [EventListener; 3], marks: bool) {
+        let now = self.clock.now();
+        let clean = self.doubling.bitmap().is_clean();
+        let gathering = self.gather_until.is_some_and(|until| until > now);
+        let timers = [self.pace.wait_until(now), self.rest.until(now), self.gather_until];
+        let next = timers.into_iter().flatten().filter(|at| *at > now).min();
+        let tick = now + if marks && clean { TICK * 10 } else { TICK };
+        let mut timer = self.clock.sleep_until(next.map_or(tick, |at| at.min(tick)));
+
+        let doubling = Arc::clone(&self.doubling);
+        let marks = marks && clean && !gathering;
+        let mut work_there = pin!(doubling.wait_for_work(marks));
+        let mut heard = heard;
+        let done = std::future::poll_fn(|cx| {
+            if let Some(done) = self.underway.poll_ended(cx) {
+                return Poll::Ready(Some(done));
+            }
+            let woken = self.gate.poll_drained(cx)
+                || timer.as_mut().poll(cx).is_ready()
+                || work_there.as_mut().poll(cx).is_ready()
+                || heard.iter_mut().any(|listener| listener.poll_unpin(cx).is_ready());
+            if woken { Poll::Ready(None) } else { Poll::Pending }
+        })
+        .await;
+        self.blocked = false;
+        self.take_in(done);
+        if marks && !self.doubling.bitmap().is_clean() {
+            self.gather_until = Some(self.clock.now() + GATHER);
+        }
+    }
+
+    /// Tells the job's figures, when they are due or at once.
+    fn tell_figures(&mut self, at_once: bool) {
+        let now = self.clock.now();
+        if !at_once && !self.tally.is_due(now) {
+            return;
+        }
+        let source = &self.route.source;
+        let standing = Standing {
+            doubled: self.doubling.doubled_bytes(),
+            left: self.left(),
+            unscanned: if self.scan == Scan::Over { 0 } else { source.size() - self.scanned_to },
+            paused: self.job.orders().paused,
+            write_blocking: self.doubling.is_write_blocking(),
+            waits_for_pace: self.pace.wait_until(now).is_some(),
+        };
+        let figures = self.tally.tell(now, &standing, source.latencies());
+        self.job.tell_figures(figures);
+    }
+
+    // ------------------------------------------------------------------ end
+
+    /// Whether no verb stands in the way of the end, nor can any more.
+    fn may_end(&self, end: End) -> bool {
+        (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
+    }
+
+    fn end(mut self, end: End) {
+        self.route.source.detach_doubling();
+        self.doubling.close();
+        if let (End::Complete, Some(drained)) = (end, self.gate.drained()) {
+            self.graph.pivot(drained, &self.route.target);
+        }
+        self.open_gate();
+        self.tell_figures(true);
+        self.places.clear();
+        self.job.conclude(JobEvent::Completed(None));
+    }
+
+    fn end_aborted(mut self) {
+        self.tell_figures(true);
+        self.places.clear();
+        let event = match self.failure.take() {
+            Some(failure) => JobEvent::Completed(Some(failure)),
+            None => JobEvent::Cancelled,
+        };
+        self.job.conclude(event);
+    }
+}

@@ -1,0 +1,75 @@
+//! The first pass looks at the source, and at the target, and marks what has to be copied.
+//!
+//! It only sets dirty bits: what is written later is decided by the copy, from what it sees after it has
+//! cleared them (MIRROR.md section 3). One piece at a time, each bounded, so that it never holds anybody up.
+//! Called by `mirror`.
+
+use std::sync::Arc;
+
+use crate::error::BlockError;
+use crate::node::Node;
+use crate::range::ByteRange;
+use crate::storage::{Extent, ExtentStatus};
+
+/// What the first pass copies (MIRROR.md section 2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncMode {
+    /// Everything.
+    Full,
+    /// What the active layer holds; everything, where there is no backing.
+    Top,
+    /// Nothing; only what is written from now on.
+    None,
+}
+
+/// A piece of the source that has been looked at.
+#[derive(Debug)]
+pub(crate) struct Scanned {
+    /// What was looked at; the next piece starts at its end.
+    pub(crate) range: ByteRange,
+    /// What has to be copied.
+    pub(crate) dirty: Vec<ByteRange>,
+}
+
+/// Looks at the source from `from` on, as far as it answers in one go.
+///
+/// # Errors
+/// What the source says. A target that cannot say how it is laid out is copied to in full.
+pub(crate) async fn scan(
+    source: &Arc<Node>,
+    target: &Arc<Node>,
+    from: u64,
+    target_is_zero: bool,
+) -> Result<Scanned, BlockError> {
+    let extents = source.extents_below(ByteRange::from_bounds(from, source.size())).await?;
+    let end = extents.last().map_or(source.size(), |last| last.range.end());
+    let mut dirty = Vec::new();
+    for extent in extents {
+        match extent.status {
+            ExtentStatus::Data => dirty.push(extent.range),
+            ExtentStatus::Zero | ExtentStatus::Hole if target_is_zero => {}
+            ExtentStatus::Zero | ExtentStatus::Hole => not_zero(target, extent.range, &mut dirty).await,
+        }
+    }
+    Ok(Scanned { range: ByteRange::from_bounds(from, end), dirty })
+}
+
+/// Adds the parts of `range` that are not known to read as zero on the target.
+async fn not_zero(target: &Arc<Node>, range: ByteRange, dirty: &mut Vec<ByteRange>) {
+    let mut from = range.offset();
+    while from < range.end() {
+        let rest = ByteRange::from_bounds(from, range.end());
+        let Ok(extents) = target.extents_below(rest).await else {
+            dirty.push(rest);
+            return;
+        };
+        let Some(end) = extents.last().map(|last| last.range.end()) else { return };
+        dirty.extend(extents.iter().filter(|extent| !reads_zero(extent)).map(|extent| extent.range));
+        from = end;
+    }
+}
+
+/// Says whether an extent of a node without backing is known to read as zero.
+pub(crate) fn reads_zero(extent: &Extent) -> bool {
+    matches!(extent.status, ExtentStatus::Zero | ExtentStatus::Hole)
+}

@@ -1,0 +1,72 @@
+//! [`SourceGate`]: the source's gate in the hands of a mirror that is about to end.
+//!
+//! While it is closed, guests wait: it knows since when. Opens by itself when dropped. Called by `mirror`.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use super::mirror_step::Gate;
+use crate::clock::{LocalFuture, Moment};
+use crate::node::Node;
+use crate::tracked::Drained;
+
+/// Open, closing or closed.
+pub(crate) struct SourceGate {
+    state: State,
+    closed_at: Moment,
+}
+
+enum State {
+    Open,
+    Closing(LocalFuture<'static, Drained>),
+    Closed(Drained),
+}
+
+impl SourceGate {
+    pub(crate) const fn open() -> Self {
+        Self { state: State::Open, closed_at: Moment::START }
+    }
+
+    pub(crate) const fn view(&self) -> Gate {
+        match self.state {
+            State::Open => Gate::Open,
+            State::Closing(_) => Gate::Closing,
+            State::Closed(_) => Gate::Closed,
+        }
+    }
+
+    /// Closes it: no request passes from now on. [`SourceGate::poll_drained`] says when those inside are out.
+    pub(crate) async fn close(&mut self, source: Arc<Node>, now: Moment) {
+        self.closed_at = now;
+        self.state = State::Closing(Box::pin(async move { source.drain().await }));
+        // The drain closes the gate when it is first polled.
+        std::future::poll_fn(|cx| Poll::Ready(self.poll_drained(cx))).await;
+    }
+
+    /// Says, once, that everything that was inside is out.
+    pub(crate) fn poll_drained(&mut self, cx: &mut Context<'_>) -> bool {
+        let State::Closing(drain) = &mut self.state else { return false };
+        match drain.as_mut().poll(cx) {
+            Poll::Ready(drained) => {
+                self.state = State::Closed(drained);
+                true
+            }
+            Poll::Pending => false,
+        }
+    }
+
+    /// What stands behind the closed gate.
+    pub(crate) const fn drained(&self) -> Option<&Drained> {
+        match &self.state {
+            State::Closed(drained) => Some(drained),
+            _ => None,
+        }
+    }
+
+    /// Opens it; says how long it was closed.
+    pub(crate) fn reopen(&mut self, now: Moment) -> Duration {
+        self.state = State::Open;
+        now.since(self.closed_at)
+    }
+}

@@ -1,0 +1,86 @@
+//! [`Unflushed`]: what was written to the target since its last good flush.
+//!
+//! A flush that fails may have lost all of it, and a second flush that succeeds does not bring it back; so
+//! all of it is dirty again (MIRROR.md section 4, rule 5). Called by `mirror`.
+
+use super::mirror_step::TargetFlush;
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::range::ByteRange;
+
+/// Ranges that a crash of the target could lose.
+pub(crate) struct Unflushed {
+    /// Written since the last flush began.
+    written: DirtyBitmap,
+    /// Written before the flush that is on its way.
+    flushing: Option<DirtyBitmap>,
+}
+
+impl Unflushed {
+    pub(crate) fn new(size: u64, granularity: u32) -> Self {
+        Self { written: fresh(size, granularity), flushing: None }
+    }
+
+    /// Remembers a write to the target that has ended.
+    pub(crate) fn wrote(&self, range: ByteRange) {
+        self.written.mark(range);
+    }
+
+    /// A flush begins: what was written until now is what it covers.
+    pub(crate) fn flush_begins(&mut self) {
+        debug_assert!(self.flushing.is_none(), "one flush at a time");
+        let next = fresh(self.written.size(), self.written.granularity());
+        self.flushing = Some(std::mem::replace(&mut self.written, next));
+    }
+
+    /// The flush has succeeded.
+    pub(crate) fn flush_succeeded(&mut self) {
+        self.flushing = None;
+    }
+
+    /// The flush has failed: everything since the last good one goes into `dirty`. What was written beside
+    /// the failed flush too, because its error may have been told to this one.
+    pub(crate) fn flush_failed(&mut self, dirty: &DirtyBitmap) {
+        if let Some(lost) = self.flushing.take() {
+            dirty.merge(&lost);
+        }
+        dirty.merge(&self.written);
+        self.written = fresh(self.written.size(), self.written.granularity());
+    }
+
+    pub(crate) fn state(&self) -> TargetFlush {
+        match (&self.flushing, self.written.is_clean()) {
+            (Some(_), _) => TargetFlush::Running,
+            (None, false) => TargetFlush::Needed,
+            (None, true) => TargetFlush::Good,
+        }
+    }
+}
+
+fn fresh(size: u64, granularity: u32) -> DirtyBitmap {
+    DirtyBitmap::new(size, granularity).expect("the job's own bitmap has this granularity")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_flush_makes_everything_since_the_last_good_one_dirty() {
+        let range = |offset| ByteRange::new(offset, 512).unwrap();
+        let dirty = DirtyBitmap::new(8192, 512).unwrap();
+        let mut unflushed = Unflushed::new(8192, 512);
+        unflushed.wrote(range(0));
+        unflushed.flush_begins();
+        unflushed.flush_succeeded();
+        assert_eq!(unflushed.state(), TargetFlush::Good);
+        unflushed.wrote(range(1024));
+        assert_eq!(unflushed.state(), TargetFlush::Needed);
+        unflushed.flush_begins();
+        assert_eq!(unflushed.state(), TargetFlush::Running);
+        unflushed.wrote(range(2048));
+        unflushed.flush_failed(&dirty);
+        assert!(!dirty.is_dirty(range(0)), "durable");
+        assert!(dirty.is_dirty(range(1024)) && dirty.is_dirty(range(2048)));
+        assert_eq!(unflushed.state(), TargetFlush::Good, "nothing is trusted, so nothing is to be flushed");
+    }
+}

@@ -1,0 +1,434 @@
+//! [`Node`]: a disk, or one layer of one; and the one checkpoint that every request passes.
+//!
+//! What happens to a write (bounds, in flight, driver, bitmaps, doubling) stands in [`Node::write`], in
+//! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
+//! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use bytes::Bytes;
+
+use crate::buffer::{Buffer, is_zero};
+use crate::clock::{Clock, Moment};
+use crate::convert::{u64_from, usize_from};
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::driver::Driver;
+use crate::error::{BlockError, ErrorKind};
+use crate::in_flight::InFlight;
+use crate::job::doubling::{Doubled, Doubling, Payload};
+use crate::latency::Latencies;
+use crate::name::NodeName;
+use crate::range::ByteRange;
+use crate::range_lock::RangeLock;
+use crate::storage::{Durability, Extent, Traits, ZeroEffort, ZeroSpace};
+use crate::tracked::{Drained, Tracked};
+
+/// What becomes of space that is no longer needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discard {
+    /// Kept: discards do nothing, and zeroed ranges stay allocated (`discard=ignore`, said explicitly).
+    Ignore,
+    /// Clients' discards do nothing, zeroed ranges may become holes. What is meant when nothing is said.
+    #[default]
+    ZeroesOnly,
+    /// Given back (`discard=unmap`).
+    Unmap,
+}
+
+/// What becomes of written data that is all zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// Written like any other.
+    #[default]
+    Off,
+    /// Written as zeroes by the cheapest way that keeps the space.
+    On,
+    /// Becomes a hole.
+    Unmap,
+}
+
+/// How a node is to behave; set when it is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeOptions {
+    /// Writes are refused.
+    pub read_only: bool,
+    /// What becomes of space that is no longer needed.
+    pub discard: Discard,
+    /// What becomes of written data that is all zero.
+    pub detect_zeroes: DetectZeroes,
+}
+
+/// Who wants to hear of writes.
+#[derive(Clone, Default)]
+struct Watchers {
+    bitmaps: Vec<Arc<DirtyBitmap>>,
+    doubling: Option<Arc<Doubling>>,
+}
+
+/// A disk, or one layer of one. Used from any thread.
+pub struct Node {
+    name: NodeName,
+    driver: Driver,
+    options: NodeOptions,
+    /// Copied once: what clients negotiated must not change under them.
+    traits: Traits,
+    size: u64,
+    in_flight: InFlight,
+    /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
+    watchers: RwLock<Watchers>,
+    /// Whole blocks that are being read, changed and written back, where the storage has blocks.
+    blocks: RangeLock,
+    latencies: Latencies,
+    clock: Arc<dyn Clock>,
+}
+
+impl Node {
+    /// Makes a node.
+    #[must_use]
+    pub fn new(name: NodeName, driver: Driver, options: NodeOptions, clock: Arc<dyn Clock>) -> Arc<Self> {
+        let traits = driver.traits();
+        Arc::new(Self {
+            name,
+            size: driver.size(),
+            driver,
+            options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
+            traits,
+            in_flight: InFlight::default(),
+            watchers: RwLock::default(),
+            blocks: RangeLock::default(),
+            latencies: Latencies::default(),
+            clock,
+        })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub const fn name(&self) -> &NodeName {
+        &self.name
+    }
+
+    /// The virtual size in bytes.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// All of it.
+    #[must_use]
+    pub const fn range(&self) -> ByteRange {
+        ByteRange::from_bounds(0, self.size)
+    }
+
+    /// What its storage can do. Requests of any alignment are served all the same.
+    #[must_use]
+    pub const fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    /// How it was asked to behave.
+    #[must_use]
+    pub const fn options(&self) -> NodeOptions {
+        self.options
+    }
+
+    /// Bytes spent on the host, where that can be known.
+    #[must_use]
+    pub fn allocated_size(&self) -> Option<u64> {
+        self.driver.allocated_size()
+    }
+
+    /// How long guests' requests took, from their arrival to their end, waits at the gate included.
+    #[must_use]
+    pub const fn latencies(&self) -> &Latencies {
+        &self.latencies
+    }
+
+    /// The request has left.
+    pub(crate) fn leave(&self) {
+        self.in_flight.leave();
+    }
+
+    /// Opens the gate for one holder of it.
+    pub(crate) fn open_gate(&self) {
+        self.in_flight.open();
+    }
+
+    /// Requests in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight.count()
+    }
+
+    /// Waits for the gate and enters, as a job does. Exports enter through their place.
+    ///
+    /// # Cancel safety
+    /// Dropped before it returns, it has not entered.
+    pub async fn enter(self: &Arc<Self>) -> Tracked {
+        self.in_flight.enter().await;
+        Tracked::new(Arc::clone(self), None)
+    }
+
+    /// [`Node::enter`] for a guest, whose latency counts from `arrived`.
+    pub(crate) async fn enter_for_guest(self: &Arc<Self>, arrived: Moment) -> Tracked {
+        self.in_flight.enter().await;
+        Tracked::new(Arc::clone(self), Some(arrived))
+    }
+
+    /// The clock that the node goes by.
+    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
+    /// Closes the gate and waits until what is in flight has ended.
+    ///
+    /// # Cancel safety
+    /// Dropped before it returns, it opens the gate again.
+    pub async fn drain(self: &Arc<Self>) -> Drained {
+        self.in_flight.close();
+        let drained = Drained::of_closed(Arc::clone(self));
+        self.in_flight.wait_quiet().await;
+        drained
+    }
+
+    /// How many bitmaps and mirrors hear of its writes.
+    #[must_use]
+    pub fn watchers(&self) -> usize {
+        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
+        watchers.bitmaps.len() + usize::from(watchers.doubling.is_some())
+    }
+
+    /// Lets `bitmap` hear of every write that ends from now on.
+    pub fn attach_bitmap(&self, bitmap: Arc<DirtyBitmap>) {
+        self.change_watchers(|watchers| watchers.bitmaps.push(bitmap));
+    }
+
+    /// Takes `bitmap` off again.
+    pub fn detach_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
+        self.change_watchers(|watchers| watchers.bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap)));
+    }
+
+    /// Lets a mirror hear of every write that ends from now on, and double those that begin from now on.
+    pub(crate) fn attach_doubling(&self, doubling: Arc<Doubling>) {
+        self.change_watchers(|watchers| watchers.doubling = Some(doubling));
+    }
+
+    pub(crate) fn detach_doubling(&self) {
+        self.change_watchers(|watchers| watchers.doubling = None);
+    }
+
+    fn change_watchers(&self, change: impl FnOnce(&mut Watchers)) {
+        change(&mut self.watchers.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    // ------------------------------------------------------------------ the checkpoint
+
+    pub(crate) async fn write(
+        &self,
+        offset: u64,
+        data: Bytes,
+        durability: Durability,
+    ) -> Result<(), BlockError> {
+        let range = self.writable(offset, u64_from(data.len()))?;
+        if self.options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
+            let space = match self.options.detect_zeroes {
+                DetectZeroes::Unmap => ZeroSpace::MayUnmap,
+                DetectZeroes::Off | DetectZeroes::On => ZeroSpace::Keep,
+            };
+            return self.write_zeroes(range, space, ZeroEffort::Any, durability).await;
+        }
+        let doubled = self.begin_doubled(range, || Payload::Data(data.clone()), durability).await;
+        let written = self.write_blocks(range, data, durability).await;
+        self.mark(range, doubled, written.is_ok()).await;
+        written
+    }
+
+    pub(crate) async fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> Result<(), BlockError> {
+        let range = self.writable(range.offset(), range.len())?;
+        let space = if self.options.discard == Discard::Ignore { ZeroSpace::Keep } else { space };
+        if effort == ZeroEffort::FastOnly && !self.traits.can_zero_fast {
+            return Err(self.refusal(ErrorKind::Unsupported, range));
+        }
+        let doubled = self.begin_doubled(range, || Payload::Zeroes(space), durability).await;
+        let written = self.zero_blocks(range, space, effort, durability).await;
+        self.mark(range, doubled, written.is_ok()).await;
+        written
+    }
+
+    pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
+        let range = self.writable(range.offset(), range.len())?;
+        let whole_blocks = self.shrink_to_blocks(range);
+        if self.options.discard != Discard::Unmap || whole_blocks.is_empty() {
+            return Ok(());
+        }
+        let discarded = self.driver.discard(whole_blocks).await.map_err(|error| self.failure(range, error));
+        self.mark(range, None, discarded.is_ok()).await;
+        discarded
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), BlockError> {
+        self.driver.flush().await.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
+    }
+
+    /// Waits for the write's turn where a mirror wants it doubled, and hands the target's half over.
+    async fn begin_doubled(
+        &self,
+        range: ByteRange,
+        payload: impl FnOnce() -> Payload,
+        durability: Durability,
+    ) -> Option<Doubled> {
+        let doubling = self.watchers.read().unwrap_or_else(PoisonError::into_inner).doubling.clone()?;
+        doubling.begin(range, payload, durability).await
+    }
+
+    /// Marks what a write has changed, or may have changed when it failed, before the client hears of it.
+    ///
+    /// Looks at the watchers after the write: one that came while it ran would otherwise never hear of it.
+    async fn mark(&self, range: ByteRange, doubled: Option<Doubled>, written: bool) {
+        let doubled_by = doubled.as_ref().map(|doubled| Arc::clone(doubled.doubling()));
+        {
+            let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
+            for bitmap in &watchers.bitmaps {
+                bitmap.mark(range);
+            }
+            if let Some(doubling) = &watchers.doubling
+                && doubled_by.is_none_or(|by| !Arc::ptr_eq(&by, doubling))
+            {
+                doubling.mark(range);
+            }
+        }
+        if let Some(doubled) = doubled {
+            doubled.finish(written).await;
+        }
+    }
+
+    // ------------------------------------------------------------------ whole blocks
+
+    /// Reads `buffer.len()` bytes, whatever the storage's blocks. Passes no gate: a mirror goes on copying
+    /// behind a closed one.
+    pub(crate) async fn read_blocks(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
+        let range = self.inside(offset, u64_from(buffer.len()))?;
+        let blocks = self.widen_to_blocks(range);
+        if blocks == range {
+            return self.driver.read(offset, buffer).await.map_err(|error| self.failure(range, error));
+        }
+        let whole = Buffer::zeroed(usize_from(blocks.len()));
+        let whole =
+            self.driver.read(blocks.offset(), whole).await.map_err(|error| self.failure(range, error))?;
+        let mut buffer = buffer;
+        let start = usize_from(range.offset() - blocks.offset());
+        buffer.copy_from_slice(&whole[start..start + usize_from(range.len())]);
+        Ok(buffer)
+    }
+
+    async fn write_blocks(
+        &self,
+        range: ByteRange,
+        data: Bytes,
+        durability: Durability,
+    ) -> Result<(), BlockError> {
+        let blocks = self.widen_to_blocks(range);
+        let failed = |error| self.failure(range, error);
+        if self.traits.block_size == 1 {
+            return self.driver.write(range.offset(), data, durability).await.map_err(failed);
+        }
+        // Where some writes read, change and write back whole blocks, every write must hold its blocks.
+        let _held = self.blocks.lock(blocks).await;
+        if blocks == range {
+            return self.driver.write(range.offset(), data, durability).await.map_err(failed);
+        }
+        let whole = Buffer::zeroed(usize_from(blocks.len()));
+        let mut whole = self.driver.read(blocks.offset(), whole).await.map_err(failed)?;
+        let start = usize_from(range.offset() - blocks.offset());
+        whole[start..start + data.len()].copy_from_slice(&data);
+        self.driver.write(blocks.offset(), whole.freeze(), durability).await.map_err(failed)
+    }
+
+    async fn zero_blocks(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> Result<(), BlockError> {
+        let middle = self.shrink_to_blocks(range);
+        if !middle.is_empty() {
+            let _held = match self.traits.block_size {
+                1 => None,
+                _ => Some(self.blocks.lock(middle).await),
+            };
+            let zeroed = self.driver.write_zeroes(middle, space, effort, durability).await;
+            zeroed.map_err(|error| self.failure(range, error))?;
+        }
+        let edges = if middle.is_empty() {
+            [range, ByteRange::from_bounds(0, 0)]
+        } else {
+            [
+                ByteRange::from_bounds(range.offset(), middle.offset()),
+                ByteRange::from_bounds(middle.end(), range.end()),
+            ]
+        };
+        for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
+            let zeroes = Buffer::zeroed(usize_from(edge.len())).freeze();
+            self.write_blocks(edge, zeroes, durability).await?;
+        }
+        Ok(())
+    }
+
+    /// What a storage says of `range`; see [`crate::storage::Storage::extents`]. Passes no gate.
+    pub(crate) async fn extents_below(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
+        let range = self.inside(range.offset(), range.len())?;
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.driver.extents(range).await.map_err(|error| self.failure(range, error))
+    }
+
+    fn widen_to_blocks(&self, range: ByteRange) -> ByteRange {
+        range.widen(u64::from(self.traits.block_size), self.size)
+    }
+
+    /// The whole blocks inside `range`; the node's last block may be short.
+    fn shrink_to_blocks(&self, range: ByteRange) -> ByteRange {
+        let unit = u64::from(self.traits.block_size);
+        let start = range.offset().next_multiple_of(unit);
+        let end = if range.end() == self.size { self.size } else { range.end() & !(unit - 1) };
+        ByteRange::from_bounds(start, end)
+    }
+
+    // ------------------------------------------------------------------ bounds and errors
+
+    fn inside(&self, offset: u64, len: u64) -> Result<ByteRange, BlockError> {
+        match ByteRange::new(offset, len) {
+            Ok(range) if range.end() <= self.size => Ok(range),
+            _ => Err(BlockError::new(ErrorKind::InvalidRequest, self.name.as_str(), None)),
+        }
+    }
+
+    fn writable(&self, offset: u64, len: u64) -> Result<ByteRange, BlockError> {
+        let range = self.inside(offset, len)?;
+        if self.options.read_only {
+            return Err(self.refusal(ErrorKind::ReadOnly, range));
+        }
+        Ok(range)
+    }
+
+    fn refusal(&self, kind: ErrorKind, range: ByteRange) -> BlockError {
+        BlockError::new(kind, self.name.as_str(), Some(range))
+    }
+
+    fn failure(&self, range: ByteRange, error: std::io::Error) -> BlockError {
+        BlockError::from_io(self.name.as_str(), Some(range), error)
+    }
+
+    /// Starts writing `range` back and drops it from the host's cache; see
+    /// [`crate::storage::Storage::start_writeback`].
+    pub(crate) fn start_writeback(&self, range: ByteRange) {
+        self.driver.start_writeback(range);
+    }
+}
