@@ -57,7 +57,7 @@ async fn drop_many(storage: &FileStorage) {
             let _ = futures_util::poll!(&mut extents);
         }
     }
-    // What the kernel still does, it does while the ring is taken down.
+    // What the kernel still does is waited for when this ends.
 }
 
 #[test]
@@ -110,5 +110,20 @@ async fn write_and_check(storage: Arc<FileStorage>, part: u64) {
             storage.write(BLOCKS * BLOCK, tail.clone(), Durability::Cached).await.unwrap();
             assert!(*storage.read(BLOCKS * BLOCK, Buffer::zeroed(777)).await.unwrap() == *tail);
         }
+    }
+}
+
+#[test]
+fn a_future_that_outlives_its_thread_does_not_hold_it_up() {
+    let directory = disk_directory();
+    let options = OpenOptions { cache: Cache::Direct, ..OpenOptions::default() };
+    let path = directory.path().join("disk");
+    for driver in DRIVERS {
+        let storage = FileStorage::create(&path, BLOCK, Existing::Replace, &options).unwrap();
+        let mut write = storage.write(0, pattern(1, BLOCK, 0), Durability::Fua);
+        block_on_with(driver, async {
+            assert!(futures_util::poll!(&mut write).is_pending());
+        })
+        .unwrap();
     }
 }
