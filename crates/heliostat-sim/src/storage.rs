@@ -40,7 +40,6 @@ struct State {
     random: Random,
     in_flight: u64,
     errors: u64,
-    requests: u64,
     forgets: bool,
 }
 
@@ -67,7 +66,7 @@ impl SimStorage {
         let size = u64_from(bytes.len());
         let forgets = profile.forgets;
         let medium = Medium::new(bytes);
-        let state = State { medium, random, in_flight: 0, errors: 0, requests: 0, forgets };
+        let state = State { medium, random, in_flight: 0, errors: 0, forgets };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)), size })
     }
 
@@ -83,11 +82,6 @@ impl SimStorage {
     /// Errors that it has given so far.
     pub(crate) fn errors(&self) -> u64 {
         lock(&self.state).errors
-    }
-
-    /// Requests that have begun so far.
-    pub(crate) fn requests(&self) -> u64 {
-        lock(&self.state).requests
     }
 
     /// What is read now, everywhere.
@@ -126,7 +120,6 @@ impl SimStorage {
         let mut state = lock(&self.state);
         let plan = self.profile.plan(kind, range, now, &mut state.random);
         state.in_flight += 1;
-        state.requests += 1;
         drop(state);
         self.world.trace(|| {
             let took = (plan.end - now).as_secs_f64() * 1e3;

@@ -19,9 +19,9 @@ use super::doubling::{Copying, Doubling, TargetHalf};
 use super::figures::{Standing, Tally};
 use super::mirror_step::{Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
-use super::scan::{Scanned, SyncMode, scan};
+use super::scan::{Belief, Scanned, SyncMode, scan};
 use super::source_gate::SourceGate;
-use super::unflushed::Unflushed;
+use super::unflushed::{Begun, Unflushed};
 use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::buffer::BufferPool;
 use crate::clock::{Clock, LocalFuture, Moment};
@@ -36,8 +36,8 @@ pub use super::options::MirrorOptions;
 
 /// Something that the mirror had under way has ended.
 enum Done {
-    Copied(Copying, Result<Copied, CopyError>),
-    Half(TargetHalf, Result<(), BlockError>),
+    Copied(Begun, Copying, Result<Copied, CopyError>),
+    Half(Begun, TargetHalf, Result<(), BlockError>),
     Flushed(Result<(), BlockError>),
     Scanned(Result<Scanned, BlockError>),
 }
@@ -264,10 +264,10 @@ impl Mirror {
     async fn start_halves(&mut self) {
         while let Some(half) = self.doubling.next_half() {
             self.pace.spend(half.range.len(), self.clock.now());
-            let route = Arc::clone(&self.route);
+            let (route, begun) = (Arc::clone(&self.route), self.unflushed.write_begins());
             self.launch(async move {
                 let written = route.write_half(&half).await;
-                Done::Half(half, written)
+                Done::Half(begun, half, written)
             })
             .await;
         }
@@ -275,9 +275,13 @@ impl Mirror {
 
     async fn start_scan(&mut self) {
         self.scan = Scan::Running;
-        let route = Arc::clone(&self.route);
-        let (from, is_zero) = (self.scanned_to, self.options.target_is_zero);
-        self.launch(async move { Done::Scanned(scan(&route.source, &route.target, from, is_zero).await) })
+        let (route, from) = (Arc::clone(&self.route), self.scanned_to);
+        let belief = match (self.route.trust_target.load(Ordering::Relaxed), self.options.target_is_zero) {
+            (false, _) => Belief::Nothing,
+            (true, false) => Belief::WhatItSays,
+            (true, true) => Belief::AllZero,
+        };
+        self.launch(async move { Done::Scanned(scan(&route.source, &route.target, from, belief).await) })
             .await;
     }
 
@@ -295,10 +299,10 @@ impl Mirror {
         self.pace.spend(copying.range().len(), now);
         self.copies += 1;
         self.tally.copy_begins(now);
-        let route = Arc::clone(&self.route);
+        let (route, begun) = (Arc::clone(&self.route), self.unflushed.write_begins());
         self.launch(async move {
             let copied = route.copy(copying.range()).await;
-            Done::Copied(copying, copied)
+            Done::Copied(begun, copying, copied)
         })
         .await;
     }
@@ -315,10 +319,11 @@ impl Mirror {
     fn take_in(&mut self, done: Done) {
         self.blocked = false;
         match done {
-            Done::Copied(copying, copied) => self.take_in_copy(copying, copied),
-            Done::Half(half, written) => {
+            Done::Copied(begun, copying, copied) => self.take_in_copy(begun, copying, copied),
+            Done::Half(begun, half, written) => {
                 self.unflushed.wrote(half.range);
-                self.doubling.half_ended(half, written.is_ok());
+                let is_there = written.is_ok() && !self.unflushed.is_lost(begun);
+                self.doubling.half_ended(half, is_there);
                 if let Err(error) = written {
                     self.meet_error(Operation::Write, &error);
                 }
@@ -327,12 +332,7 @@ impl Mirror {
                 self.unflushed.flush_succeeded();
                 self.attempt.flush_ended(true);
             }
-            Done::Flushed(Err(error)) => {
-                self.unflushed.flush_failed(self.doubling.bitmap());
-                self.route.trust_target.store(false, Ordering::Relaxed);
-                self.attempt.flush_ended(false);
-                self.meet_error(Operation::Write, &error);
-            }
+            Done::Flushed(Err(error)) => self.take_in_failed_flush(&error),
             Done::Scanned(Ok(scanned)) => {
                 for range in &scanned.dirty {
                     self.doubling.bitmap().mark(*range);
@@ -353,11 +353,11 @@ impl Mirror {
         }
     }
 
-    fn take_in_copy(&mut self, copying: Copying, copied: Result<Copied, CopyError>) {
+    fn take_in_copy(&mut self, begun: Begun, copying: Copying, copied: Result<Copied, CopyError>) {
         let range = copying.range();
         // Also when it failed: some of it may have reached the target.
         self.unflushed.wrote(range);
-        self.doubling.end_copy(copying, copied.is_ok());
+        self.doubling.end_copy(copying, copied.is_ok() && !self.unflushed.is_lost(begun));
         self.copies -= 1;
         match copied {
             Ok(copied) => {
@@ -369,6 +369,19 @@ impl Mirror {
         if self.copies == 0 {
             self.tally.copies_end(self.clock.now());
         }
+    }
+
+    fn take_in_failed_flush(&mut self, error: &BlockError) {
+        self.unflushed.flush_failed(self.doubling.bitmap());
+        self.route.trust_target.store(false, Ordering::Relaxed);
+        self.attempt.flush_ended(false);
+        if !self.unflushed.has_succeeded() && self.options.sync != SyncMode::None {
+            // What the target showed as zero was perhaps never durable: looks again, and believes nothing.
+            self.scan = Scan::Ahead;
+            self.scanned_to = 0;
+            self.first_pass_over = false;
+        }
+        self.meet_error(Operation::Write, error);
     }
 
     /// Does what the policy says about an error. The range is dirty again already.

@@ -22,6 +22,17 @@ pub enum SyncMode {
     None,
 }
 
+/// What is believed of the target before anything was copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Belief {
+    /// It may hold anything.
+    Nothing,
+    /// What it says reads as zero, does.
+    WhatItSays,
+    /// All of it reads as zero.
+    AllZero,
+}
+
 /// A piece of the source that has been looked at.
 #[derive(Debug)]
 pub(crate) struct Scanned {
@@ -39,16 +50,18 @@ pub(crate) async fn scan(
     source: &Arc<Node>,
     target: &Arc<Node>,
     from: u64,
-    target_is_zero: bool,
+    belief: Belief,
 ) -> Result<Scanned, BlockError> {
     let extents = source.extents_below(ByteRange::from_bounds(from, source.size())).await?;
     let end = extents.last().map_or(source.size(), |last| last.range.end());
     let mut dirty = Vec::new();
     for extent in extents {
-        match extent.status {
-            ExtentStatus::Data => dirty.push(extent.range),
-            ExtentStatus::Zero | ExtentStatus::Hole if target_is_zero => {}
-            ExtentStatus::Zero | ExtentStatus::Hole => not_zero(target, extent.range, &mut dirty).await,
+        match (extent.status, belief) {
+            (ExtentStatus::Data, _) | (_, Belief::Nothing) => dirty.push(extent.range),
+            (ExtentStatus::Zero | ExtentStatus::Hole, Belief::AllZero) => {}
+            (ExtentStatus::Zero | ExtentStatus::Hole, Belief::WhatItSays) => {
+                not_zero(target, extent.range, &mut dirty).await;
+            }
         }
     }
     Ok(Scanned { range: ByteRange::from_bounds(from, end), dirty })
