@@ -40,6 +40,7 @@ struct State {
     random: Random,
     in_flight: u64,
     errors: u64,
+    flush_failures: u64,
     forgets: bool,
 }
 
@@ -66,7 +67,7 @@ impl SimStorage {
         let size = u64_from(bytes.len());
         let forgets = profile.forgets;
         let medium = Medium::new(bytes);
-        let state = State { medium, random, in_flight: 0, errors: 0, forgets };
+        let state = State { medium, random, in_flight: 0, errors: 0, flush_failures: 0, forgets };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)), size })
     }
 
@@ -82,6 +83,11 @@ impl SimStorage {
     /// Errors that it has given so far.
     pub(crate) fn errors(&self) -> u64 {
         lock(&self.state).errors
+    }
+
+    /// Flushes that have failed so far.
+    pub(crate) fn flush_failures(&self) -> u64 {
+        lock(&self.state).flush_failures
     }
 
     /// What is read now, everywhere.
@@ -357,6 +363,7 @@ impl Storage for SimStorage {
                 (Kind::Flush, nowhere, inline),
                 |_, _| (),
                 move |state, good| {
+                    state.flush_failures += u64::from(!good);
                     let State { medium, random, .. } = state;
                     if good { medium.flush_succeeds(start, random) } else { medium.flush_fails(random) }
                 },

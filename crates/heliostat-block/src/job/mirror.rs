@@ -263,7 +263,7 @@ impl Mirror {
 
     async fn start_halves(&mut self) {
         while let Some(half) = self.doubling.next_half() {
-            self.pace.spend(half.range.len(), self.clock.now());
+            self.pace.spend_unasked(half.range.len(), self.clock.now());
             let (route, begun) = (Arc::clone(&self.route), self.unflushed.write_begins());
             self.launch(async move {
                 let written = route.write_half(&half).await;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::error::BlockError;
 use crate::node::Node;
+use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Extent, ExtentStatus};
 
@@ -53,6 +54,7 @@ pub(crate) async fn scan(
     belief: Belief,
 ) -> Result<Scanned, BlockError> {
     let extents = source.extents_below(ByteRange::from_bounds(from, source.size())).await?;
+    planted::remember_holes(&extents);
     let end = extents.last().map_or(source.size(), |last| last.range.end());
     let mut dirty = Vec::new();
     for extent in extents {

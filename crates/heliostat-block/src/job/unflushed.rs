@@ -5,6 +5,7 @@
 
 use super::mirror_step::TargetFlush;
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// Ranges that a crash of the target could lose.
@@ -33,7 +34,7 @@ impl Unflushed {
 
     /// Whether a flush has failed while a write was on its way: what had landed of it then may be gone.
     pub(crate) fn is_lost(&self, begun: Begun) -> bool {
-        begun.0 != self.failures
+        begun.0 != self.failures && !is_planted(Bug::FlushForgetsCopies)
     }
 
     /// Whether a flush has ever succeeded. Until then even what was there before the job may be lost.
@@ -62,7 +63,12 @@ impl Unflushed {
     /// The flush has failed: everything since the last good one goes into `dirty`. What was written beside
     /// the failed flush too, because its error may have been told to this one.
     pub(crate) fn flush_failed(&mut self, dirty: &DirtyBitmap) {
-        if let Some(lost) = self.flushing.take() {
+        let lost = self.flushing.take();
+        if is_planted(Bug::FlushTriedAgain) {
+            lost.iter().for_each(|lost| self.written.merge(lost));
+            return;
+        }
+        if let Some(lost) = lost {
             dirty.merge(&lost);
         }
         self.failures += 1;
