@@ -14,6 +14,7 @@ use crate::buffer::BufferPool;
 use crate::convert::usize_from;
 use crate::error::BlockError;
 use crate::node::Node;
+use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, ZeroEffort, ZeroSpace};
 
@@ -61,6 +62,11 @@ impl Route {
         let mut from = range.offset();
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
+            if let Some(hole) = planted::old_hole(Extent { range: rest, status: ExtentStatus::Data }) {
+                self.zero(hole.range, &mut copied).await?;
+                from = hole.range.end();
+                continue;
+            }
             let extents = self.source.extents_below(rest).await.map_err(|e| (Operation::Read, e))?;
             for extent in extents.iter().filter_map(|e| Some((e.range.intersection(rest)?, e.status))) {
                 match extent {

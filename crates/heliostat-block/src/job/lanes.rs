@@ -11,13 +11,15 @@ use event_listener::{Event, EventListener};
 
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::Copying;
+use super::unflushed::Begun;
 
 /// A copy that has ended, on its way back to its mirror.
-pub(crate) type Ended = (Copying, Result<Copied, CopyError>);
+pub(crate) type Ended = (Begun, Copying, Result<Copied, CopyError>);
 
 /// A copy for a lane.
 pub(crate) struct Errand {
     pub(crate) route: Arc<Route>,
+    pub(crate) begun: Begun,
     pub(crate) copying: Copying,
     pub(crate) returns: Arc<Returns>,
 }
@@ -93,7 +95,7 @@ impl Lanes {
 impl Errand {
     async fn carry_out(self) {
         let copied = self.route.copy(self.copying.range()).await;
-        self.returns.ended().push((self.copying, copied));
+        self.returns.ended().push((self.begun, self.copying, copied));
         self.returns.came.notify(usize::MAX);
     }
 }

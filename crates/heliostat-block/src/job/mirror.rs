@@ -19,10 +19,10 @@ use super::figures::{Standing, Tally};
 use super::lanes::Lanes;
 use super::mirror_step::{Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
-use super::scan::SyncMode;
+use super::scan::{Belief, SyncMode};
 use super::source_gate::SourceGate;
 use super::underway::{Done, Underway};
-use super::unflushed::Unflushed;
+use super::unflushed::{Begun, Unflushed};
 use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::buffer::BufferPool;
 use crate::clock::{Clock, Moment};
@@ -201,7 +201,7 @@ impl Mirror {
         match step {
             Step::Scan => {
                 self.scan = Scan::Running;
-                let done = self.underway.scan(self.scanned_to, self.options.target_is_zero).await;
+                let done = self.underway.scan(self.scanned_to, self.belief()).await;
                 self.take_in(done);
             }
             Step::Copy => self.start_copy().await,
@@ -258,9 +258,18 @@ impl Mirror {
 
     async fn start_halves(&mut self) {
         while let Some(half) = self.doubling.next_half() {
-            self.pace.spend(half.range.len(), self.clock.now());
-            let done = self.underway.half(half).await;
+            self.pace.spend_unasked(half.range.len(), self.clock.now());
+            let done = self.underway.half(self.unflushed.write_begins(), half).await;
             self.take_in(done);
+        }
+    }
+
+    /// What the first pass may believe of the target.
+    fn belief(&self) -> Belief {
+        match (self.route.trust_target.load(Ordering::Relaxed), self.options.target_is_zero) {
+            (false, _) => Belief::Nothing,
+            (true, false) => Belief::WhatItSays,
+            (true, true) => Belief::AllZero,
         }
     }
 
@@ -278,7 +287,7 @@ impl Mirror {
         self.pace.spend(copying.range().len(), now);
         self.tally.copy_begins(now);
         let elsewhere = self.tally.guests_are_quiet();
-        let done = self.underway.copy(copying, elsewhere).await;
+        let done = self.underway.copy(self.unflushed.write_begins(), copying, elsewhere).await;
         self.take_in(done);
     }
 
@@ -288,10 +297,11 @@ impl Mirror {
         let Some(done) = done else { return };
         self.blocked = false;
         match done {
-            Done::Copied(copying, copied) => self.take_in_copy(copying, copied),
-            Done::Half(half, written) => {
+            Done::Copied(begun, copying, copied) => self.take_in_copy(begun, copying, copied),
+            Done::Half(begun, half, written) => {
                 self.unflushed.wrote(half.range);
-                self.doubling.half_ended(half, written.is_ok());
+                let is_there = written.is_ok() && !self.unflushed.is_lost(begun);
+                self.doubling.half_ended(half, is_there);
                 if let Err(error) = written {
                     self.meet_error(Operation::Write, &error);
                 }
@@ -300,12 +310,7 @@ impl Mirror {
                 self.unflushed.flush_succeeded();
                 self.attempt.flush_ended(true);
             }
-            Done::Flushed(Err(error)) => {
-                self.unflushed.flush_failed(self.doubling.bitmap());
-                self.route.trust_target.store(false, Ordering::Relaxed);
-                self.attempt.flush_ended(false);
-                self.meet_error(Operation::Write, &error);
-            }
+            Done::Flushed(Err(error)) => self.take_in_failed_flush(&error),
             Done::Scanned(Ok(scanned)) => {
                 for range in &scanned.dirty {
                     self.doubling.bitmap().mark(*range);
@@ -326,11 +331,11 @@ impl Mirror {
         }
     }
 
-    fn take_in_copy(&mut self, copying: Copying, copied: Result<Copied, CopyError>) {
+    fn take_in_copy(&mut self, begun: Begun, copying: Copying, copied: Result<Copied, CopyError>) {
         let range = copying.range();
         // Also when it failed: some of it may have reached the target.
         self.unflushed.wrote(range);
-        self.doubling.end_copy(copying, copied.is_ok());
+        self.doubling.end_copy(copying, copied.is_ok() && !self.unflushed.is_lost(begun));
         match copied {
             Ok(copied) => {
                 self.rest.shorten();
@@ -341,6 +346,19 @@ impl Mirror {
         if self.underway.copies() == 0 {
             self.tally.copies_end(self.clock.now());
         }
+    }
+
+    fn take_in_failed_flush(&mut self, error: &BlockError) {
+        self.unflushed.flush_failed(self.doubling.bitmap());
+        self.route.trust_target.store(false, Ordering::Relaxed);
+        self.attempt.flush_ended(false);
+        if !self.unflushed.has_succeeded() && self.options.sync != SyncMode::None {
+            // What the target showed as zero was perhaps never durable: looks again, and believes nothing.
+            self.scan = Scan::Ahead;
+            self.scanned_to = 0;
+            self.first_pass_over = false;
+        }
+        self.meet_error(Operation::Write, error);
     }
 
     /// Does what the policy says about an error. The range is dirty again already.
