@@ -6,7 +6,8 @@
 //! looks for contradictions second, so that of two newcomers at least one sees the other. The bytes need not
 //! exist in the file. This is what `strace qemu-img` and `/proc/locks` show.
 //!
-//! Called when a file is opened. The locks are held by an [`OpenFile`], and end with its last user.
+//! Called when a file is opened. The locks end with the last use of the open file, operations that
+//! the kernel has not finished among them.
 
 use std::fmt;
 use std::io;
