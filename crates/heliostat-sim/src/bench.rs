@@ -79,7 +79,9 @@ impl Bench {
         self.disks[self.current()].storage.may_forget();
         self.disks[to].storage.forgets_no_more();
         self.current.store(to, Ordering::SeqCst);
-        self.oracle().settle(image);
+        let mut oracle = self.oracle();
+        oracle.settle(image);
+        oracle.flushes_failed(self.disks[to].storage.flush_failures());
     }
 
     pub(crate) fn disk_of(&self, node: &Arc<Node>) -> &Disk {

@@ -195,11 +195,14 @@ impl Guest {
     async fn flush(&mut self, tracked: &Tracked) -> Result<(), BlockError> {
         let storage = &self.bench.disk_of(tracked.node()).storage;
         let failures = storage.flush_failures();
+        self.bench.oracle().flushes_failed(failures);
         let id = self.bench.oracle().begin_flush();
         let flushed = tracked.flush().await;
         // Of two flushes at once a host may tell only one that data was lost.
         let good = flushed.is_ok() && failures == storage.flush_failures();
-        self.bench.oracle().end_flush(&id, good);
+        let mut oracle = self.bench.oracle();
+        oracle.flushes_failed(storage.flush_failures());
+        oracle.end_flush(&id, good);
         flushed
     }
 }
