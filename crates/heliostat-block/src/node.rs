@@ -21,7 +21,7 @@ use crate::name::NodeName;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
-use crate::storage::{Durability, Extent, Traits, ZeroEffort, ZeroSpace};
+use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
 use crate::tracked::{Drained, Tracked};
 
 /// What becomes of space that is no longer needed.
@@ -398,13 +398,22 @@ impl Node {
         Ok(())
     }
 
-    /// What a storage says of `range`; see [`crate::storage::Storage::extents`]. Passes no gate.
+    /// What a storage says of `range`; see [`crate::storage::Storage::extents`]. Never empty for a range that
+    /// is not; an answer that makes no sense becomes "data". Passes no gate.
     pub(crate) async fn extents_below(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
         let range = self.inside(range.offset(), range.len())?;
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        self.driver.extents(range).await.map_err(|error| self.failure(range, error))
+        let extents = self.driver.extents(range).await.map_err(|error| self.failure(range, error))?;
+        // An answer with a gap would let a mirror skip what was never looked at.
+        let end = extents.iter().try_fold(range.offset(), |end, extent| {
+            (extent.range.offset() == end && !extent.range.is_empty()).then_some(extent.range.end())
+        });
+        match end {
+            Some(end) if end > range.offset() => Ok(extents),
+            _ => Ok(vec![Extent { range, status: ExtentStatus::Data }]),
+        }
     }
 
     fn widen_to_blocks(&self, range: ByteRange) -> ByteRange {
