@@ -18,6 +18,7 @@ use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
 use crate::name::NodeName;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
 use crate::storage::{Durability, Extent, Traits, ZeroEffort, ZeroSpace};
@@ -186,8 +187,17 @@ impl Node {
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
         let drained = Drained::of_closed(Arc::clone(self));
-        self.in_flight.wait_quiet().await;
+        if !is_planted(Bug::PivotWithoutDrain) {
+            self.in_flight.wait_quiet().await;
+        }
         drained
+    }
+
+    /// How many bitmaps and mirrors hear of its writes.
+    #[must_use]
+    pub fn watchers(&self) -> usize {
+        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
+        watchers.bitmaps.len() + usize::from(watchers.doubling.is_some())
     }
 
     /// Lets `bitmap` hear of every write that ends from now on.
@@ -259,6 +269,7 @@ impl Node {
         if self.options.discard != Discard::Unmap || whole_blocks.is_empty() {
             return Ok(());
         }
+        self.mark_early(range);
         let discarded = self.driver.discard(whole_blocks).await.map_err(|error| self.failure(range, error));
         self.mark(range, None, discarded.is_ok()).await;
         discarded
@@ -275,28 +286,41 @@ impl Node {
         payload: impl FnOnce() -> Payload,
         durability: Durability,
     ) -> Option<Doubled> {
+        self.mark_early(range);
         let doubling = self.watchers.read().unwrap_or_else(PoisonError::into_inner).doubling.clone()?;
         doubling.begin(range, payload, durability).await
+    }
+
+    /// Does nothing, but where a test breaks the rule of [`Node::mark`].
+    fn mark_early(&self, range: ByteRange) {
+        if is_planted(Bug::MarkBeforeWrite) {
+            self.mark_watchers(range, None);
+        }
     }
 
     /// Marks what a write has changed, or may have changed when it failed, before the client hears of it.
     ///
     /// Looks at the watchers after the write: one that came while it ran would otherwise never hear of it.
     async fn mark(&self, range: ByteRange, doubled: Option<Doubled>, written: bool) {
-        let doubled_by = doubled.as_ref().map(|doubled| Arc::clone(doubled.doubling()));
-        {
-            let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
-            for bitmap in &watchers.bitmaps {
-                bitmap.mark(range);
-            }
-            if let Some(doubling) = &watchers.doubling
-                && doubled_by.is_none_or(|by| !Arc::ptr_eq(&by, doubling))
-            {
-                doubling.mark(range);
-            }
+        let early = is_planted(Bug::MarkBeforeWrite);
+        if !early && (written || !is_planted(Bug::FailedWriteNotMarked)) {
+            self.mark_watchers(range, doubled.as_ref().map(Doubled::doubling));
         }
         if let Some(doubled) = doubled {
             doubled.finish(written).await;
+        }
+    }
+
+    /// Tells everybody who wants to hear of writes, but for the mirror that doubles this one.
+    fn mark_watchers(&self, range: ByteRange, doubled_by: Option<&Arc<Doubling>>) {
+        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
+        for bitmap in &watchers.bitmaps {
+            bitmap.mark(range);
+        }
+        if let Some(doubling) = &watchers.doubling
+            && doubled_by.is_none_or(|by| !Arc::ptr_eq(by, doubling))
+        {
+            doubling.mark(range);
         }
     }
 

@@ -3,7 +3,6 @@
 //! The calls block; [`crate::file`] makes them elsewhere than on a data-plane thread.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use heliostat_block::range::ByteRange;
@@ -11,6 +10,7 @@ use heliostat_block::storage::{Extent, ExtentStatus};
 use rustix::fs::{SeekFrom, fstat, seek};
 use rustix::io::Errno;
 
+use crate::lock::OpenFile;
 use crate::probe::Shape;
 
 /// The most extents in one answer: as many as a caller works off in some milliseconds, and enough that a
@@ -20,7 +20,7 @@ const EXTENTS_MAX: usize = 1024;
 /// Where one file has data.
 #[derive(Debug)]
 pub(crate) struct Layout {
-    file: Arc<OwnedFd>,
+    file: Arc<OpenFile>,
     shape: Shape,
     /// A range that was seen to be all data. To find its end the kernel walks to the next hole, however far
     /// that is, so asking for a large file in steps would walk it again at each. That it may have been
@@ -31,7 +31,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    pub(crate) fn new(file: Arc<OwnedFd>, shape: Shape) -> Self {
+    pub(crate) fn new(file: Arc<OpenFile>, shape: Shape) -> Self {
         Self { file, shape, data: Mutex::new(ByteRange::from_bounds(0, 0)) }
     }
 

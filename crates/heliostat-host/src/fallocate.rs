@@ -4,7 +4,7 @@
 //! turns out not to work is remembered and not tried again.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -15,6 +15,7 @@ use heliostat_block::storage::{ZeroEffort, ZeroSpace};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
+use crate::lock::OpenFile;
 use crate::probe::Shape;
 
 /// The length of the zeroes that are written where nothing better works: one write of a good size.
@@ -43,7 +44,7 @@ pub(crate) struct Able {
 /// Zeroes and discards ranges of one file or device.
 #[derive(Debug)]
 pub(crate) struct Space {
-    file: Arc<OwnedFd>,
+    file: Arc<OpenFile>,
     shape: Shape,
     can_punch: AtomicBool,
     can_zero_range: AtomicBool,
@@ -51,7 +52,7 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    pub(crate) fn new(file: Arc<OwnedFd>, shape: Shape) -> Self {
+    pub(crate) fn new(file: Arc<OpenFile>, shape: Shape) -> Self {
         Self {
             file,
             shape,

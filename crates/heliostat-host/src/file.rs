@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +19,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::extents::Layout;
 use crate::fallocate::{self, Space};
+use crate::lock::OpenFile;
 use crate::open::{Discard, Flush, OpenOptions};
 use crate::pace::Pace;
 use crate::probe::Shape;
@@ -44,9 +45,9 @@ const BOUNCES_KEPT: usize = 8;
 pub struct FileStorage {
     path: PathBuf,
     /// What the requests go to: the file with the page cache or, passing it by, the other one.
-    main: Arc<OwnedFd>,
+    main: Arc<OpenFile>,
     /// The file with the page cache, holder of the locks.
-    cached: Arc<OwnedFd>,
+    cached: Arc<OpenFile>,
     shape: Shape,
     ignores_flush: bool,
     ignores_discard: bool,
@@ -68,8 +69,8 @@ impl fmt::Debug for FileStorage {
 impl FileStorage {
     pub(crate) fn new(
         path: PathBuf,
-        cached: Arc<OwnedFd>,
-        direct: Option<Arc<OwnedFd>>,
+        cached: Arc<OpenFile>,
+        direct: Option<Arc<OpenFile>>,
         shape: Shape,
         options: &OpenOptions,
     ) -> Self {
@@ -86,7 +87,7 @@ impl FileStorage {
             bounces: BufferPool::new(BOUNCE_LEN, BOUNCES_KEPT),
             space: Arc::new(Space::new(Arc::clone(&cached), shape)),
             layout: Arc::new(Layout::new(Arc::clone(&cached), shape)),
-            writeback: writes_back.then(|| Arc::new(Writeback::new(Arc::clone(&cached)))),
+            writeback: writes_back.then(|| Arc::new(Writeback::new(cached.for_writeback()))),
             cached,
         }
     }

@@ -6,12 +6,13 @@
 //! looks for contradictions second, so that of two newcomers at least one sees the other. The bytes need not
 //! exist in the file. This is what `strace qemu-img` and `/proc/locks` show.
 //!
-//! Called when a file is opened. The locks end with the last descriptor of the open file.
+//! Called when a file is opened. The locks are held by an [`OpenFile`], and end with its last user.
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::linux::fs::MetadataExt;
+use std::sync::Arc;
 
 /// The first of the bytes that say what is used.
 const USES: u64 = 100;
@@ -116,6 +117,60 @@ pub(crate) enum Outcome {
     /// The file system has no such locks.
     NoLocksHere,
     Conflict(Conflict, Option<Holder>),
+}
+
+/// An open file and the locks on it, which end when nobody reads or writes any more: operations that the kernel
+/// has not finished are users too.
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    fd: Arc<OwnedFd>,
+    claim: Option<Claim>,
+    /// The same file for those whose use does not matter to other programs.
+    for_writeback: Arc<OwnedFd>,
+    /// The same file, opened in another way, and holding the locks.
+    _locked: Option<Arc<OpenFile>>,
+}
+
+impl OpenFile {
+    /// An open file on which the locks of `claim` have been taken.
+    pub(crate) fn new(fd: OwnedFd, claim: Option<Claim>, for_writeback: Option<OwnedFd>) -> Arc<Self> {
+        let fd = Arc::new(fd);
+        let for_writeback = for_writeback.map_or_else(|| Arc::clone(&fd), Arc::new);
+        Arc::new(Self { fd, claim, for_writeback, _locked: None })
+    }
+
+    /// The same file as `locked`, opened in another way.
+    pub(crate) fn beside(locked: &Arc<Self>, fd: OwnedFd) -> Arc<Self> {
+        let for_writeback = locked.for_writeback();
+        Arc::new(Self { fd: Arc::new(fd), claim: None, for_writeback, _locked: Some(Arc::clone(locked)) })
+    }
+
+    /// A descriptor for whoever writes back. Being late with closing it does no harm: the file can be opened
+    /// again, by anybody, though it is being written back.
+    pub(crate) fn for_writeback(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.for_writeback)
+    }
+}
+
+impl AsFd for OpenFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for OpenFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        for byte in self.claim.iter().flat_map(|claim| claim.bytes()) {
+            // What cannot be unlocked now ends with the descriptor.
+            let _ = set(self.as_fd(), byte, libc::F_UNLCK);
+        }
+    }
 }
 
 /// Takes the locks of `claim` on the open file behind `file`. Without success none is left.
@@ -244,8 +299,6 @@ pub(crate) fn unlock(file: BorrowedFd<'_>, claim: Claim) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
 
     const READER: Claim = Claim { uses: &[Permission::ConsistentRead], refuses: &[] };

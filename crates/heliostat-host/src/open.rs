@@ -7,13 +7,12 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom, fstat};
 use rustix::io::Errno;
 
 use crate::file::FileStorage;
-use crate::lock::{self, Claim, Conflict, Holder, Outcome, Permission};
+use crate::lock::{self, Claim, Conflict, Holder, OpenFile, Outcome, Permission};
 use crate::probe::{self, Shape};
 
 /// What may be done with an image.
@@ -271,8 +270,7 @@ impl FileStorage {
         // Looked at first: only opening it can have side effects on what is not a disk.
         let metadata = rustix::fs::stat(path).map_err(|e| OpenError::from_open(path, Attempt::Read, e))?;
         check_kind(path, FileType::from_raw_mode(metadata.st_mode))?;
-        let (file, is_writable) = open_file(path, options)?;
-        Self::from_file(path, file, is_writable, options)
+        Self::from_file(path, open_file(path, options)?, options)
     }
 
     /// Makes a sparse image of `size` bytes at `path`. `options` say how it is opened then, which is always
@@ -293,6 +291,7 @@ impl FileStorage {
         match rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)) {
             Ok(file) => {
                 let created = RemoveOnFailure(Some(path));
+                let file = Opened { file, for_writeback: None, is_writable: true };
                 let storage = Self::resized(path, file, size, &options)?;
                 created.keep();
                 Ok(storage)
@@ -305,17 +304,17 @@ impl FileStorage {
                 if kind == FileType::BlockDevice {
                     return Err(OpenError::Exists { path: path.to_owned() });
                 }
-                let (file, _) = open_file(path, &options)?;
-                Self::resized(path, file, size, &options)
+                Self::resized(path, open_file(path, &options)?, size, &options)
             }
             Err(errno) => Err(OpenError::from_open(path, Attempt::Create, errno)),
         }
     }
 
     /// Gives an open file its length, with the locks held, and makes the storage of it.
-    fn resized(path: &Path, file: OwnedFd, size: u64, options: &OpenOptions) -> Result<Self, OpenError> {
-        take_locks(path, file.as_fd(), true, options.locking)?;
-        let length = |size| match rustix::fs::ftruncate(&file, size) {
+    fn resized(path: &Path, opened: Opened, size: u64, options: &OpenOptions) -> Result<Self, OpenError> {
+        // From here on a failure gives them back with the descriptor.
+        take_locks(path, &opened, options.locking)?;
+        let length = |size| match rustix::fs::ftruncate(&opened.file, size) {
             // The kernel says EINVAL for what no file can have.
             Err(Errno::INVAL) => Err(Errno::FBIG),
             result => result,
@@ -323,39 +322,47 @@ impl FileStorage {
         length(0).and_then(|()| length(size)).map_err(|e| OpenError::io(path, "give its length to", e))?;
         // The file must be found after a crash, as what is flushed to it later must.
         sync_directory_of(path);
-        Self::from_file(path, file, true, options)
+        Self::from_file(path, opened, options)
     }
 
-    fn from_file(
-        path: &Path,
-        file: OwnedFd,
-        is_writable: bool,
-        options: &OpenOptions,
-    ) -> Result<Self, OpenError> {
-        let stat = fstat(&file).map_err(|e| OpenError::io(path, "look at", e))?;
+    fn from_file(path: &Path, opened: Opened, options: &OpenOptions) -> Result<Self, OpenError> {
+        let file = opened.file.as_fd();
+        let stat = fstat(file).map_err(|e| OpenError::io(path, "look at", e))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         check_kind(path, kind)?;
-        // A ring gives up instead of waiting when this is set, even for files.
-        let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| OpenError::io(path, "look at", e))?;
-        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)
+        // What a ring makes of this on a file differs from kernel to kernel, down to giving up instead of waiting.
+        let flags = rustix::fs::fcntl_getfl(file).map_err(|e| OpenError::io(path, "look at", e))?;
+        rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)
             .map_err(|e| OpenError::io(path, "set up", e))?;
-        take_locks(path, file.as_fd(), is_writable, options.locking)?;
+        let claim = take_locks(path, &opened, options.locking)?;
         let size = match kind {
             // Leaves the file offset at the end; nothing here uses it.
-            FileType::BlockDevice => rustix::fs::seek(&file, SeekFrom::End(0)),
+            FileType::BlockDevice => rustix::fs::seek(file, SeekFrom::End(0)),
             _ => Ok(u64::try_from(stat.st_size).unwrap_or(0)),
         }
         .map_err(|e| OpenError::io(path, "find the size of", e))?;
-        let in_memory = kind == FileType::RegularFile && probe::is_in_memory(file.as_fd());
+        let in_memory = kind == FileType::RegularFile && probe::is_in_memory(file);
         let direct = match options.cache {
-            Cache::Direct if !in_memory => Some(reopen_direct(path, file.as_fd(), is_writable)?),
+            Cache::Direct if !in_memory => Some(reopen_direct(path, file, opened.is_writable)?),
             _ => None,
         };
-        let shape =
-            Shape::probe(file.as_fd(), direct.as_ref().map(AsFd::as_fd), size, in_memory, is_writable)
-                .map_err(|e| OpenError::io(path, "probe", e))?;
-        Ok(Self::new(path.to_owned(), Arc::new(file), direct.map(Arc::new), shape, options))
+        let direct_file = direct.as_ref().map(AsFd::as_fd);
+        let shape = Shape::probe(file, direct_file, size, in_memory, opened.is_writable)
+            .map_err(|e| OpenError::io(path, "probe", e))?;
+        let cached = OpenFile::new(opened.file, claim, opened.for_writeback);
+        let direct = direct.map(|direct| OpenFile::beside(&cached, direct));
+        Ok(Self::new(path.to_owned(), cached, direct, shape, options))
     }
+}
+
+/// A file that was just opened.
+struct Opened {
+    /// Of a block device, it may exclude the host itself and whoever asks for the same. Only with this very
+    /// descriptor may such a device be zeroed and discarded.
+    file: OwnedFd,
+    /// The same one without that, since whoever writes back may be late with closing it.
+    for_writeback: Option<OwnedFd>,
+    is_writable: bool,
 }
 
 /// Removes a file that was created, unless everything went well.
@@ -387,14 +394,14 @@ fn check_kind(path: &Path, kind: FileType) -> Result<(), OpenError> {
     Err(OpenError::NotADisk { path: path.to_owned(), kind })
 }
 
-/// Opens for what `options` ask; says whether it may be written.
-fn open_file(path: &Path, options: &OpenOptions) -> Result<(OwnedFd, bool), OpenError> {
+/// Opens for what `options` ask.
+fn open_file(path: &Path, options: &OpenOptions) -> Result<Opened, OpenError> {
     let open = |flags| rustix::fs::open(path, flags | ALWAYS, Mode::empty());
     if options.access != Access::ReadOnly {
         // On a block device it means: fail if the host itself uses it. Without meaning for a file.
-        let exclusive = match options.locking {
-            Locking::Auto | Locking::Still if is_block_device(path) => OFlags::EXCL,
-            _ => OFlags::empty(),
+        let (exclusive, is_device) = match options.locking {
+            Locking::Auto | Locking::Still if is_block_device(path) => (OFlags::EXCL, true),
+            _ => (OFlags::empty(), false),
         };
         match open(OFlags::RDWR | exclusive) {
             Ok(file) if probe::is_read_only_device(file.as_fd()) => {
@@ -402,14 +409,18 @@ fn open_file(path: &Path, options: &OpenOptions) -> Result<(OwnedFd, bool), Open
                     return Err(OpenError::ReadOnly { path: path.to_owned() });
                 }
             }
-            Ok(file) => return Ok((file, true)),
+            Ok(file) => {
+                // Without it nothing is written back early, which costs nothing but time.
+                let for_writeback = if is_device { open(OFlags::RDWR).ok() } else { None };
+                return Ok(Opened { file, for_writeback, is_writable: true });
+            }
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS)
                 if options.access == Access::ReadWriteIfAllowed => {}
             Err(errno) => return Err(OpenError::from_open(path, Attempt::Write, errno)),
         }
     }
     let file = open(OFlags::RDONLY).map_err(|e| OpenError::from_open(path, Attempt::Read, e))?;
-    Ok((file, false))
+    Ok(Opened { file, for_writeback: None, is_writable: false })
 }
 
 fn is_block_device(path: &Path) -> bool {
@@ -438,21 +449,18 @@ const READS: &[Permission] = &[Permission::ConsistentRead];
 const READS_AND_WRITES: &[Permission] = &[Permission::ConsistentRead, Permission::Write];
 const CHANGES: &[Permission] = &[Permission::Write, Permission::Resize];
 
-fn take_locks(
-    path: &Path,
-    file: BorrowedFd<'_>,
-    is_writable: bool,
-    locking: Locking,
-) -> Result<(), OpenError> {
-    let uses = if is_writable { READS_AND_WRITES } else { READS };
+fn take_locks(path: &Path, opened: &Opened, locking: Locking) -> Result<Option<Claim>, OpenError> {
+    let uses = if opened.is_writable { READS_AND_WRITES } else { READS };
     let refuses = match locking {
-        Locking::Off => return Ok(()),
-        Locking::Auto if is_writable => CHANGES,
+        Locking::Off => return Ok(None),
+        Locking::Auto if opened.is_writable => CHANGES,
         Locking::Still => CHANGES,
         Locking::Auto | Locking::Shared => &[],
     };
-    match lock::lock(file, Claim { uses, refuses }) {
-        Ok(Outcome::Locked | Outcome::NoLocksHere) => Ok(()),
+    let claim = Claim { uses, refuses };
+    match lock::lock(opened.file.as_fd(), claim) {
+        Ok(Outcome::Locked) => Ok(Some(claim)),
+        Ok(Outcome::NoLocksHere) => Ok(None),
         Ok(Outcome::Conflict(conflict, holder)) => {
             Err(OpenError::Locked { path: path.to_owned(), conflict, holder })
         }

@@ -5,7 +5,7 @@
 //! denied, the same operations run on blocking threads.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -21,6 +21,7 @@ use io_uring::opcode;
 use io_uring::types::Fd;
 use rustix::io::ReadWriteFlags;
 
+use crate::lock::OpenFile;
 use crate::runtime::{BLOCKING, Driver};
 
 /// The longest single operation: what Linux cuts reads and writes to (`MAX_RW_COUNT`), rounded down so that
@@ -41,7 +42,7 @@ async fn submit<T: OpCode + 'static>(operation: T) -> BufResult<usize, T> {
 }
 
 struct Read {
-    file: Arc<OwnedFd>,
+    file: Arc<OpenFile>,
     offset: u64,
     buffer: Buffer,
     done: usize,
@@ -90,7 +91,7 @@ unsafe impl PollOpCode for Read {
 /// # Errors
 /// `UnexpectedEof` when the file ends before that; else the host's.
 pub(crate) async fn read(
-    file: &Arc<OwnedFd>,
+    file: &Arc<OpenFile>,
     offset: u64,
     buffer: Buffer,
     done: usize,
@@ -110,7 +111,7 @@ pub(crate) async fn read(
 }
 
 struct Write {
-    file: Arc<OwnedFd>,
+    file: Arc<OpenFile>,
     offset: u64,
     data: Bytes,
     done: usize,
@@ -160,7 +161,7 @@ unsafe impl PollOpCode for Write {
 /// # Errors
 /// The host's. After one, any part may have been written.
 pub(crate) async fn write(
-    file: &Arc<OwnedFd>,
+    file: &Arc<OpenFile>,
     offset: u64,
     data: Bytes,
     done: usize,
@@ -188,7 +189,7 @@ pub(crate) async fn write(
 ///
 /// # Errors
 /// The host's.
-pub(crate) async fn flush(file: &Arc<OwnedFd>) -> io::Result<()> {
+pub(crate) async fn flush(file: &Arc<OpenFile>) -> io::Result<()> {
     loop {
         let BufResult(result, _) = submit(Sync::new(Arc::clone(file), true)).await;
         match result {

@@ -46,8 +46,9 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes over SIGTERM, SIGINT and SIGHUP: they no longer end the process. Child processes start with the
-    /// default behaviour.
+    /// Takes over SIGTERM, SIGINT and SIGHUP: they no longer end the process. Nor does SIGXFSZ, which comes
+    /// with a write beyond the host's limit for files; the write fails, and that is enough. Child processes
+    /// start with the default behaviour.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -67,6 +68,9 @@ impl Signals {
             let handler = unsafe { signal_hook_registry::register(*number, note) }?;
             signals.handlers.push(handler);
         }
+        // SAFETY: the action does nothing.
+        let ignorer = unsafe { signal_hook_registry::register(libc::SIGXFSZ, || ()) }?;
+        signals.handlers.push(ignorer);
         Ok(signals)
     }
 

@@ -69,7 +69,7 @@ fn an_unreadable_file_is_refused() {
     let directory = disk_directory();
     let path = directory.path().join("disk");
     std::fs::write(&path, "x").unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0)).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).unwrap();
     if std::fs::read(&path).is_ok() {
         return skipped("the superuser may read everything");
     }
@@ -213,11 +213,23 @@ fn a_block_device_that_the_host_uses_is_not_written() {
 fn a_read_only_device_is_said_and_can_be_read() {
     let directory = disk_directory();
     let Some(device) = LoopDevice::new(directory.path(), 1 << 20, 512) else { return };
-    run("blockdev", &["--setro", device.path.to_str().unwrap()]).unwrap();
+    device.set_read_only();
     let error = refusal(&device.path, &OpenOptions::default());
     assert!(matches!(error, OpenError::ReadOnly { .. }), "{error}");
     let options = OpenOptions { access: Access::ReadWriteIfAllowed, ..OpenOptions::default() };
     let storage = FileStorage::open(&device.path, &options).unwrap();
     assert!(storage.traits().read_only);
     assert_eq!(storage.size(), 1 << 20);
+}
+
+#[test]
+fn a_closed_image_can_be_opened_again_at_once_though_it_is_being_written_back() {
+    let directory = disk_directory();
+    let path = directory.path().join("disk");
+    for _ in 0..50 {
+        let storage =
+            FileStorage::create(&path, 4 << 20, Existing::Replace, &OpenOptions::default()).unwrap();
+        block_on(storage.write(0, pattern(1, 4 << 20, 0), Durability::Cached)).unwrap().unwrap();
+        storage.start_writeback(ByteRange::from_bounds(0, 4 << 20));
+    }
 }

@@ -3,6 +3,7 @@
 //! A driver maps a node's bytes onto a storage. It knows nothing of clients, bitmaps or jobs; the node calls
 //! it with ranges that lie inside and are aligned to its block size.
 
+pub mod null;
 pub mod raw;
 
 use bytes::Bytes;

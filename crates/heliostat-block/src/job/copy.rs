@@ -14,6 +14,7 @@ use crate::buffer::BufferPool;
 use crate::convert::usize_from;
 use crate::error::BlockError;
 use crate::node::Node;
+use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, ZeroEffort, ZeroSpace};
 
@@ -49,12 +50,23 @@ pub(crate) struct Copied {
 pub(crate) type CopyError = (Operation, BlockError);
 
 impl Route {
+    /// Whether copying is work for a core rather than for a disk.
+    pub(crate) fn is_cached(&self) -> bool {
+        let cached = |node: &Node| node.traits().block_size == 1 && !node.traits().remote;
+        cached(&self.source) && cached(&self.target)
+    }
+
     /// Brings `range` over.
     pub(crate) async fn copy(&self, range: ByteRange) -> Result<Copied, CopyError> {
         let mut copied = Copied::default();
         let mut from = range.offset();
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
+            if let Some(hole) = planted::old_hole(Extent { range: rest, status: ExtentStatus::Data }) {
+                self.zero(hole.range, &mut copied).await?;
+                from = hole.range.end();
+                continue;
+            }
             let extents = self.source.extents_below(rest).await.map_err(|e| (Operation::Read, e))?;
             for extent in extents.iter().filter_map(|e| Some((e.range.intersection(rest)?, e.status))) {
                 match extent {

@@ -18,6 +18,7 @@ use futures_util::future::{Either, select};
 use super::range_table::{Kind, RangeTable, Ticket, Turn};
 use crate::clock::Clock;
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::storage::{Durability, ZeroSpace};
 
@@ -205,7 +206,11 @@ impl Doubling {
     /// The target's half has surely ended. What the guest no longer waited for, or what failed, is dirty.
     pub(crate) fn half_ended(&self, half: TargetHalf, written: bool) {
         let mut table = self.table();
-        if !written || table.ranges.kind(half.ticket) == Kind::Unknown {
+        if is_planted(Bug::LateWriteForgotten) && !table.ranges.contains(half.ticket) {
+            return;
+        }
+        let failed = !written && !is_planted(Bug::FailedHalfNotMarked);
+        if failed || table.ranges.kind(half.ticket) == Kind::Unknown {
             self.bitmap.mark(half.range);
         }
         let gone = table.ranges.part_ended(half.ticket);
@@ -234,7 +239,9 @@ impl Doubling {
                     let whole_granules = ByteRange::from_bounds(dirty.offset(), end);
                     if !whole_granules.is_empty() {
                         let ticket = table.ranges.enter_copy(whole_granules);
-                        self.bitmap.clear(whole_granules);
+                        if !is_planted(Bug::ClearAfterRead) {
+                            self.bitmap.clear(whole_granules);
+                        }
                         return Some(Copying { ticket, range: whole_granules });
                     }
                     dirty.offset() + granularity
@@ -247,6 +254,9 @@ impl Doubling {
     /// A copy has ended; a failed one is dirty again.
     pub(crate) fn end_copy(&self, copying: Copying, copied: bool) {
         let mut table = self.table();
+        if is_planted(Bug::ClearAfterRead) {
+            self.bitmap.clear(copying.range);
+        }
         if !copied {
             self.bitmap.mark(copying.range);
         }
@@ -357,7 +367,7 @@ impl Doubled {
     pub(crate) async fn finish(mut self, source_written: bool) {
         self.wait_for_target().await;
         self.finished = true;
-        if !source_written {
+        if !source_written && !is_planted(Bug::FailedWriteNotMarked) {
             self.doubling.mark(self.range);
         }
         if !self.fate.told.load(Ordering::SeqCst) {
@@ -383,7 +393,11 @@ impl Doubled {
 
     fn lose_sight(&self) {
         self.doubling.mark(self.range);
-        self.doubling.table().ranges.lose_sight(self.ticket);
+        if is_planted(Bug::LateWriteForgotten) {
+            self.doubling.table().ranges.remove(self.ticket);
+        } else {
+            self.doubling.table().ranges.lose_sight(self.ticket);
+        }
         self.doubling.left.notify(usize::MAX);
     }
 }

@@ -4,6 +4,7 @@
 //! Pure: decides who may enter and who must wait; never waits itself. Its user holds a lock around each call
 //! and clears dirty bits in the same step. Called by `doubling`.
 
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// What stands in the table.
@@ -53,7 +54,9 @@ impl RangeTable {
     /// The longest part at the start of `range` that a copy may take: it overlaps nothing. `None` when its
     /// first byte is taken; then `Err` of where to look on.
     pub(crate) fn free_part(&self, range: ByteRange) -> Result<ByteRange, u64> {
-        let overlapping = self.entries.iter().map(|entry| entry.range).filter(|held| held.overlaps(range));
+        let beside_doubled = is_planted(Bug::CopyBesideDoubled);
+        let entries = self.entries.iter().filter(|entry| !beside_doubled || entry.kind == Kind::Copy);
+        let overlapping = entries.map(|entry| entry.range).filter(|held| held.overlaps(range));
         let mut end = range.end();
         let mut resume = None;
         for held in overlapping {
@@ -77,7 +80,9 @@ impl RangeTable {
     /// Enters a doubled write, unless a copy or an unknown write overlaps: then `None`, and it is a plain
     /// write. It has its turn when [`RangeTable::turn`] says so.
     pub(crate) fn enter_doubled(&mut self, range: ByteRange) -> Option<Ticket> {
-        let blocked = self.entries.iter().any(|e| e.kind != Kind::Doubled && e.range.overlaps(range));
+        let beside_copy = is_planted(Bug::DoubledBesideCopy);
+        let in_the_way = |e: &Entry| e.kind == Kind::Unknown || (e.kind == Kind::Copy && !beside_copy);
+        let blocked = self.entries.iter().any(|e| in_the_way(e) && e.range.overlaps(range));
         (!blocked).then(|| self.enter(range, Kind::Doubled, 2))
     }
 
@@ -91,6 +96,9 @@ impl RangeTable {
     /// What a doubled write may do now. Asked until it is not [`Turn::Wait`]; never after.
     pub(crate) fn turn(&self, ticket: Ticket) -> Turn {
         let mine = self.entry(ticket).range;
+        if is_planted(Bug::DoubledWithoutTurns) || is_planted(Bug::DoubledBesideCopy) {
+            return Turn::Go;
+        }
         let mut earlier = self.entries.iter().filter(|e| e.ticket < ticket && e.range.overlaps(mine));
         earlier
             .try_fold(Turn::Go, |_, held| match held.kind {
@@ -126,6 +134,11 @@ impl RangeTable {
     /// Takes an entry out, whatever its parts.
     pub(crate) fn remove(&mut self, ticket: Ticket) {
         self.entries.retain(|entry| entry.ticket != ticket);
+    }
+
+    /// Whether anything stands at `ticket`.
+    pub(crate) fn contains(&self, ticket: Ticket) -> bool {
+        self.entries.iter().any(|entry| entry.ticket == ticket)
     }
 
     /// What stands at `ticket`.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::error::BlockError;
 use crate::node::Node;
+use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Extent, ExtentStatus};
 
@@ -20,6 +21,17 @@ pub enum SyncMode {
     Top,
     /// Nothing; only what is written from now on.
     None,
+}
+
+/// What is believed of the target before anything was copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Belief {
+    /// It may hold anything.
+    Nothing,
+    /// What it says reads as zero, does.
+    WhatItSays,
+    /// All of it reads as zero.
+    AllZero,
 }
 
 /// A piece of the source that has been looked at.
@@ -39,16 +51,19 @@ pub(crate) async fn scan(
     source: &Arc<Node>,
     target: &Arc<Node>,
     from: u64,
-    target_is_zero: bool,
+    belief: Belief,
 ) -> Result<Scanned, BlockError> {
     let extents = source.extents_below(ByteRange::from_bounds(from, source.size())).await?;
+    planted::remember_holes(&extents);
     let end = extents.last().map_or(source.size(), |last| last.range.end());
     let mut dirty = Vec::new();
     for extent in extents {
-        match extent.status {
-            ExtentStatus::Data => dirty.push(extent.range),
-            ExtentStatus::Zero | ExtentStatus::Hole if target_is_zero => {}
-            ExtentStatus::Zero | ExtentStatus::Hole => not_zero(target, extent.range, &mut dirty).await,
+        match (extent.status, belief) {
+            (ExtentStatus::Data, _) | (_, Belief::Nothing) => dirty.push(extent.range),
+            (ExtentStatus::Zero | ExtentStatus::Hole, Belief::AllZero) => {}
+            (ExtentStatus::Zero | ExtentStatus::Hole, Belief::WhatItSays) => {
+                not_zero(target, extent.range, &mut dirty).await;
+            }
         }
     }
     Ok(Scanned { range: ByteRange::from_bounds(from, end), dirty })

@@ -68,8 +68,17 @@ impl LoopDevice {
     }
 }
 
+impl LoopDevice {
+    /// Makes it refuse to be written.
+    pub fn set_read_only(&self) {
+        run("blockdev", &["--setro", self.path.to_str().unwrap()]).unwrap();
+    }
+}
+
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        // The kernel remembers that one was read-only for its next user.
+        let _ = run("blockdev", &["--setrw", self.path.to_str().unwrap()]);
         if let Err(error) = run("losetup", &["--detach", self.path.to_str().unwrap()]) {
             eprintln!("{error}");
         }

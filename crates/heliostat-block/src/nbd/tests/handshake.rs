@@ -1,3 +1,5 @@
+//! The handshake, as a server and as a client.
+
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::*;

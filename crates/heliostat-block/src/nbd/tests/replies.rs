@@ -1,3 +1,5 @@
+//! The answers to requests, and what a client makes of them.
+
 use super::*;
 use crate::buffer::Buffer;
 use crate::error::ErrorKind;

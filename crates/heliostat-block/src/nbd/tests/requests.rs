@@ -1,3 +1,5 @@
+//! Requests as they come in: whole, in pieces, wrong.
+
 use bytes::Bytes;
 
 use super::*;

@@ -1,0 +1,4 @@
+//! Control: QMP on a Unix socket.
+
+pub mod json;
+pub mod splitter;

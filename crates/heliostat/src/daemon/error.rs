@@ -1,0 +1,205 @@
+//! [`DaemonError`]: why the daemon refuses something. The texts are QEMU's where it has one (QMP.md 1.11),
+//! because they are what its clients look for.
+
+use std::path::PathBuf;
+
+use heliostat_block::driver::raw::WindowError;
+use heliostat_block::job::VerbError;
+use heliostat_block::name::{InvalidName, NodeName};
+use heliostat_host::open::OpenError;
+
+/// Why the daemon refuses something. Nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// No such node, where an operator may also mean a device.
+    #[error("Cannot find device='{0}' nor node-name='{0}'")]
+    NodeNotFound(String),
+    /// No such node, where only nodes are meant.
+    #[error("Failed to find node with node-name='{0}'")]
+    NodeNameNotFound(String),
+    /// A node of that name is there.
+    #[error("Duplicate nodes with node-name='{0}'")]
+    NodeExists(String),
+    /// The name is not one.
+    #[error(transparent)]
+    NodeName(#[from] InvalidName),
+    /// The root node of what is added needs a name, as nobody could use it otherwise.
+    #[error("'node-name' must be specified for the root node")]
+    NodeNameMissing,
+    /// The node has a user that keeps it.
+    #[error("Node {0} is in use")]
+    NodeInUse(NodeName),
+    /// The node has a node above it.
+    #[error("Block device {0} is in use")]
+    NodeIsChild(NodeName),
+    /// The node is a job's.
+    #[error("Node '{0}' is busy: block device is in use by block job: mirror")]
+    NodeBusy(NodeName),
+    /// The node was opened for another and goes with it.
+    #[error("Node {0} is not owned by the monitor")]
+    NodeNotOwned(NodeName),
+    /// The node has a node above it, or is mirrored already.
+    #[error("Need a root block node")]
+    NotRoot,
+    /// The file cannot be used. The text is QEMU's; the source says more, for a person.
+    #[error("{text}")]
+    Open {
+        /// QEMU's text.
+        text: String,
+        /// What happened.
+        source: OpenError,
+    },
+    /// The file is of another kind than the driver is for.
+    #[error("'{driver}' driver requires '{}' to be {wanted}", path.display())]
+    WrongKind {
+        /// The driver.
+        driver: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What it is for, with its article.
+        wanted: &'static str,
+    },
+    /// Locks are to be ignored for a file that is to be written.
+    #[error("force-share=on can only be used with read-only images")]
+    ForceShare,
+    /// Zeroes are to become holes where no holes may be made.
+    #[error("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")]
+    DetectZeroes,
+    /// A raw node's window is larger than what is below.
+    #[error(
+        "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the \
+         containing file ({there})"
+    )]
+    Outside {
+        /// Where it starts.
+        offset: u64,
+        /// How long it is.
+        size: u64,
+        /// How long the node below is.
+        there: u64,
+    },
+    /// A raw node's window starts behind what is below.
+    #[error("Offset ({offset}) cannot be greater than size of the containing file ({there})")]
+    OffsetOutside {
+        /// Where it starts.
+        offset: u64,
+        /// How long the node below is.
+        there: u64,
+    },
+    /// A raw node's window ends in the middle of a sector.
+    #[error("Specified size is not multiple of 512")]
+    SizeUnaligned,
+    /// A raw node's window cannot be used on its storage.
+    #[error(transparent)]
+    Window(#[from] WindowError),
+    /// More than a bound allows.
+    #[error("there are {limit} {what} already, which is the most")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// The bound.
+        limit: usize,
+    },
+    /// The job's id is not one.
+    #[error("Invalid job ID '{0}'")]
+    JobId(String),
+    /// A job of that id is there.
+    #[error("Job ID '{0}' already in use")]
+    JobExists(String),
+    /// There is no such job.
+    #[error("Job not found")]
+    JobNotFound(String),
+    /// The job does not take that verb now.
+    #[error(transparent)]
+    Verb(#[from] VerbError),
+    /// The target is the source.
+    #[error("Can't mirror node into itself")]
+    MirrorIntoItself,
+    /// The target may not be written.
+    #[error("Block node is read-only")]
+    TargetReadOnly,
+    /// Somebody else uses the target.
+    #[error(
+        "Permission conflict on node '{node}': permissions 'write' are both required by {user} (uses node \
+         '{node}' as 'root' child) and unshared by {other} (uses node '{node}' as 'root' child)."
+    )]
+    PermissionConflict {
+        /// The node.
+        node: NodeName,
+        /// Who has it.
+        user: String,
+        /// Who wants it.
+        other: String,
+    },
+    /// Only the source itself can be replaced.
+    #[error(
+        "Cannot replace '{replaces}' by a node mirrored from '{source_node}', because it cannot be guaranteed \
+         that doing so would not lead to an abrupt change of visible data"
+    )]
+    CannotReplace {
+        /// What was to be replaced.
+        replaces: NodeName,
+        /// What is mirrored.
+        source_node: NodeName,
+    },
+    /// Outside 512 B to 64 MiB.
+    #[error("Parameter 'granularity' expects a value in range [512B, 64MB]")]
+    GranularityRange,
+    /// Not a power of two.
+    #[error("Parameter 'granularity' expects a power of 2")]
+    GranularityPower,
+    /// A speed below zero.
+    #[error("Parameter 'speed' expects a non-negative value")]
+    Speed,
+    /// There is no NBD server.
+    #[error("NBD server not running")]
+    NbdNotRunning,
+    /// There is an NBD server.
+    #[error("NBD server already running")]
+    NbdRunning,
+    /// The NBD server could not be started.
+    #[error("{0}")]
+    Nbd(String),
+    /// An export of that id is there.
+    #[error("Block export id '{0}' is already in use")]
+    ExportIdExists(String),
+    /// There is no such export.
+    #[error("Export '{0}' is not found")]
+    ExportNotFound(String),
+    /// An export has clients, and was to be removed only without.
+    #[error("export '{0}' still in use")]
+    ExportInUse(String),
+    /// The host gives no thread.
+    #[error("cannot start a thread for job '{job}': {error}")]
+    Thread {
+        /// For which job.
+        job: String,
+        /// What the host says.
+        error: std::io::Error,
+    },
+    /// The daemon is ending and takes on nothing new.
+    #[error("the daemon is shutting down")]
+    Closing,
+}
+
+impl From<OpenError> for DaemonError {
+    fn from(source: OpenError) -> Self {
+        let text = match &source {
+            OpenError::Locked { conflict, .. } => conflict.to_string(),
+            _ => {
+                let reason = rustix::io::Errno::from_raw_os_error(source.errno());
+                format!("Could not open '{}': {}", source.path().display(), strerror(reason))
+            }
+        };
+        Self::Open { text, source }
+    }
+}
+
+/// The host's words for an error number, without the number that the standard library adds.
+fn strerror(errno: rustix::io::Errno) -> String {
+    let text = std::io::Error::from(errno).to_string();
+    match text.rfind(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}

@@ -1,0 +1,119 @@
+//! The jobs of a daemon: which there are, newest first, and the threads that they run on.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use heliostat_block::job::{Force, Job, JobStatus, Observer, Verb};
+use heliostat_block::limits::JOBS_MAX;
+use heliostat_host::runtime::Thread;
+
+use super::events::Happening;
+use super::{Daemon, DaemonError};
+
+/// A job, and what it works on.
+#[derive(Clone)]
+pub struct JobEntry {
+    /// The operator's handle.
+    pub job: Arc<Job>,
+    /// The name of the node that is mirrored.
+    pub source: String,
+    /// The name of the node that it is mirrored to.
+    pub target: String,
+}
+
+/// The jobs, oldest first.
+#[derive(Default)]
+pub(super) struct Jobs {
+    list: Vec<Running>,
+}
+
+struct Running {
+    entry: JobEntry,
+    /// `None` once it has been joined.
+    thread: Option<Thread<()>>,
+}
+
+impl Jobs {
+    /// Lets go of what has ended and been dismissed.
+    fn prune(&mut self) {
+        let has_ended = |thread: &Option<Thread<()>>| thread.as_ref().is_none_or(Thread::is_finished);
+        self.list
+            .retain(|running| running.entry.job.status() != JobStatus::Null || !has_ended(&running.thread));
+    }
+}
+
+impl Daemon {
+    /// The jobs that are listed, newest first.
+    #[must_use]
+    pub fn jobs(&self) -> Vec<JobEntry> {
+        let mut jobs = self.lock_jobs();
+        jobs.prune();
+        let entries = jobs.list.iter().rev().map(|running| &running.entry);
+        entries.filter(|entry| entry.job.is_listed()).cloned().collect()
+    }
+
+    /// The job of that id.
+    #[must_use]
+    pub fn job(&self, id: &str) -> Option<JobEntry> {
+        self.jobs().into_iter().find(|entry| entry.job.id() == id)
+    }
+
+    pub(super) fn check_new_job(&self, id: &str) -> Result<(), DaemonError> {
+        if self.job(id).is_some() {
+            return Err(DaemonError::JobExists(id.to_owned()));
+        }
+        if self.lock_jobs().list.len() >= JOBS_MAX {
+            return Err(DaemonError::TooMany { what: "jobs", limit: JOBS_MAX });
+        }
+        Ok(())
+    }
+
+    pub(super) fn keep_job(&self, entry: JobEntry, thread: Thread<()>) {
+        self.lock_jobs().list.push(Running { entry, thread: Some(thread) });
+    }
+
+    /// Says what jobs say to everybody who listens.
+    pub(super) fn job_observer(&self) -> Observer {
+        let events = Arc::clone(&self.events);
+        Arc::new(move |job, event| {
+            let figures = job.figures();
+            events.say(Happening::Job {
+                id: job.id().to_owned(),
+                event: event.clone(),
+                offset: figures.offset,
+                len: figures.len,
+                speed: job.orders().speed,
+            });
+        })
+    }
+
+    /// Cancels every job and waits until all have ended.
+    pub(super) fn end_jobs(&self) {
+        for running in &self.lock_jobs().list {
+            // Refused only by a job that is ending already.
+            let _ = running.entry.job.ask(Verb::Cancel(Force::Hard));
+        }
+        loop {
+            // Joined without the lock: what waits is asked about meanwhile.
+            let next = self.lock_jobs().list.iter_mut().find_map(|running| running.thread.take());
+            match next {
+                Some(thread) => thread.join(),
+                None => return,
+            }
+        }
+    }
+
+    /// The ids of jobs that have not ended.
+    pub(super) fn running_jobs(&self) -> Vec<String> {
+        let jobs = self.lock_jobs();
+        let running = jobs
+            .list
+            .iter()
+            .map(|running| &running.entry.job)
+            .filter(|job| !matches!(job.status(), JobStatus::Concluded | JobStatus::Null));
+        running.map(|job| job.id().to_owned()).collect()
+    }
+
+    pub(super) fn lock_jobs(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
