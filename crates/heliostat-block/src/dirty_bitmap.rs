@@ -75,9 +75,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::sync::{PoisonError, atomic::Ordering};
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU64, fence};
-#[cfg(loom)]
-use loom::sync::{Mutex, MutexGuard};
+use loom::sync::{Mutex, MutexGuard, atomic::AtomicU64, atomic::fence};
 
 use crate::convert::{u64_from, usize_from};
 use crate::limits::{GRANULARITY_MAX, GRANULARITY_MIN};

@@ -21,6 +21,7 @@ pub mod job;
 pub mod latency;
 pub mod limits;
 pub mod name;
+pub mod nbd;
 pub mod node;
 pub mod range;
 mod range_lock;

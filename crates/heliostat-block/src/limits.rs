@@ -13,6 +13,32 @@ pub const GRANULARITY_DEFAULT: u32 = 64 << 10;
 /// server that states no maximum, and what other servers take.
 pub const NBD_PAYLOAD_MAX: u32 = 32 << 20;
 
+/// The longest option of an NBD handshake that is looked at: room for a name and fifteen queries of the longest
+/// length that the document allows. Clients send a few dozen bytes.
+pub const NBD_OPTION_LEN_MAX: usize = 64 << 10;
+
+/// The most options in one NBD handshake. `nbdinfo --list` asks three or four times for each export.
+pub const NBD_OPTIONS_MAX: usize = 16 << 10;
+
+/// The most bytes that a client may send in one NBD handshake, also in options too long to be looked at.
+pub const NBD_HANDSHAKE_BYTES_MAX: usize = 4 << 20;
+
+/// The longest NBD payload that is skipped after a refusal, so that the next request can be found; the
+/// document asks that 32 MiB be no reason to disconnect. Whoever announces more loses the connection.
+pub const NBD_SKIP_MAX: u32 = 64 << 20;
+
+/// An NBD write at least this long whose payload has not arrived whole gets an aligned buffer of its own,
+/// which the rest is received into. Shorter ones are cut out of the receive buffer.
+pub const NBD_OWN_BUFFER_MIN: usize = 32 << 10;
+
+/// The most extents in one answer to NBD's block status (32 KiB of reply); clients ask on from where it ends.
+pub const NBD_EXTENTS_MAX: usize = 4096;
+
+/// The most chunks of one NBD reply, or distinct filled ranges of one read, that a client puts up with. A
+/// server that keeps to the document's advice of 512-byte multiples cannot exceed it below 2 MiB, and real
+/// ones send a handful.
+pub const NBD_CHUNKS_MAX: usize = 4096;
+
 /// The longest name of a node, as QEMU has it (31 characters), so that a name valid here is valid there.
 pub const NODE_NAME_MAX: usize = 31;
 

@@ -190,6 +190,13 @@ impl Node {
         drained
     }
 
+    /// How many bitmaps and mirrors hear of its writes.
+    #[must_use]
+    pub fn watchers(&self) -> usize {
+        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
+        watchers.bitmaps.len() + usize::from(watchers.doubling.is_some())
+    }
+
     /// Lets `bitmap` hear of every write that ends from now on.
     pub fn attach_bitmap(&self, bitmap: Arc<DirtyBitmap>) {
         self.change_watchers(|watchers| watchers.bitmaps.push(bitmap));

@@ -17,7 +17,7 @@ use crate::storage::{Durability, Extent, ZeroEffort, ZeroSpace};
 /// The right to have one request in flight on a node; leaves it when dropped.
 ///
 /// # Cancel safety
-/// None of its calls may be dropped once polled: a request that entered runs to its end (DESIGN.md,
+/// None of its calls may be dropped once polled: a request that entered runs to its end (ARCHITECTURE.md,
 /// invariant 2). The task that awaits it must be one that nobody drops.
 #[must_use]
 pub struct Tracked {

@@ -125,27 +125,30 @@ pub(crate) enum Outcome {
 pub(crate) struct OpenFile {
     fd: Arc<OwnedFd>,
     claim: Option<Claim>,
-    /// Keeps the host itself from using a block device.
-    _exclusive: Option<OwnedFd>,
+    /// The same file for those whose use does not matter to other programs.
+    for_writeback: Arc<OwnedFd>,
     /// The same file, opened in another way, and holding the locks.
     _locked: Option<Arc<OpenFile>>,
 }
 
 impl OpenFile {
     /// An open file on which the locks of `claim` have been taken.
-    pub(crate) fn new(fd: OwnedFd, claim: Option<Claim>, exclusive: Option<OwnedFd>) -> Arc<Self> {
-        Arc::new(Self { fd: Arc::new(fd), claim, _exclusive: exclusive, _locked: None })
+    pub(crate) fn new(fd: OwnedFd, claim: Option<Claim>, for_writeback: Option<OwnedFd>) -> Arc<Self> {
+        let fd = Arc::new(fd);
+        let for_writeback = for_writeback.map_or_else(|| Arc::clone(&fd), Arc::new);
+        Arc::new(Self { fd, claim, for_writeback, _locked: None })
     }
 
     /// The same file as `locked`, opened in another way.
     pub(crate) fn beside(locked: &Arc<Self>, fd: OwnedFd) -> Arc<Self> {
-        Arc::new(Self { fd: Arc::new(fd), claim: None, _exclusive: None, _locked: Some(Arc::clone(locked)) })
+        let for_writeback = locked.for_writeback();
+        Arc::new(Self { fd: Arc::new(fd), claim: None, for_writeback, _locked: Some(Arc::clone(locked)) })
     }
 
-    /// The descriptor, for those whose use does not matter to other programs and who may be late with closing
-    /// it: a file that is being written back can be opened again.
-    pub(crate) fn descriptor(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.fd)
+    /// A descriptor for whoever writes back. Being late with closing it does no harm: the file can be opened
+    /// again, by anybody, though it is being written back.
+    pub(crate) fn for_writeback(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.for_writeback)
     }
 }
 

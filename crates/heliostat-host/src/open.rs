@@ -291,7 +291,7 @@ impl FileStorage {
         match rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)) {
             Ok(file) => {
                 let created = RemoveOnFailure(Some(path));
-                let file = Opened { file, exclusive: None, is_writable: true };
+                let file = Opened { file, for_writeback: None, is_writable: true };
                 let storage = Self::resized(path, file, size, &options)?;
                 created.keep();
                 Ok(storage)
@@ -330,7 +330,7 @@ impl FileStorage {
         let stat = fstat(file).map_err(|e| OpenError::io(path, "look at", e))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         check_kind(path, kind)?;
-        // A ring gives up instead of waiting when this is set, even for files.
+        // What a ring makes of this on a file differs from kernel to kernel, down to giving up instead of waiting.
         let flags = rustix::fs::fcntl_getfl(file).map_err(|e| OpenError::io(path, "look at", e))?;
         rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)
             .map_err(|e| OpenError::io(path, "set up", e))?;
@@ -349,7 +349,7 @@ impl FileStorage {
         let direct_file = direct.as_ref().map(AsFd::as_fd);
         let shape = Shape::probe(file, direct_file, size, in_memory, opened.is_writable)
             .map_err(|e| OpenError::io(path, "probe", e))?;
-        let cached = OpenFile::new(opened.file, claim, opened.exclusive);
+        let cached = OpenFile::new(opened.file, claim, opened.for_writeback);
         let direct = direct.map(|direct| OpenFile::beside(&cached, direct));
         Ok(Self::new(path.to_owned(), cached, direct, shape, options))
     }
@@ -357,9 +357,11 @@ impl FileStorage {
 
 /// A file that was just opened.
 struct Opened {
+    /// Of a block device, it may exclude the host itself and whoever asks for the same. Only with this very
+    /// descriptor may such a device be zeroed and discarded.
     file: OwnedFd,
-    /// Keeps the host itself, and others who ask for the same, from using a block device.
-    exclusive: Option<OwnedFd>,
+    /// The same one without that, since whoever writes back may be late with closing it.
+    for_writeback: Option<OwnedFd>,
     is_writable: bool,
 }
 
@@ -396,22 +398,21 @@ fn check_kind(path: &Path, kind: FileType) -> Result<(), OpenError> {
 fn open_file(path: &Path, options: &OpenOptions) -> Result<Opened, OpenError> {
     let open = |flags| rustix::fs::open(path, flags | ALWAYS, Mode::empty());
     if options.access != Access::ReadOnly {
-        match open(OFlags::RDWR) {
+        // On a block device it means: fail if the host itself uses it. Without meaning for a file.
+        let (exclusive, is_device) = match options.locking {
+            Locking::Auto | Locking::Still if is_block_device(path) => (OFlags::EXCL, true),
+            _ => (OFlags::empty(), false),
+        };
+        match open(OFlags::RDWR | exclusive) {
             Ok(file) if probe::is_read_only_device(file.as_fd()) => {
                 if options.access == Access::ReadWrite {
                     return Err(OpenError::ReadOnly { path: path.to_owned() });
                 }
             }
             Ok(file) => {
-                let exclusive = match options.locking {
-                    // A descriptor of its own, since another one may be closed late, by who writes it back.
-                    Locking::Auto | Locking::Still if is_block_device(path) => {
-                        let exclusive = open(OFlags::RDONLY | OFlags::EXCL);
-                        Some(exclusive.map_err(|e| OpenError::from_open(path, Attempt::Write, e))?)
-                    }
-                    _ => None,
-                };
-                return Ok(Opened { file, exclusive, is_writable: true });
+                // Without it nothing is written back early, which costs nothing but time.
+                let for_writeback = if is_device { open(OFlags::RDWR).ok() } else { None };
+                return Ok(Opened { file, for_writeback, is_writable: true });
             }
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS)
                 if options.access == Access::ReadWriteIfAllowed => {}
@@ -419,7 +420,7 @@ fn open_file(path: &Path, options: &OpenOptions) -> Result<Opened, OpenError> {
         }
     }
     let file = open(OFlags::RDONLY).map_err(|e| OpenError::from_open(path, Attempt::Read, e))?;
-    Ok(Opened { file, exclusive: None, is_writable: false })
+    Ok(Opened { file, for_writeback: None, is_writable: false })
 }
 
 fn is_block_device(path: &Path) -> bool {

@@ -131,6 +131,7 @@ mod tests {
     #[test]
     fn a_sleep_of_this_thread_is_counted_and_work_is_not() {
         let before = sleeps_of_this_thread();
+        // Sleeps on purpose: that a sleep is counted is the promise.
         std::thread::sleep(Duration::from_millis(1));
         assert!(sleeps_of_this_thread() > before);
     }

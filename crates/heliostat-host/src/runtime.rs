@@ -5,14 +5,14 @@
 //! and a pool of blocking threads take its place, with the same results and less speed.
 
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::pin;
 use std::sync::{OnceLock, mpsc};
-use std::task::Poll;
+use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -162,12 +162,21 @@ fn build(driver: Driver) -> io::Result<Runtime> {
 thread_local! {
     /// The panic of a task of this thread, on its way to the thread's main future.
     static FALLEN: Cell<Option<Box<dyn Any + Send>>> = const { Cell::new(None) };
+
+    /// How often this thread has looked at its ring.
+    static ROUND: Cell<u64> = const { Cell::new(0) };
+
+    /// The tasks that wait for the next look. At most one entry for each time that one of them is polled.
+    static YIELDED: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
 }
 
 fn run<F: Future>(runtime: &Runtime, future: F) -> F::Output {
     let mut future = pin!(future);
+    // The runtime polls this after every look at the ring, woken or not.
     let output = runtime.block_on(poll_fn(|cx| {
         rethrow();
+        ROUND.set(ROUND.get().wrapping_add(1));
+        YIELDED.with_borrow_mut(|yielded| yielded.drain(..).for_each(Waker::wake));
         future.as_mut().poll(cx)
     }));
     // Tasks get a last turn after the main future has ended.
@@ -293,10 +302,11 @@ pub fn spawn_local(future: impl Future<Output = ()> + 'static) {
     Runtime::with_current(|runtime| runtime.spawn(watched)).detach();
 }
 
-/// Looks at the ring once, without sleeping, and lets every task that is ready take its turn.
+/// Lets every task that is ready take its turn, and returns when the thread has looked at the ring once, which it
+/// does without sleeping.
 ///
 /// A loop of `recv_now` and this is a busy look at a socket during which disk completions of the same thread
-/// go on. It costs one system call.
+/// go on. It costs one system call, however many tasks of the thread do the same.
 ///
 /// # Cancel safety
 /// Dropping it leaves nothing behind.
@@ -304,20 +314,14 @@ pub fn spawn_local(future: impl Future<Output = ()> + 'static) {
 /// # Panics
 /// Outside of a runtime's thread.
 pub async fn yield_now() {
-    Runtime::with_current(|runtime| {
-        // A runtime that was woken does not sleep when it looks.
-        runtime.waker().wake();
-        runtime.poll_with(Some(Duration::ZERO));
-    });
-    let mut has_yielded = false;
+    let round = ROUND.get();
     poll_fn(|cx| {
-        if has_yielded {
+        if ROUND.get() != round {
             return Poll::Ready(());
         }
-        has_yielded = true;
-        // The look above took the wake-ups of the thread's main future with it; this one brings the runtime
-        // round to it again, so none is lost.
-        cx.waker().wake_by_ref();
+        YIELDED.with_borrow_mut(|yielded| yielded.push(cx.waker().clone()));
+        // A runtime that was woken does not sleep when it looks at the ring.
+        Runtime::with_current(Runtime::waker).wake();
         Poll::Pending
     })
     .await;
@@ -344,7 +348,6 @@ pub(crate) fn run_detached(work: impl FnOnce() + Send + 'static) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
     use std::rc::Rc;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -352,6 +355,7 @@ mod tests {
 
     use super::*;
     use crate::clock::RealClock;
+    use crate::socket::Socket;
 
     const BOTH: [Driver; 2] = [Driver::IoUring, Driver::Polling];
 
@@ -384,16 +388,24 @@ mod tests {
     }
 
     #[test]
-    fn yielding_lets_disk_completions_and_other_tasks_go_on_without_sleeping() {
+    fn yielding_lets_ring_completions_and_blocking_calls_go_on_without_sleeping() {
         for driver in BOTH {
             block_on_with(driver, async {
-                let done = Rc::new(RefCell::new(false));
-                let task_done = Rc::clone(&done);
+                let ended = Rc::new(Cell::new(0));
+                let by_call = Rc::clone(&ended);
                 spawn_local(async move {
                     run_blocking(|| ()).await;
-                    *task_done.borrow_mut() = true;
+                    by_call.set(by_call.get() + 1);
                 });
-                while !*done.borrow() {
+                let (one, other) = Socket::pair().unwrap();
+                let by_ring = Rc::clone(&ended);
+                spawn_local(async move {
+                    one.readable().await.unwrap();
+                    by_ring.set(by_ring.get() + 1);
+                });
+                yield_now().await;
+                other.send_now(&[io::IoSlice::new(b"x")]).unwrap();
+                while ended.get() < 2 {
                     yield_now().await;
                 }
             })

@@ -55,6 +55,8 @@ fn data_and_holes_are_told_apart() {
             assert_eq!(all_extents(&storage).await, expected);
             let part = storage.extents(range(MIB + 5, 10)).await.unwrap();
             assert_eq!(part, [Extent { range: range(MIB + 5, 10), status: data }]);
+            // It remembers this, and must not for longer than it is true.
+            storage.extents(range(5 * MIB, 3 * MIB)).await.unwrap();
             storage
                 .write_zeroes(range(5 * MIB, MIB), ZeroSpace::MayUnmap, ZeroEffort::Any, Durability::Cached)
                 .await
@@ -246,4 +248,40 @@ fn writing_past_the_largest_file_is_an_error_of_its_own() {
         assert_eq!(error.kind(), ErrorKind::FileTooLarge);
     })
     .unwrap();
+}
+
+/// Bytes of a file that are in the page cache.
+fn cached(path: &Path) -> Option<u64> {
+    let arguments = ["--bytes", "--noheadings", "--output", "RES", path.to_str().unwrap()];
+    match common::run("fincore", &arguments) {
+        Ok(text) => text.trim().parse().ok(),
+        Err(error) => {
+            common::skipped(&error);
+            None
+        }
+    }
+}
+
+#[test]
+fn writeback_drops_from_the_cache_what_lies_behind() {
+    let directory = disk_directory();
+    let path = directory.path().join("disk");
+    let storage = create(&path, 96 * MIB, &OpenOptions::default());
+    let data = pattern(1, MIB, 0);
+    block_on(async {
+        for piece in range(0, 96 * MIB).pieces(MIB) {
+            storage.write(piece.offset(), data.clone(), Durability::Cached).await.unwrap();
+            storage.start_writeback(piece);
+        }
+    })
+    .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while let Some(bytes) = cached(&path) {
+        // 64 MiB may be under way, in pieces of 8.
+        if bytes <= 72 * MIB {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{bytes} bytes are still there");
+        std::thread::yield_now();
+    }
 }

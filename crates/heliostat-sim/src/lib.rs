@@ -1,2 +1,45 @@
-//! Simulated storage and clock, seeded executor, workload, faults, oracle.
+//! Runs the core of heliostat against simulated storage and time: the same code that serves real disks, with
+//! every delay, error and order of events drawn from one number, the seed.
+//!
+//! A run has guests that write one disk, an operator who mirrors it elsewhere and says verbs at random moments,
+//! storages that delay, reorder, tear, fail, hang and lose, and an oracle that knows what may be where. A seed
+//! that fails, fails every time, and can be replayed with a trace. For tests and for the binary `sim`; never
+//! shipped.
+
 #![forbid(unsafe_code)]
+
+mod bench;
+mod faults;
+mod guest;
+mod medium;
+mod operator;
+mod oracle;
+mod random;
+mod scenario;
+mod storage;
+mod watch;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Whether a run tells what happens in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trace {
+    /// Nothing.
+    Off,
+    /// Everything, on standard output.
+    On,
+}
+
+/// Carries out what `seed` stands for. A panic in the core is a failure like any other.
+///
+/// # Errors
+/// What went wrong first, in words.
+pub fn run(seed: u64, trace: Trace) -> Result<(), String> {
+    let ended = catch_unwind(AssertUnwindSafe(|| scenario::run(random::mix(seed), trace == Trace::On)));
+    ended.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");
+        Err(format!("panic: {text}"))
+    })
+}

@@ -1,3 +1,11 @@
 //! heliostat: fronts a live disk and mirrors it while it is written to.
+//!
+//! Hands over to the command line; decides nothing itself.
+
 #![forbid(unsafe_code)]
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    heliostat::cli::main()
+}

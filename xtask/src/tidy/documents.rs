@@ -70,7 +70,8 @@ fn registries(file: &File) -> Vec<Finding> {
             && line.strip_prefix("source = ").is_some_and(|source| source.trim_matches('"') != REGISTRY);
         let setting =
             line.starts_with("[source.") || line.starts_with("[registries") || line.starts_with("[registry");
-        let named = words(line).next() == Some("registry") || line.contains("registry = ");
+        let mut keys = line.split(['{', ',']).filter_map(|part| Some(part.split_once('=')?.0.trim()));
+        let named = !line.starts_with('#') && keys.any(|key| matches!(key, "registry" | "registry-index"));
         if foreign_source || (is_cargo && (setting || named)) {
             findings.push(Finding::new(
                 &file.path,
@@ -82,7 +83,8 @@ fn registries(file: &File) -> Vec<Finding> {
     findings
 }
 
-/// Checks that each relative link of each Markdown file leads to a file, or a folder, and a heading in it.
+/// Checks that each relative link of each Markdown file leads to a file, or a folder, and a heading in it; and
+/// that the documents which comments name are there.
 pub fn check_links(files: &[File]) -> Vec<Finding> {
     let mut places: BTreeSet<String> = BTreeSet::new();
     let mut headings: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
@@ -93,6 +95,9 @@ pub fn check_links(files: &[File]) -> Vec<Finding> {
         }
     }
     let mut findings = Vec::new();
+    for file in files.iter().filter(|file| file.path.ends_with(".rs")) {
+        findings.extend(dangling_names(file, &headings));
+    }
     for file in files.iter().filter(|file| file.path.ends_with(".md")) {
         for (number, link) in links(&file.text) {
             let (target, heading) = link.split_once('#').unwrap_or((link, ""));
@@ -103,6 +108,24 @@ pub fn check_links(files: &[File]) -> Vec<Finding> {
             };
             if !places.contains(&place) || !heading_found {
                 findings.push(Finding::new(&file.path, number, format!("link `{link}` leads nowhere")));
+            }
+        }
+    }
+    findings
+}
+
+/// Comments in code that send the reader to a document (`MIRROR.md section 4`) that is not there.
+fn dangling_names(file: &File, documents: &BTreeMap<&str, BTreeSet<String>>) -> Vec<Finding> {
+    let source = Source::new(&file.path, &file.text);
+    let is_there = |name: &str| documents.keys().any(|path| path.rsplit('/').next() == Some(name));
+    let mut findings = Vec::new();
+    for (index, comment) in source.comments.iter().enumerate() {
+        let named = comment.split(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | '/')));
+        for name in named.map(|name| name.trim_end_matches('.')).filter(|name| name.ends_with(".md")) {
+            // A path is another project's document.
+            if !name.contains('/') && !is_there(name) {
+                let message = format!("`{name}` is no document of this project");
+                findings.push(Finding::new(&file.path, index + 1, message));
             }
         }
     }
@@ -223,6 +246,14 @@ mod tests {
         ];
         let found: Vec<_> = check_links(&files).into_iter().map(|found| found.message).collect();
         assert_eq!(found, ["link `b.md` leads nowhere", "link `docs/a.md#no-such` leads nowhere"]);
+    }
+
+    #[test]
+    fn a_comment_that_names_a_missing_document_is_refused() {
+        let code = "// See GONE.md, section 1; HERE.md; NBD's doc/proto.md.\nlet text = \"OTHER.md\";\n";
+        let files = [file("a.rs", code), file("docs/HERE.md", "")];
+        let found: Vec<_> = check_links(&files).into_iter().map(|found| found.message).collect();
+        assert_eq!(found, ["`GONE.md` is no document of this project"]);
     }
 
     #[test]

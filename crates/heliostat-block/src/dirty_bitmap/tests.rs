@@ -1,3 +1,5 @@
+//! What the bitmap promises, against a plain set of granules, and from many threads.
+
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU32;
 

@@ -49,6 +49,12 @@ pub(crate) struct Copied {
 pub(crate) type CopyError = (Operation, BlockError);
 
 impl Route {
+    /// Whether copying is work for a core rather than for a disk.
+    pub(crate) fn is_cached(&self) -> bool {
+        let cached = |node: &Node| node.traits().block_size == 1 && !node.traits().remote;
+        cached(&self.source) && cached(&self.target)
+    }
+
     /// Brings `range` over.
     pub(crate) async fn copy(&self, range: ByteRange) -> Result<Copied, CopyError> {
         let mut copied = Copied::default();

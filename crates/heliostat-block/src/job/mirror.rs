@@ -11,20 +11,21 @@ use std::task::Poll;
 
 use event_listener::EventListener;
 use futures_util::FutureExt;
-use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::attempt::Attempt;
 use super::copy::{Copied, CopyError, Route};
-use super::doubling::{Copying, Doubling, TargetHalf};
+use super::doubling::{Copying, Doubling};
 use super::figures::{Standing, Tally};
+use super::lanes::Lanes;
 use super::mirror_step::{Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
-use super::scan::{Scanned, SyncMode, scan};
+use super::scan::SyncMode;
 use super::source_gate::SourceGate;
+use super::underway::{Done, Underway};
 use super::unflushed::Unflushed;
 use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::buffer::BufferPool;
-use crate::clock::{Clock, LocalFuture, Moment};
+use crate::clock::{Clock, Moment};
 use crate::convert::usize_from;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::{BlockError, ErrorKind};
@@ -33,14 +34,6 @@ use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GATHER, TICK};
 use crate::storage::ZeroSpace;
 
 pub use super::options::MirrorOptions;
-
-/// Something that the mirror had under way has ended.
-enum Done {
-    Copied(Copying, Result<Copied, CopyError>),
-    Half(TargetHalf, Result<(), BlockError>),
-    Flushed(Result<(), BlockError>),
-    Scanned(Result<Scanned, BlockError>),
-}
 
 /// A running mirror.
 pub struct Mirror {
@@ -53,8 +46,7 @@ pub struct Mirror {
     unflushed: Unflushed,
     options: MirrorOptions,
     clock: Arc<dyn Clock>,
-    work: FuturesUnordered<LocalFuture<'static, Done>>,
-    copies: usize,
+    underway: Underway,
     scan: Scan,
     scanned_to: u64,
     /// Where the next copy looks first.
@@ -94,15 +86,17 @@ impl Mirror {
         let tally = Tally::new(now, source_node.latencies());
         let piece = COPY_LEN_MAX.max(u64::from(options.granularity));
         source_node.attach_doubling(Arc::clone(&doubling));
+        let route = Arc::new(Route {
+            source: source_node,
+            target: target_node,
+            buffers: BufferPool::new(usize_from(piece), COPIES_IN_FLIGHT_MAX),
+            detect_zeroes: options.detect_zeroes,
+            zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
+            trust_target: AtomicBool::new(true),
+        });
         Self {
-            route: Arc::new(Route {
-                source: source_node,
-                target: target_node,
-                buffers: BufferPool::new(usize_from(piece), COPIES_IN_FLIGHT_MAX),
-                detect_zeroes: options.detect_zeroes,
-                zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
-                trust_target: AtomicBool::new(true),
-            }),
+            underway: Underway::new(Arc::clone(&route)),
+            route,
             job,
             graph,
             places: vec![source, target],
@@ -110,8 +104,6 @@ impl Mirror {
             doubling,
             scan: if options.sync == SyncMode::None { Scan::Over } else { Scan::Ahead },
             options,
-            work: FuturesUnordered::new(),
-            copies: 0,
             scanned_to: 0,
             cursor: 0,
             first_pass_over: options.sync == SyncMode::None,
@@ -127,6 +119,13 @@ impl Mirror {
         }
     }
 
+    /// Lets it send copies to `lanes` while no guest wants the other cores.
+    #[must_use]
+    pub fn with_lanes(mut self, lanes: Arc<Lanes>) -> Self {
+        self.underway.use_lanes(lanes);
+        self
+    }
+
     /// Runs until the job has ended.
     ///
     /// # Cancel safety
@@ -137,7 +136,7 @@ impl Mirror {
         }
         loop {
             // Taken before anything is looked at, so that no change between the look and the wait is missed.
-            let heard = [self.job.listen(), self.doubling.listen_left()];
+            let heard = [self.job.listen(), self.doubling.listen_left(), self.underway.listen()];
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
@@ -146,8 +145,8 @@ impl Mirror {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
-                Step::Pivot => return self.end(End::Complete),
-                Step::EndWithCopy => return self.end(End::Copy),
+                Step::Pivot if self.may_end(End::Complete) => return self.end(End::Complete),
+                Step::EndWithCopy if self.may_end(End::Copy) => return self.end(End::Copy),
                 step => self.carry_out(step).await,
             }
         }
@@ -171,8 +170,9 @@ impl Mirror {
             self.tally.pause_budget(self.attempt.tried(now)).max(2 * u64::from(self.options.granularity));
         let orders = self.job.orders();
         let gathering = self.gather_until.is_some_and(|until| until > now) && orders.end.is_none();
-        let room = self.copies == 0
-            || (self.copies < COPIES_IN_FLIGHT_MAX && self.doubling.copying_bytes() < self.options.buf_size);
+        let room = self.underway.copies() == 0
+            || (self.underway.copies() < COPIES_IN_FLIGHT_MAX
+                && self.doubling.copying_bytes() < self.options.buf_size);
         View {
             status: self.job.status(),
             orders,
@@ -182,7 +182,7 @@ impl Mirror {
             pace_allows: self.pace.wait_until(now).is_none(),
             clean,
             nearly_clean: left == 0 || (self.first_pass_over && left <= budget),
-            copies: self.copies,
+            copies: self.underway.copies(),
             doubled: self.doubling.doubled_in_flight(),
             flush: self.unflushed.state(),
             flushed: self.attempt.is_flushed(),
@@ -199,9 +199,18 @@ impl Mirror {
 
     async fn carry_out(&mut self, step: Step) {
         match step {
-            Step::Scan => self.start_scan().await,
+            Step::Scan => {
+                self.scan = Scan::Running;
+                let done = self.underway.scan(self.scanned_to, self.options.target_is_zero).await;
+                self.take_in(done);
+            }
             Step::Copy => self.start_copy().await,
-            Step::Flush => self.start_flush().await,
+            Step::Flush => {
+                self.unflushed.flush_begins();
+                self.attempt.flush_begins();
+                let done = self.underway.flush().await;
+                self.take_in(done);
+            }
             Step::BecomeReady => {
                 self.tell_figures(true);
                 self.job.become_status(JobStatus::Ready);
@@ -222,9 +231,9 @@ impl Mirror {
             }
             Step::BecomePending => {
                 self.tell_figures(true);
-                self.job.become_status(JobStatus::Waiting);
-                self.job.become_status(JobStatus::Pending);
-                self.job.say(&JobEvent::Pending);
+                if self.job.orders().end.is_some_and(|end| self.job.leave_ready(end)) {
+                    self.job.say(&JobEvent::Pending);
+                }
             }
             Step::CloseGate => {
                 let source = Arc::clone(&self.route.source);
@@ -236,7 +245,7 @@ impl Mirror {
                 self.route.source.detach_doubling();
                 self.doubling.close();
             }
-            // The loop's own.
+            // The loop's own; an end that a verb stood in the way of is decided anew.
             Step::Wait | Step::WaitForMarks | Step::Pivot | Step::EndWithCopy | Step::EndAborted => {}
         }
     }
@@ -247,38 +256,12 @@ impl Mirror {
         self.tally.paused_guests_for(pause);
     }
 
-    /// Runs `work` as far as it goes at once, and keeps it where it goes no further.
-    async fn launch(&mut self, work: impl Future<Output = Done> + 'static) {
-        let mut work: LocalFuture<'static, Done> = Box::pin(work);
-        let first = std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await;
-        match first {
-            Poll::Ready(done) => {
-                self.take_in(done);
-                // What ends at once would otherwise keep the thread from everything else on it.
-                crate::clock::yield_once().await;
-            }
-            Poll::Pending => self.work.push(work),
-        }
-    }
-
     async fn start_halves(&mut self) {
         while let Some(half) = self.doubling.next_half() {
             self.pace.spend(half.range.len(), self.clock.now());
-            let route = Arc::clone(&self.route);
-            self.launch(async move {
-                let written = route.write_half(&half).await;
-                Done::Half(half, written)
-            })
-            .await;
+            let done = self.underway.half(half).await;
+            self.take_in(done);
         }
-    }
-
-    async fn start_scan(&mut self) {
-        self.scan = Scan::Running;
-        let route = Arc::clone(&self.route);
-        let (from, is_zero) = (self.scanned_to, self.options.target_is_zero);
-        self.launch(async move { Done::Scanned(scan(&route.source, &route.target, from, is_zero).await) })
-            .await;
     }
 
     async fn start_copy(&mut self) {
@@ -293,26 +276,16 @@ impl Mirror {
         let now = self.clock.now();
         self.cursor = copying.range().end();
         self.pace.spend(copying.range().len(), now);
-        self.copies += 1;
         self.tally.copy_begins(now);
-        let route = Arc::clone(&self.route);
-        self.launch(async move {
-            let copied = route.copy(copying.range()).await;
-            Done::Copied(copying, copied)
-        })
-        .await;
-    }
-
-    async fn start_flush(&mut self) {
-        self.unflushed.flush_begins();
-        self.attempt.flush_begins();
-        let target = Arc::clone(&self.route.target);
-        self.launch(async move { Done::Flushed(target.enter().await.flush().await) }).await;
+        let elsewhere = self.tally.guests_are_quiet();
+        let done = self.underway.copy(copying, elsewhere).await;
+        self.take_in(done);
     }
 
     // ------------------------------------------------------------------ take in
 
-    fn take_in(&mut self, done: Done) {
+    fn take_in(&mut self, done: Option<Done>) {
+        let Some(done) = done else { return };
         self.blocked = false;
         match done {
             Done::Copied(copying, copied) => self.take_in_copy(copying, copied),
@@ -358,7 +331,6 @@ impl Mirror {
         // Also when it failed: some of it may have reached the target.
         self.unflushed.wrote(range);
         self.doubling.end_copy(copying, copied.is_ok());
-        self.copies -= 1;
         match copied {
             Ok(copied) => {
                 self.rest.shorten();
@@ -366,7 +338,7 @@ impl Mirror {
             }
             Err((operation, error)) => self.meet_error(operation, &error),
         }
-        if self.copies == 0 {
+        if self.underway.copies() == 0 {
             self.tally.copies_end(self.clock.now());
         }
     }
@@ -407,21 +379,21 @@ impl Mirror {
 
     /// Takes in what has ended, without waiting.
     async fn reap(&mut self) {
-        while let Some(done) = std::future::poll_fn(|cx| {
-            self.gate.poll_drained(cx);
-            Poll::Ready(match self.work.poll_next_unpin(cx) {
-                Poll::Ready(done) => done,
-                Poll::Pending => None,
+        loop {
+            let done = std::future::poll_fn(|cx| {
+                self.gate.poll_drained(cx);
+                Poll::Ready(self.underway.poll_ended(cx))
             })
-        })
-        .await
-        {
+            .await;
+            if done.is_none() {
+                return;
+            }
             self.take_in(done);
         }
     }
 
     /// Waits until something is worth another look, at most for a tick.
-    async fn wait(&mut self, heard: [EventListener; 2], marks: bool) {
+    async fn wait(&mut self, heard: [EventListener; 3], marks: bool) {
         let now = self.clock.now();
         let clean = self.doubling.bitmap().is_clean();
         let gathering = self.gather_until.is_some_and(|until| until > now);
@@ -435,7 +407,7 @@ impl Mirror {
         let mut work_there = pin!(doubling.wait_for_work(marks));
         let mut heard = heard;
         let done = std::future::poll_fn(|cx| {
-            if let Poll::Ready(Some(done)) = self.work.poll_next_unpin(cx) {
+            if let Some(done) = self.underway.poll_ended(cx) {
                 return Poll::Ready(Some(done));
             }
             let woken = self.gate.poll_drained(cx)
@@ -446,9 +418,7 @@ impl Mirror {
         })
         .await;
         self.blocked = false;
-        if let Some(done) = done {
-            self.take_in(done);
-        }
+        self.take_in(done);
         if marks && !self.doubling.bitmap().is_clean() {
             self.gather_until = Some(self.clock.now() + GATHER);
         }
@@ -475,11 +445,12 @@ impl Mirror {
 
     // ------------------------------------------------------------------ end
 
+    /// Whether no verb stands in the way of the end, nor can any more.
+    fn may_end(&self, end: End) -> bool {
+        (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
+    }
+
     fn end(mut self, end: End) {
-        if self.job.status() != JobStatus::Pending {
-            self.job.become_status(JobStatus::Waiting);
-            self.job.become_status(JobStatus::Pending);
-        }
         self.route.source.detach_doubling();
         self.doubling.close();
         if let (End::Complete, Some(drained)) = (end, self.gate.drained()) {

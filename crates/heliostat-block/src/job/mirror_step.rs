@@ -106,11 +106,8 @@ pub(crate) enum Step {
 /// Decides the next step. Looks at nothing but its argument.
 pub(crate) fn next_step(view: View) -> Step {
     if view.status == JobStatus::Aborting {
-        return if view.copies == 0 && view.doubled == 0 && view.flush != TargetFlush::Running {
-            Step::EndAborted
-        } else {
-            Step::Wait
-        };
+        let work_over = view.copies == 0 && view.scan != Scan::Running && view.flush != TargetFlush::Running;
+        return if work_over && view.doubled == 0 { Step::EndAborted } else { Step::Wait };
     }
     if view.orders.cancelled || view.failed {
         return match (view.gate, view.status) {
@@ -402,6 +399,7 @@ mod tests {
             ),
             ("aborting waits for copies", View { copies: 1, ..aborting }, Step::Wait),
             ("and for target writes", View { doubled: 1, ..aborting }, Step::Wait),
+            ("and for the look at the source", View { scan: Scan::Running, ..aborting }, Step::Wait),
             ("aborted", aborting, Step::EndAborted),
         ]);
     }

@@ -7,6 +7,7 @@ pub(crate) mod attempt;
 pub(crate) mod copy;
 pub mod doubling;
 pub mod figures;
+pub mod lanes;
 pub mod mirror;
 pub(crate) mod mirror_step;
 pub mod options;
@@ -16,6 +17,7 @@ pub(crate) mod rate;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;
+pub(crate) mod underway;
 pub(crate) mod unflushed;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -83,6 +85,8 @@ struct State {
     io_status: IoStatus,
     error: Option<String>,
     figures: Figures,
+    /// The last step of the end has begun: no verb can change it.
+    committed: bool,
     /// `BLOCK_JOB_COMPLETED` or `_CANCELLED` has been said.
     ended: bool,
 }
@@ -105,6 +109,7 @@ impl Job {
             io_status: IoStatus::Ok,
             error: None,
             figures: Figures::default(),
+            committed: false,
             ended: false,
         };
         let job = Arc::new(Self { id, options, observer, state: Mutex::new(state), changed: Event::new() });
@@ -201,6 +206,31 @@ impl Job {
         self.say(&JobEvent::Status(status));
     }
 
+    /// Leaves READY for the end `end`, unless another verb was accepted since the job looked: then nothing
+    /// changes, and it should look again. From here on only a cancel is taken.
+    pub(crate) fn leave_ready(&self, end: End) -> bool {
+        {
+            let mut state = self.state();
+            let orders = &state.orders;
+            if orders.paused || orders.cancelled || orders.end != Some(end) {
+                return false;
+            }
+            assert!(may_become(state.status, JobStatus::Waiting), "no end from {:?}", state.status);
+            state.status = JobStatus::Waiting;
+        }
+        self.changed.notify(usize::MAX);
+        self.say(&JobEvent::Status(JobStatus::Waiting));
+        self.become_status(JobStatus::Pending);
+        true
+    }
+
+    /// Takes no verb any more, so that what was accepted is kept: says no if a cancel came first.
+    pub(crate) fn commit(&self) -> bool {
+        let mut state = self.state();
+        state.committed = !state.orders.cancelled;
+        state.committed
+    }
+
     pub(crate) fn say(&self, event: &JobEvent) {
         (self.observer)(self, event);
     }
@@ -252,7 +282,8 @@ impl State {
         if verb == Verb::Resume && !self.orders.paused {
             return Err(VerbError::NotPaused);
         }
-        if !allows(self.status, verb) {
+        let too_late = self.committed && self.status != JobStatus::Concluded;
+        if too_late || !allows(self.status, verb) {
             return Err(VerbError::Status(self.status));
         }
         let ready = matches!(self.status, JobStatus::Ready | JobStatus::Standby);

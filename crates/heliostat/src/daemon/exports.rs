@@ -8,6 +8,9 @@ use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::node::Node;
 
 use super::{Daemon, DaemonError};
+use crate::front::nbd::{ExportSettings, NbdServer, Reach, ServerSettings};
+use heliostat_block::nbd::Access;
+use heliostat_host::socket::Address;
 
 /// Where an NBD server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +76,7 @@ impl Export {
 /// The server and its exports, oldest first.
 #[derive(Default)]
 pub(super) struct Serving {
+    server: Option<NbdServer>,
     exports: Vec<Export>,
 }
 
@@ -83,7 +87,22 @@ impl Daemon {
     /// `NbdRunning`; `Nbd` when the host refuses the address.
     pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<NbdAddress, DaemonError> {
         let _change = self.begin_change()?;
-        Err(DaemonError::Nbd(format!("no NBD server yet for {:?}", spec.address)))
+        let mut serving = self.lock_serving();
+        if serving.server.is_some() {
+            return Err(DaemonError::NbdRunning);
+        }
+        let address = match spec.address.clone() {
+            NbdAddress::Unix(path) => Address::Unix(path),
+            NbdAddress::Tcp(address) => Address::Tcp(address),
+        };
+        let settings = ServerSettings { reach: Reach::Anywhere, ..ServerSettings::default() };
+        let server = NbdServer::start(&address, settings).map_err(|e| DaemonError::Nbd(e.to_string()))?;
+        let bound = match server.address().clone() {
+            Address::Unix(path) => NbdAddress::Unix(path),
+            Address::Tcp(address) => NbdAddress::Tcp(address),
+        };
+        serving.server = Some(server);
+        Ok(bound)
     }
 
     /// Stops the NBD server and removes its exports, when what is in flight has ended.
@@ -116,7 +135,18 @@ impl Daemon {
         })?;
         let name = spec.name.clone().unwrap_or_else(|| spec.node.clone());
         let export = Export { id: spec.id.clone(), name, place };
-        self.lock_serving().exports.push(export.clone());
+        let mut serving = self.lock_serving();
+        let server = serving.server.as_ref().ok_or(DaemonError::NbdNotRunning)?;
+        server
+            .add_export(ExportSettings {
+                name: export.name.clone(),
+                description: spec.description.clone().unwrap_or_default(),
+                place: Arc::clone(&export.place),
+                access: if spec.writable { Access::Writable } else { Access::ReadOnly },
+                is_default: false,
+            })
+            .map_err(|error| DaemonError::Nbd(error.to_string()))?;
+        serving.exports.push(export.clone());
         Ok(export)
     }
 
@@ -142,6 +172,10 @@ impl Daemon {
 
     /// Ends the server, if there is one; called when the daemon is closing.
     pub(super) fn end_serving(&self) {
+        let server = self.lock_serving().server.take();
+        if let Some(server) = server {
+            server.stop();
+        }
         self.lock_serving().exports.clear();
     }
 

@@ -115,6 +115,9 @@ struct Start {
     options: MirrorOptions,
 }
 
+/// How a job's thread is given its work, how it says that it hears the source's writes, and the thread.
+type JobThread = (mpsc::Sender<Start>, mpsc::Receiver<()>, Thread<()>);
+
 impl Daemon {
     /// Starts a mirror. When it returns, the job has said that it was created and is running.
     ///
@@ -135,7 +138,7 @@ impl Daemon {
         let attached = self.attach(spec, &source, &target);
         let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
         let options = spec.options(&target);
-        let (sender, thread) = self.make_thread(&spec.job_id)?;
+        let (sender, listening, thread) = self.make_thread(&spec.job_id)?;
         let job = Job::start(spec.job_id.clone(), spec.job_options(), self.job_observer());
         let entry = JobEntry {
             job: Arc::clone(&job),
@@ -145,22 +148,29 @@ impl Daemon {
         self.keep_job(entry, thread);
         let start = Start { job: Arc::clone(&job), source: source_place, target: target_place, options };
         sender.send(start).expect("the job's thread waits for this");
+        // From here on every write is heard: with `sync: none` the reply promises no less.
+        listening.recv().expect("the job's thread says this before anything else");
         Ok(job)
     }
 
     /// Makes the thread before the job, because a job that has been announced must run.
-    fn make_thread(&self, id: &str) -> Result<(mpsc::Sender<Start>, Thread<()>), DaemonError> {
+    fn make_thread(&self, id: &str) -> Result<JobThread, DaemonError> {
         let (sender, receiver) = mpsc::channel::<Start>();
+        let (listens, listening) = mpsc::channel();
+        let lanes = self.lanes.lanes();
         let (graph, clock) = (Arc::clone(&self.graph), Arc::clone(&self.clock));
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
             let Start { job, source, target, options } = start;
-            Mirror::new(job, graph, source, target, options, clock).run().await;
+            let mirror = Mirror::new(job, graph, source, target, options, clock).with_lanes(lanes);
+            // Nobody left to hear it is no reason not to run.
+            let _ = listens.send(());
+            mirror.run().await;
         };
         let thread = Thread::spawn(&format!("mirror-{id}"), body)
             .map_err(|error| DaemonError::Thread { job: id.to_owned(), error })?;
-        Ok((sender, thread))
+        Ok((sender, listening, thread))
     }
 
     fn check_source(&self, source: &Arc<Node>) -> Result<(), DaemonError> {

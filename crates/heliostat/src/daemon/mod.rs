@@ -8,6 +8,7 @@ mod error;
 mod events;
 mod exports;
 mod jobs;
+mod lanes;
 mod mirror;
 mod nodes;
 mod shutdown;
@@ -30,6 +31,7 @@ pub use shutdown::ShutdownError;
 use events::Events;
 use exports::Serving;
 use jobs::Jobs;
+use lanes::LaneThreads;
 use nodes::Nodes;
 use shutdown::Quit;
 
@@ -43,6 +45,7 @@ pub struct Daemon {
     changes: Mutex<()>,
     nodes: Mutex<Nodes>,
     jobs: Mutex<Jobs>,
+    lanes: LaneThreads,
     serving: Mutex<Serving>,
     /// Set when the end has begun: nothing new is taken on.
     closing: AtomicBool,
@@ -60,6 +63,7 @@ impl Daemon {
             changes: Mutex::default(),
             nodes: Mutex::default(),
             jobs: Mutex::default(),
+            lanes: LaneThreads::default(),
             serving: Mutex::default(),
             closing: AtomicBool::new(false),
             quit: Quit::default(),

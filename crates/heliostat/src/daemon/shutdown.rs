@@ -66,6 +66,7 @@ impl Daemon {
         drop(self.changes.lock().unwrap_or_else(PoisonError::into_inner));
         self.enter(Stage::Jobs);
         self.end_jobs();
+        self.lanes.end();
         self.enter(Stage::Clients);
         self.end_serving();
         self.enter(Stage::Flush);

@@ -143,17 +143,23 @@ impl Qmp {
     /// # Errors
     /// `TimedOut` after `limit`; the connection's.
     pub fn wait_event(&mut self, name: &str, limit: Duration) -> io::Result<Value> {
-        let is_it = |event: &Value| event["event"] == name;
+        self.wait_any_event(&[name], limit)
+    }
+
+    /// Waits for the first event that has one of these names and was not taken yet, and takes it; others stay.
+    ///
+    /// # Errors
+    /// As [`Qmp::wait_event`].
+    pub fn wait_any_event(&mut self, names: &[&str], limit: Duration) -> io::Result<Value> {
+        let is_it = |event: &Value| event["event"].as_str().is_some_and(|name| names.contains(&name));
         if let Some(event) = self.events.iter().position(is_it).and_then(|index| self.events.remove(index)) {
             return Ok(event);
         }
         let deadline = Instant::now() + limit;
         loop {
             let message = self.read_message(left(deadline)).map_err(|error| {
-                io::Error::new(
-                    error.kind(),
-                    format!("waiting for {name}: {error}; before: {:?}", self.events),
-                )
+                let text = format!("waiting for {}: {error}; before: {:?}", names.join(" or "), self.events);
+                io::Error::new(error.kind(), text)
             })?;
             if is_it(&message) {
                 return Ok(message);

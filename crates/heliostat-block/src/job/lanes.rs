@@ -1,0 +1,115 @@
+//! [`Lanes`]: threads beside the mirrors' own that carry out copies.
+//!
+//! Copying page-cached bytes is work for a core, not for a disk. While no guest wants the other cores, a mirror
+//! sends some of its copies here. A lane decides nothing: what it copies stands in the range table before it
+//! comes and until it is back. Shared by all mirrors of a daemon; the program starts the threads.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_listener::{Event, EventListener};
+
+use super::copy::{Copied, CopyError, Route};
+use super::doubling::Copying;
+
+/// A copy that has ended, on its way back to its mirror.
+pub(crate) type Ended = (Copying, Result<Copied, CopyError>);
+
+/// A copy for a lane.
+pub(crate) struct Errand {
+    pub(crate) route: Arc<Route>,
+    pub(crate) copying: Copying,
+    pub(crate) returns: Arc<Returns>,
+}
+
+/// Where a mirror's copies come back to.
+#[derive(Default)]
+pub(crate) struct Returns {
+    /// At most as many as the mirror has sent.
+    ended: Mutex<Vec<Ended>>,
+    came: Event,
+}
+
+/// What waits for a lane.
+#[derive(Default)]
+pub struct Lanes {
+    state: Mutex<State>,
+    changed: Event,
+}
+
+#[derive(Default)]
+struct State {
+    /// At most one for each lane: a longer queue would only make a mirror wait for it at its end.
+    waiting: VecDeque<Errand>,
+    lanes: usize,
+    closed: bool,
+}
+
+impl Lanes {
+    /// Carries out errands until [`Lanes::close`]; the body of a lane's thread.
+    ///
+    /// # Cancel safety
+    /// Must not be dropped: the copy that it carries would never come back.
+    pub async fn run(self: Arc<Self>) {
+        self.state().lanes += 1;
+        loop {
+            let changed = self.changed.listen();
+            let (errand, closed) = {
+                let mut state = self.state();
+                (state.waiting.pop_front(), state.closed)
+            };
+            match errand {
+                Some(errand) => errand.carry_out().await,
+                None if closed => break,
+                None => changed.await,
+            }
+        }
+        self.state().lanes -= 1;
+    }
+
+    /// Lets the lanes end when nothing waits any more.
+    pub fn close(&self) {
+        self.state().closed = true;
+        self.changed.notify(usize::MAX);
+    }
+
+    /// Sends an errand, or gives it back when every lane has enough to do.
+    pub(crate) fn send(&self, errand: Errand) -> Result<(), Errand> {
+        let mut state = self.state();
+        if state.closed || state.waiting.len() >= state.lanes {
+            return Err(errand);
+        }
+        state.waiting.push_back(errand);
+        drop(state);
+        self.changed.notify(1);
+        Ok(())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Errand {
+    async fn carry_out(self) {
+        let copied = self.route.copy(self.copying.range()).await;
+        self.returns.ended().push((self.copying, copied));
+        self.returns.came.notify(usize::MAX);
+    }
+}
+
+impl Returns {
+    /// Takes one that has come back.
+    pub(crate) fn take_one(&self) -> Option<Ended> {
+        self.ended().pop()
+    }
+
+    /// Hears of the next that comes back.
+    pub(crate) fn listen(&self) -> EventListener {
+        self.came.listen()
+    }
+
+    fn ended(&self) -> MutexGuard<'_, Vec<Ended>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

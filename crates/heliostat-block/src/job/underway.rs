@@ -1,0 +1,133 @@
+//! [`Underway`]: what a mirror has started and not seen end: copies, halves of guests' writes, a flush, a look.
+//!
+//! It carries work out, here or on a lane, and gives back what has ended; what that means is `mirror`'s to say.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use event_listener::EventListener;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+
+use super::copy::{Copied, CopyError, Route};
+use super::doubling::{Copying, TargetHalf};
+use super::lanes::{Errand, Lanes, Returns};
+use super::scan::{Scanned, scan};
+use crate::clock::{LocalFuture, yield_once};
+use crate::error::BlockError;
+
+/// Something that has ended.
+pub(crate) enum Done {
+    Copied(Copying, Result<Copied, CopyError>),
+    Half(TargetHalf, Result<(), BlockError>),
+    Flushed(Result<(), BlockError>),
+    Scanned(Result<Scanned, BlockError>),
+}
+
+/// What is under way.
+pub(crate) struct Underway {
+    route: Arc<Route>,
+    work: FuturesUnordered<LocalFuture<'static, Done>>,
+    lanes: Option<Arc<Lanes>>,
+    returns: Arc<Returns>,
+    copies: usize,
+}
+
+impl Underway {
+    pub(crate) fn new(route: Arc<Route>) -> Self {
+        let (work, returns) = (FuturesUnordered::new(), Arc::default());
+        Self { route, work, lanes: None, returns, copies: 0 }
+    }
+
+    /// Lets it send copies to `lanes`.
+    pub(crate) fn use_lanes(&mut self, lanes: Arc<Lanes>) {
+        self.lanes = Some(lanes);
+    }
+
+    /// Copies in flight, here and on lanes.
+    pub(crate) const fn copies(&self) -> usize {
+        self.copies
+    }
+
+    /// Starts a copy; on a lane, if `elsewhere` allows it and one is free.
+    pub(crate) async fn copy(&mut self, copying: Copying, elsewhere: bool) -> Option<Done> {
+        self.copies += 1;
+        let mut copying = copying;
+        if let Some(lanes) = self.lanes.as_ref().filter(|_| elsewhere && self.route.is_cached()) {
+            let route = Arc::clone(&self.route);
+            match lanes.send(Errand { route, copying, returns: Arc::clone(&self.returns) }) {
+                Ok(()) => return None,
+                Err(errand) => copying = errand.copying,
+            }
+        }
+        let route = Arc::clone(&self.route);
+        let copy = async move {
+            let copied = route.copy(copying.range()).await;
+            Done::Copied(copying, copied)
+        };
+        self.launch(copy).await
+    }
+
+    /// Starts to write the target's half of a guest's write.
+    pub(crate) async fn half(&mut self, half: TargetHalf) -> Option<Done> {
+        let route = Arc::clone(&self.route);
+        let write = async move {
+            let written = route.write_half(&half).await;
+            Done::Half(half, written)
+        };
+        self.launch(write).await
+    }
+
+    /// Starts to look at the source from `from` on.
+    pub(crate) async fn scan(&mut self, from: u64, target_is_zero: bool) -> Option<Done> {
+        let route = Arc::clone(&self.route);
+        let look =
+            async move { Done::Scanned(scan(&route.source, &route.target, from, target_is_zero).await) };
+        self.launch(look).await
+    }
+
+    /// Starts to flush the target.
+    pub(crate) async fn flush(&mut self) -> Option<Done> {
+        let target = Arc::clone(&self.route.target);
+        self.launch(async move { Done::Flushed(target.enter().await.flush().await) }).await
+    }
+
+    /// Runs `work` as far as it goes at once, and keeps it where it goes no further.
+    async fn launch(&mut self, work: impl Future<Output = Done> + 'static) -> Option<Done> {
+        let mut work: LocalFuture<'static, Done> = Box::pin(work);
+        match std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await {
+            Poll::Ready(done) => {
+                // What ends at once would otherwise keep the thread from everything else on it.
+                yield_once().await;
+                Some(self.seen(done))
+            }
+            Poll::Pending => {
+                self.work.push(work);
+                None
+            }
+        }
+    }
+
+    /// The next that has ended; `None` when nothing has. The task hears when something does, but for what comes
+    /// back from lanes: for that there is [`Underway::listen`].
+    pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Option<Done> {
+        if let Some((copying, copied)) = self.returns.take_one() {
+            return Some(self.seen(Done::Copied(copying, copied)));
+        }
+        match self.work.poll_next_unpin(cx) {
+            Poll::Ready(Some(done)) => Some(self.seen(done)),
+            Poll::Ready(None) | Poll::Pending => None,
+        }
+    }
+
+    /// Hears of the next copy that comes back from a lane.
+    pub(crate) fn listen(&self) -> EventListener {
+        self.returns.listen()
+    }
+
+    fn seen(&mut self, done: Done) -> Done {
+        if let Done::Copied(..) = done {
+            self.copies -= 1;
+        }
+        done
+    }
+}

@@ -1,0 +1,315 @@
+//! [`Negotiation`]: a client's side of the NBD handshake.
+//!
+//! Asks for structured replies and `base:allocation`, puts up with their refusal, then for the export with
+//! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Called by the demo's guest, by tests, and by
+//! the NBD storage; what follows is [`super::client_reply::Conversation`].
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use super::option::string;
+use super::wire::{
+    BASE_ALLOCATION, EXPORT_NAME_ZEROES, INIT_PASSWD, OPTION_MAGIC, OPTION_REPLY_LEN, OPTION_REPLY_MAGIC,
+    handshake_flag, info, opt, rep, transmission_flag,
+};
+use super::{Access, BlockSizes, ReplyStyle, Terms, Violation};
+use crate::convert::usize_from;
+use crate::limits::NBD_OPTION_LEN_MAX;
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// The export's name; empty for the default one.
+    pub export: String,
+    /// The best style of reply that it can use.
+    pub replies: ReplyStyle,
+    /// Whether it wants to know how the export is laid out. Needs structured replies.
+    pub allocation: Allocation,
+}
+
+/// Whether a client asks for `base:allocation`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// It does.
+    Wanted,
+    /// It does not.
+    Unwanted,
+}
+
+/// What a client got.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The rules of this connection.
+    pub terms: Terms,
+    /// The transmission flags as the server sent them: what it can do.
+    pub flags: u16,
+    /// The server's description of the export; empty where it gave none.
+    pub description: String,
+}
+
+/// Why a client got nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NegotiationError {
+    /// The server does not speak this protocol.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// The server would not give the export.
+    #[error("the server refused the export: {message} (reply {reply:#x})")]
+    Refused {
+        /// The type of its reply.
+        reply: u32,
+        /// What it said; may be empty.
+        message: String,
+    },
+}
+
+/// A client's side of the handshake.
+#[derive(Debug)]
+pub struct Negotiation {
+    wish: Wish,
+    stage: Stage,
+    no_zeroes: bool,
+    replies: ReplyStyle,
+    allocation: Option<u32>,
+    export: Option<(u64, u16)>,
+    block_sizes: BlockSizes,
+    description: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Greeting,
+    /// The option was sent; its last reply has not come.
+    Option(u32),
+    ExportName,
+    Over,
+}
+
+/// A reply to an option.
+struct OptionReply {
+    kind: u32,
+    data: BytesMut,
+}
+
+impl Negotiation {
+    /// Starts to wait for the server's greeting.
+    #[must_use]
+    pub const fn new(wish: Wish) -> Self {
+        Self {
+            wish,
+            stage: Stage::Greeting,
+            no_zeroes: false,
+            replies: ReplyStyle::Simple,
+            allocation: None,
+            export: None,
+            block_sizes: BlockSizes::DEFAULT,
+            description: String::new(),
+        }
+    }
+
+    /// Eats what it can of `input` and appends what is to be sent to `output`. `None` as long as the server
+    /// has to say more. Once it is there, the rest of the input belongs to the transmission phase.
+    ///
+    /// # Errors
+    /// [`NegotiationError::Refused`]: the output then holds a goodbye. [`NegotiationError::Violation`]: close.
+    pub fn step(
+        &mut self,
+        input: &mut BytesMut,
+        output: &mut BytesMut,
+    ) -> Result<Option<Found>, NegotiationError> {
+        loop {
+            let is_done = match self.stage {
+                Stage::Greeting => {
+                    if !self.greeting(input, output)? {
+                        return Ok(None);
+                    }
+                    false
+                }
+                Stage::Option(option) => {
+                    let Some(reply) = take_reply(option, input)? else { return Ok(None) };
+                    self.reply(option, reply, output)?
+                }
+                Stage::ExportName => {
+                    if !self.export_name_reply(input) {
+                        return Ok(None);
+                    }
+                    true
+                }
+                Stage::Over => return Err(Violation::AfterEnd.into()),
+            };
+            if is_done {
+                return self.found().map(Some);
+            }
+        }
+    }
+
+    /// Answers whether the greeting was there.
+    fn greeting(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<bool, Violation> {
+        let Some(mut greeting) = input.get(..18) else { return Ok(false) };
+        for expected in [INIT_PASSWD, OPTION_MAGIC] {
+            let found = greeting.get_u64();
+            if found != expected {
+                return Err(Violation::Magic { expected, found });
+            }
+        }
+        let flags = greeting.get_u16();
+        input.advance(18);
+        let ours = flags & (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
+        self.no_zeroes = ours & handshake_flag::NO_ZEROES != 0;
+        output.put_u32(u32::from(ours));
+        if ours & handshake_flag::FIXED_NEWSTYLE == 0 {
+            self.ask_export_name(output);
+        } else if self.wish.replies == ReplyStyle::Structured {
+            self.ask(opt::STRUCTURED_REPLY, &[], output);
+        } else {
+            self.ask_go(output);
+        }
+        Ok(true)
+    }
+
+    fn ask(&mut self, option: u32, parts: &[&[u8]], output: &mut BytesMut) {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        output.put_u64(OPTION_MAGIC);
+        output.put_u32(option);
+        output.put_u32(u32::try_from(len).expect("a name that somebody typed is shorter than 4 GiB"));
+        for part in parts {
+            output.put_slice(part);
+        }
+        self.stage = Stage::Option(option);
+    }
+
+    fn name(&self) -> (Vec<u8>, [u8; 4]) {
+        let name = self.wish.export.clone().into_bytes();
+        let len = u32::try_from(name.len()).expect("a name that somebody typed is shorter than 4 GiB");
+        (name, len.to_be_bytes())
+    }
+
+    fn ask_go(&mut self, output: &mut BytesMut) {
+        let (name, len) = self.name();
+        let wanted = [2, info::BLOCK_SIZE, info::DESCRIPTION].map(u16::to_be_bytes);
+        self.ask(opt::GO, &[&len, &name, wanted.as_flattened()], output);
+    }
+
+    fn ask_context(&mut self, output: &mut BytesMut) {
+        let (name, len) = self.name();
+        let query = BASE_ALLOCATION.as_bytes();
+        let query_len = u32::try_from(query.len()).expect("a constant of 15 bytes");
+        let counts = [1, query_len].map(u32::to_be_bytes);
+        self.ask(opt::SET_META_CONTEXT, &[&len, &name, counts.as_flattened(), query], output);
+    }
+
+    fn ask_export_name(&mut self, output: &mut BytesMut) {
+        let (name, _) = self.name();
+        self.ask(opt::EXPORT_NAME, &[&name], output);
+        self.stage = Stage::ExportName;
+    }
+
+    /// Takes one reply in. Answers whether it was the last of the handshake.
+    fn reply(
+        &mut self,
+        option: u32,
+        reply: OptionReply,
+        output: &mut BytesMut,
+    ) -> Result<bool, NegotiationError> {
+        let OptionReply { kind, mut data } = reply;
+        match (option, kind) {
+            (opt::GO, rep::ACK) => return Ok(true),
+            (opt::GO, rep::INFO) => self.info(&mut data)?,
+            (opt::GO, rep::ERR_UNSUP) => self.ask_export_name(output),
+            (_, rep::ERR_SHUTDOWN) | (opt::GO, rep::ERROR_BIT..) => {
+                self.ask(opt::ABORT, &[], output);
+                self.stage = Stage::Over;
+                let message = string(&data).unwrap_or_default();
+                return Err(NegotiationError::Refused { reply: kind, message });
+            }
+            (opt::STRUCTURED_REPLY, rep::ACK) => {
+                self.replies = ReplyStyle::Structured;
+                if self.wish.allocation == Allocation::Wanted {
+                    self.ask_context(output);
+                } else {
+                    self.ask_go(output);
+                }
+            }
+            (opt::SET_META_CONTEXT, rep::META_CONTEXT) => {
+                let id = data.try_get_u32().map_err(|_| Violation::Server("a short context"))?;
+                if data == BASE_ALLOCATION.as_bytes() {
+                    self.allocation = Some(id);
+                }
+            }
+            (opt::SET_META_CONTEXT, rep::ACK) => self.ask_go(output),
+            (_, rep::ERROR_BIT..) => {
+                self.allocation = None;
+                self.ask_go(output);
+            }
+            _ => return Err(Violation::Server("an unexpected reply to an option").into()),
+        }
+        Ok(false)
+    }
+
+    fn info(&mut self, data: &mut BytesMut) -> Result<(), Violation> {
+        let malformed = |_| Violation::Server("malformed information about the export");
+        match data.try_get_u16().map_err(malformed)? {
+            info::EXPORT => {
+                let size = data.try_get_u64().map_err(malformed)?;
+                self.export = Some((size, data.try_get_u16().map_err(malformed)?));
+            }
+            info::BLOCK_SIZE => {
+                let minimum = data.try_get_u32().map_err(malformed)?;
+                let preferred = data.try_get_u32().map_err(malformed)?;
+                let payload_max = data.try_get_u32().map_err(malformed)?;
+                if !minimum.is_power_of_two() || minimum > 1 << 16 {
+                    return Err(Violation::Server("an impossible block size"));
+                }
+                self.block_sizes = BlockSizes::new(minimum, preferred, payload_max);
+            }
+            info::DESCRIPTION => self.description = string(data).unwrap_or_default(),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Answers whether the reply to `EXPORT_NAME` was there.
+    fn export_name_reply(&mut self, input: &mut BytesMut) -> bool {
+        let zeroes = if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES };
+        if input.len() < 10 + zeroes {
+            return false;
+        }
+        self.export = Some((input.get_u64(), input.get_u16()));
+        input.advance(zeroes);
+        true
+    }
+
+    fn found(&mut self) -> Result<Found, NegotiationError> {
+        self.stage = Stage::Over;
+        let (size, flags) = self.export.ok_or(Violation::Server("no size of the export"))?;
+        let is_read_only = flags & transmission_flag::READ_ONLY != 0;
+        let terms = Terms {
+            size,
+            access: if is_read_only { Access::ReadOnly } else { Access::Writable },
+            block_sizes: self.block_sizes,
+            replies: self.replies,
+            allocation: self.allocation,
+        };
+        Ok(Found { terms, flags, description: std::mem::take(&mut self.description) })
+    }
+}
+
+fn take_reply(option: u32, input: &mut BytesMut) -> Result<Option<OptionReply>, Violation> {
+    let Some(mut header) = input.get(..OPTION_REPLY_LEN) else { return Ok(None) };
+    let found = header.get_u64();
+    if found != OPTION_REPLY_MAGIC {
+        return Err(Violation::Magic { expected: OPTION_REPLY_MAGIC, found });
+    }
+    if header.get_u32() != option {
+        return Err(Violation::Server("a reply to an option that was not sent"));
+    }
+    let kind = header.get_u32();
+    let len = usize_from(u64::from(header.get_u32()));
+    if len > NBD_OPTION_LEN_MAX {
+        return Err(Violation::Server("an overlong reply to an option"));
+    }
+    if input.len() < OPTION_REPLY_LEN + len {
+        return Ok(None);
+    }
+    input.advance(OPTION_REPLY_LEN);
+    Ok(Some(OptionReply { kind, data: input.split_to(len) }))
+}

@@ -1,0 +1,390 @@
+//! [`Requests`]: finds requests in the bytes that a client sent, refuses the wrong ones, and hands out the
+//! others together with the [`Reply`] that each is owed.
+//!
+//! Written data are cut out of the receive buffer without a copy; a long payload that has not arrived whole
+//! gets an aligned buffer of its own, into which the socket loop receives directly. Never executes anything,
+//! never waits. Called by the NBD front end's socket loop.
+
+use bytes::{Buf, Bytes};
+
+use super::reply::{Replies, Reply};
+use super::wire::{REQUEST_LEN, REQUEST_MAGIC, cmd, cmd_flag};
+use super::{Access, Cookie, Errno, ReplyStyle, Terms, Violation};
+use crate::buffer::{Buffer, BufferPool};
+use crate::convert::{u64_from, usize_from};
+use crate::limits::{NBD_OWN_BUFFER_MIN, NBD_SKIP_MAX};
+use crate::range::ByteRange;
+use crate::storage::{Durability, ZeroEffort, ZeroSpace};
+
+/// What must fit into the input at once: a header and a payload that gets no buffer of its own.
+pub const INPUT_MAX: usize = REQUEST_LEN + NBD_OWN_BUFFER_MIN;
+
+/// What a client wants done. Ranges lie within the export and are aligned to its block size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Read a range, which may be empty.
+    Read {
+        /// What to read.
+        range: ByteRange,
+        /// Whether the answer may come in several chunks.
+        fragments: Fragments,
+    },
+    /// Write data, which may be empty.
+    Write {
+        /// Where.
+        offset: u64,
+        /// What.
+        data: Bytes,
+        /// Whether it must be durable when answered.
+        durability: Durability,
+    },
+    /// Make everything durable that was answered before.
+    Flush,
+    /// The contents are no longer needed.
+    Trim {
+        /// Where.
+        range: ByteRange,
+        /// Whether it must be durable when answered.
+        durability: Durability,
+    },
+    /// Make a range read as zeroes.
+    WriteZeroes {
+        /// Where.
+        range: ByteRange,
+        /// Whether space must stay allocated.
+        space: ZeroSpace,
+        /// Whether to fail rather than be slow.
+        effort: ZeroEffort,
+        /// Whether it must be durable when answered.
+        durability: Durability,
+    },
+    /// The client will access a range soon.
+    Cache {
+        /// Where.
+        range: ByteRange,
+    },
+    /// Say how a range, which is not empty, is laid out.
+    BlockStatus {
+        /// Where.
+        range: ByteRange,
+        /// How much of it the client wants to hear of.
+        extents: ExtentsWanted,
+    },
+}
+
+/// Whether a read may be answered in several chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragments {
+    /// It may.
+    Allowed,
+    /// One chunk of data (the flag `DF`).
+    Forbidden,
+}
+
+/// How many extents a client wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentsWanted {
+    /// The first only (the flag `REQ_ONE`).
+    One,
+    /// As many as there are, within reason.
+    Many,
+}
+
+/// A request and the answer that it is owed.
+#[derive(Debug)]
+pub struct Request {
+    /// What to do.
+    pub command: Command,
+    /// Where the outcome goes.
+    pub reply: Reply,
+}
+
+/// What was found at the front of the input.
+#[derive(Debug)]
+pub enum Parsed {
+    /// No whole request. Receive more: into [`Requests::payload_room`] where there is one, else behind what
+    /// is left of the input, which is never more than [`INPUT_MAX`] bytes.
+    Incomplete,
+    /// The next request would hold more memory than the caller has left. Nothing was consumed.
+    NoRoom,
+    /// A request.
+    Request(Request),
+    /// A wrong request; the error is in the replies already.
+    Refused(Errno),
+    /// The client is done. Requests in flight are to be ended and answered, then the connection is closed.
+    Disconnect,
+}
+
+/// Finds the requests in what a client sends.
+pub struct Requests {
+    terms: Terms,
+    state: State,
+    pool: BufferPool,
+    replies: Replies,
+}
+
+#[derive(Debug)]
+enum State {
+    Header,
+    /// Receiving the payload of a write into a buffer of its own.
+    Payload(Payload),
+    /// Passing over the payload of a refused write.
+    Skip(u64),
+    Over,
+}
+
+#[derive(Debug)]
+struct Payload {
+    cookie: Cookie,
+    offset: u64,
+    durability: Durability,
+    buffer: Buffer,
+    filled: usize,
+}
+
+/// A request as it stands on the wire.
+#[derive(Clone, Copy, Debug)]
+struct Header {
+    flags: u16,
+    kind: u16,
+    cookie: Cookie,
+    offset: u64,
+    len: u32,
+}
+
+/// Why a request is refused, and in which words.
+type Refusal = (Errno, &'static str);
+
+impl Requests {
+    /// Makes the parser of one connection. Long payloads take their buffers from `pool`; refusals go to
+    /// `replies`.
+    #[must_use]
+    pub const fn new(terms: Terms, pool: BufferPool, replies: Replies) -> Self {
+        Self { terms, state: State::Header, pool, replies }
+    }
+
+    /// Takes the next request off the front of `input`. A read or write of more than `room` bytes is left
+    /// there; `room` must at some time be as large as the export's largest payload.
+    ///
+    /// # Errors
+    /// [`Violation`] when it can no longer be known where a request starts. The connection is to be closed.
+    pub fn next(&mut self, input: &mut Bytes, room: u64) -> Result<Parsed, Violation> {
+        match &mut self.state {
+            State::Over if input.is_empty() => return Ok(Parsed::Incomplete),
+            State::Over => return Err(Violation::AfterEnd),
+            State::Skip(left) => {
+                let now = u64_from(input.len()).min(*left);
+                input.advance(usize_from(now));
+                *left -= now;
+                if *left > 0 {
+                    return Ok(Parsed::Incomplete);
+                }
+                self.state = State::Header;
+            }
+            State::Payload(payload) => {
+                payload.take_from(input);
+                return Ok(self.finish_payload());
+            }
+            State::Header => {}
+        }
+        let header = match Header::peek(input) {
+            Ok(Some(header)) => header,
+            Ok(None) => return Ok(Parsed::Incomplete),
+            Err(violation) => {
+                self.state = State::Over;
+                return Err(violation);
+            }
+        };
+        if header.kind == cmd::DISC {
+            self.state = State::Over;
+            input.advance(REQUEST_LEN);
+            return Ok(Parsed::Disconnect);
+        }
+        match self.check(header) {
+            Ok(range) => Ok(self.take(header, range, input, room)),
+            Err(refusal) => self.refuse(header, refusal, input),
+        }
+    }
+
+    /// Where the next bytes from the socket should go, when they belong to a long payload. Not empty.
+    pub fn payload_room(&mut self) -> Option<&mut [u8]> {
+        match &mut self.state {
+            State::Payload(payload) => {
+                payload.buffer.get_mut(payload.filled..).filter(|room| !room.is_empty())
+            }
+            _ => None,
+        }
+    }
+
+    /// Takes note that `count` bytes were received into [`Requests::payload_room`].
+    pub fn payload_received(&mut self, count: usize) {
+        if let State::Payload(payload) = &mut self.state {
+            payload.filled = payload.buffer.len().min(payload.filled + count);
+        }
+    }
+
+    /// Says whether the client stopped in the middle of a request.
+    #[must_use]
+    pub fn is_inside_request(&self, input: &Bytes) -> bool {
+        !input.is_empty() || matches!(self.state, State::Payload(_) | State::Skip(_))
+    }
+
+    /// Decides whether a request may be carried out, and on which range. Changes nothing.
+    fn check(&self, header: Header) -> Result<ByteRange, Refusal> {
+        let Terms { size, access, block_sizes, replies, allocation } = self.terms;
+        let structured = replies == ReplyStyle::Structured;
+        let (allowed, writes) = match header.kind {
+            cmd::READ => (if structured { cmd_flag::DF } else { 0 }, false),
+            cmd::WRITE | cmd::TRIM => (0, true),
+            cmd::WRITE_ZEROES => (cmd_flag::NO_HOLE | cmd_flag::FAST_ZERO, true),
+            cmd::FLUSH | cmd::CACHE => (0, false),
+            cmd::BLOCK_STATUS if allocation.is_some() => (cmd_flag::REQ_ONE, false),
+            cmd::BLOCK_STATUS => return Err((Errno::Invalid, "no metadata context was selected")),
+            _ => return Err((Errno::Invalid, "the command is unknown")),
+        };
+        // FUA is valid on every command once it is offered, and it always is.
+        if header.flags & !(allowed | cmd_flag::FUA) != 0 {
+            return Err((Errno::Invalid, "the command does not take these flags"));
+        }
+        if writes && access == Access::ReadOnly {
+            return Err((Errno::Permission, "the export is read-only"));
+        }
+        if header.kind == cmd::FLUSH {
+            let empty = header.offset == 0 && header.len == 0;
+            let refusal = (Errno::Invalid, "a flush has neither offset nor length");
+            return if empty { Ok(ByteRange::from_bounds(0, 0)) } else { Err(refusal) };
+        }
+        if header.len > block_sizes.payload_max() && header.kind == cmd::WRITE {
+            return Err((Errno::Invalid, "the payload is too long"));
+        }
+        if header.len > block_sizes.payload_max() && header.kind == cmd::READ {
+            let errno = if structured { Errno::Overflow } else { Errno::Invalid };
+            return Err((errno, "the read is too long"));
+        }
+        let inside = ByteRange::new(header.offset, u64::from(header.len)).ok();
+        let Some(range) = inside.filter(|range| range.end() <= size) else {
+            let takes_space = matches!(header.kind, cmd::WRITE | cmd::WRITE_ZEROES);
+            let errno = if takes_space { Errno::NoSpace } else { Errno::Invalid };
+            return Err((errno, "the request ends beyond the export"));
+        };
+        let unit = u64::from(block_sizes.minimum());
+        let aligned = range.offset().is_multiple_of(unit);
+        if !aligned || !(range.len().is_multiple_of(unit) || range.end() == size) {
+            return Err((Errno::Invalid, "the request is not aligned to the block size"));
+        }
+        if header.kind == cmd::BLOCK_STATUS && range.is_empty() {
+            return Err((Errno::Invalid, "an empty range has no status"));
+        }
+        Ok(range)
+    }
+
+    /// Takes a request that passed the check off the input, if all of it is there.
+    fn take(&mut self, header: Header, range: ByteRange, input: &mut Bytes, room: u64) -> Parsed {
+        if matches!(header.kind, cmd::READ | cmd::WRITE) && range.len() > room {
+            return Parsed::NoRoom;
+        }
+        if header.kind == cmd::WRITE {
+            return self.take_write(header, range, input);
+        }
+        input.advance(REQUEST_LEN);
+        let durability = header.durability();
+        let command = match header.kind {
+            cmd::READ if header.has(cmd_flag::DF) => Command::Read { range, fragments: Fragments::Forbidden },
+            cmd::READ => Command::Read { range, fragments: Fragments::Allowed },
+            cmd::TRIM => Command::Trim { range, durability },
+            cmd::WRITE_ZEROES => Command::WriteZeroes {
+                range,
+                space: if header.has(cmd_flag::NO_HOLE) { ZeroSpace::Keep } else { ZeroSpace::MayUnmap },
+                effort: if header.has(cmd_flag::FAST_ZERO) { ZeroEffort::FastOnly } else { ZeroEffort::Any },
+                durability,
+            },
+            cmd::CACHE => Command::Cache { range },
+            cmd::BLOCK_STATUS if header.has(cmd_flag::REQ_ONE) => {
+                Command::BlockStatus { range, extents: ExtentsWanted::One }
+            }
+            cmd::BLOCK_STATUS => Command::BlockStatus { range, extents: ExtentsWanted::Many },
+            _ => Command::Flush,
+        };
+        Parsed::Request(Request { command, reply: self.replies.owe(header.cookie) })
+    }
+
+    fn take_write(&mut self, header: Header, range: ByteRange, input: &mut Bytes) -> Parsed {
+        let len = usize_from(range.len());
+        let (cookie, durability) = (header.cookie, header.durability());
+        if input.len() >= REQUEST_LEN + len {
+            input.advance(REQUEST_LEN);
+            let command = Command::Write { offset: range.offset(), data: input.split_to(len), durability };
+            return Parsed::Request(Request { command, reply: self.replies.owe(cookie) });
+        }
+        if len >= NBD_OWN_BUFFER_MIN {
+            input.advance(REQUEST_LEN);
+            let buffer = self.pool.take(len);
+            let mut payload = Payload { cookie, offset: range.offset(), durability, buffer, filled: 0 };
+            payload.take_from(input);
+            self.state = State::Payload(payload);
+        }
+        Parsed::Incomplete
+    }
+
+    /// Hands out a write whose payload is there to the last byte.
+    fn finish_payload(&mut self) -> Parsed {
+        match std::mem::replace(&mut self.state, State::Header) {
+            State::Payload(payload) if payload.filled == payload.buffer.len() => {
+                let Payload { cookie, offset, durability, buffer, .. } = payload;
+                let command = Command::Write { offset, data: buffer.freeze(), durability };
+                Parsed::Request(Request { command, reply: self.replies.owe(cookie) })
+            }
+            unfinished => {
+                self.state = unfinished;
+                Parsed::Incomplete
+            }
+        }
+    }
+
+    fn refuse(&mut self, header: Header, refusal: Refusal, input: &mut Bytes) -> Result<Parsed, Violation> {
+        let (errno, message) = refusal;
+        if header.kind == cmd::WRITE {
+            if header.len > NBD_SKIP_MAX {
+                self.state = State::Over;
+                return Err(Violation::PayloadTooLong(u64::from(header.len)));
+            }
+            self.state = State::Skip(u64::from(header.len));
+        }
+        input.advance(REQUEST_LEN);
+        self.replies.owe(header.cookie).failed(errno, message);
+        Ok(Parsed::Refused(errno))
+    }
+}
+
+impl Payload {
+    /// Moves what is there from `input` into the buffer.
+    fn take_from(&mut self, input: &mut Bytes) {
+        let now = input.len().min(self.buffer.len() - self.filled);
+        self.buffer[self.filled..self.filled + now].copy_from_slice(&input[..now]);
+        input.advance(now);
+        self.filled += now;
+    }
+}
+
+impl Header {
+    /// Reads the header at the front of `input`, once it is all there. Consumes nothing.
+    fn peek(input: &Bytes) -> Result<Option<Self>, Violation> {
+        let Some(mut header) = input.get(..REQUEST_LEN) else { return Ok(None) };
+        let found = header.get_u32();
+        if found != REQUEST_MAGIC {
+            return Err(Violation::Magic { expected: u64::from(REQUEST_MAGIC), found: u64::from(found) });
+        }
+        let flags = header.get_u16();
+        let kind = header.get_u16();
+        let cookie = Cookie(header.get_u64());
+        Ok(Some(Self { flags, kind, cookie, offset: header.get_u64(), len: header.get_u32() }))
+    }
+
+    const fn has(self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+
+    const fn durability(self) -> Durability {
+        if self.has(cmd_flag::FUA) { Durability::Fua } else { Durability::Cached }
+    }
+}

@@ -1,0 +1,155 @@
+//! Prints what single steps of this crate cost on this machine. To be run by hand, in release mode:
+//! `cargo run --release -p heliostat-host --example figures -- [DIRECTORY] [MIB]`. For comparisons with other
+//! programs there is `cargo xtask bench`.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program to run by hand")]
+
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
+use heliostat_block::buffer::{Buffer, BufferPool};
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::{Durability, Storage};
+use heliostat_host::file::FileStorage;
+use heliostat_host::open::{Access, Cache, Existing, OpenOptions};
+use heliostat_host::runtime::{block_on, spawn_local, yield_now};
+use heliostat_host::socket::Socket;
+
+const MIB: u64 = 1 << 20;
+const STEPS: u32 = 200_000;
+
+/// Processor time of this process so far, in seconds: what does not depend on who else is running.
+fn busy_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let ticks = |n: usize| fields[n].parse::<f64>().unwrap();
+    (ticks(11) + ticks(12)) / 100.0
+}
+
+fn report(what: &str, count: u32, began: Instant) {
+    let each = began.elapsed() / count;
+    println!("{what:<52} {each:>10.2?} each, {:>9.0} a second", 1.0 / each.as_secs_f64());
+}
+
+async fn small_requests(storage: &FileStorage, what: &str, steps: u32, depth: usize) {
+    let blocks = storage.size() / 4096;
+    let offset = |n: u32| u64::from(n).wrapping_mul(7919) % blocks * 4096;
+    let data = Bytes::from_owner(Buffer::zeroed(4096));
+    let began = Instant::now();
+    stream::iter(0..steps)
+        .map(|n| storage.write(offset(n), data.clone(), Durability::Cached))
+        .buffer_unordered(depth)
+        .for_each(|result| async move { result.unwrap() })
+        .await;
+    report(&format!("{what}: 4 KiB write, depth {depth}"), steps, began);
+    let pool = BufferPool::new(4096, 64);
+    let began = Instant::now();
+    stream::iter(0..steps)
+        .map(|n| storage.read(offset(n), pool.take(4096)))
+        .buffer_unordered(depth)
+        .for_each(|result| async move { drop(result.unwrap()) })
+        .await;
+    report(&format!("{what}: 4 KiB read, depth {depth}"), steps, began);
+}
+
+async fn copy(source: &FileStorage, target: &FileStorage, len: u64, depth: usize) {
+    let pool = BufferPool::new(usize::try_from(len).unwrap(), 16);
+    let pool = &pool;
+    let busy = busy_seconds();
+    let began = Instant::now();
+    stream::iter(ByteRange::from_bounds(0, source.size()).pieces(len))
+        .map(|piece| async move {
+            let buffer = pool.take(usize::try_from(piece.len()).unwrap());
+            let buffer = source.read(piece.offset(), buffer).await.unwrap();
+            target.write(piece.offset(), buffer.freeze(), Durability::Cached).await.unwrap();
+        })
+        .buffer_unordered(depth)
+        .for_each(|()| async {})
+        .await;
+    let seconds = began.elapsed().as_secs_f64();
+    let busy = busy_seconds() - busy;
+    println!(
+        "copy in pieces of {:>4} KiB, depth {depth}: {seconds:.3} s, {busy:.2} s of processors",
+        len >> 10
+    );
+}
+
+async fn receive(socket: &Socket, busy: bool) {
+    let mut buffer = [0; 64];
+    while socket.recv_now(&mut buffer).is_err() {
+        if busy { yield_now().await } else { socket.readable().await.unwrap() }
+    }
+}
+
+async fn ping_pong(busy: bool) {
+    let (one, other) = Socket::pair().unwrap();
+    let count = 20_000;
+    spawn_local(async move {
+        for _ in 0..count {
+            receive(&other, busy).await;
+            other.send_now(&[std::io::IoSlice::new(b"x")]).unwrap();
+        }
+    });
+    let began = Instant::now();
+    for _ in 0..count {
+        one.send_now(&[std::io::IoSlice::new(b"x")]).unwrap();
+        receive(&one, busy).await;
+    }
+    report(if busy { "round trip, looking busily" } else { "round trip, by the ring" }, count, began);
+}
+
+async fn run(directory: &Path, mib: u64) {
+    let began = Instant::now();
+    for _ in 0..STEPS {
+        yield_now().await;
+    }
+    report("look at the ring without sleeping", STEPS, began);
+    ping_pong(true).await;
+    ping_pong(false).await;
+
+    let (source, target) = (directory.join("figures-source"), directory.join("figures-target"));
+    let storage =
+        FileStorage::create(&source, mib * MIB, Existing::Replace, &OpenOptions::default()).unwrap();
+    let chunk = Buffer::copy_of(&vec![7; 1 << 20]).freeze();
+    for piece in ByteRange::from_bounds(0, mib * MIB).pieces(MIB) {
+        storage.write(piece.offset(), chunk.clone(), Durability::Cached).await.unwrap();
+    }
+    small_requests(&storage, "page cache", STEPS, 1).await;
+    storage.flush().await.unwrap();
+    for (len, depth) in [(1, 1), (1, 2), (1, 4), (1, 8)]
+        .map(|(mib, depth)| (mib * MIB, depth))
+        .into_iter()
+        .chain([(256 << 10, 1), (256 << 10, 4), (512 << 10, 4)])
+    {
+        let target =
+            FileStorage::create(&target, mib * MIB, Existing::Replace, &OpenOptions::default()).unwrap();
+        copy(&storage, &target, len, depth).await;
+    }
+    let _ = std::fs::remove_file(&target);
+    let began = Instant::now();
+    std::process::Command::new("cp")
+        .args(["--reflink=never", "--sparse=never"])
+        .arg(&source)
+        .arg(&target)
+        .status()
+        .unwrap();
+    println!("cp: {:.3} s", began.elapsed().as_secs_f64());
+    let _ = std::fs::remove_file(&target);
+    drop(storage);
+    let options = OpenOptions { cache: Cache::Direct, access: Access::ReadWrite, ..OpenOptions::default() };
+    let storage = Rc::new(FileStorage::open(&source, &options).unwrap());
+    if storage.is_direct() {
+        small_requests(&storage, "direct", 5_000, 1).await;
+        small_requests(&storage, "direct", 40_000, 32).await;
+    }
+    let _ = std::fs::remove_file(&source);
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let directory = arguments.next().unwrap_or_else(|| "/dev/shm".to_owned());
+    let mib = arguments.next().map_or(2048, |text| text.parse().unwrap());
+    block_on(run(Path::new(&directory), mib)).unwrap();
+}

@@ -1,0 +1,136 @@
+//! [`Bench`]: everything that the parts of one run share: time, nodes with their storages, the oracle.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use heliostat_block::graph::Graph;
+use heliostat_block::node::Node;
+
+use crate::oracle::Oracle;
+use crate::storage::SimStorage;
+use crate::world::{SimClock, World};
+
+/// A node and what is below it.
+#[derive(Clone)]
+pub(crate) struct Disk {
+    pub(crate) node: Arc<Node>,
+    pub(crate) storage: Arc<SimStorage>,
+}
+
+/// What the parts of a run share.
+pub(crate) struct Bench {
+    pub(crate) world: Arc<World>,
+    pub(crate) clock: Arc<SimClock>,
+    pub(crate) graph: Arc<Graph>,
+    pub(crate) disks: Vec<Disk>,
+    oracle: Mutex<Oracle>,
+    /// The disk that guests use.
+    current: AtomicUsize,
+    /// Changes whenever a guest may begin to wait for something else than its disk, or stop.
+    pub(crate) waits: Waits,
+    /// Guests' tasks that are not over.
+    pub(crate) guests: AtomicU64,
+    /// Guests should come to their end.
+    pub(crate) last_orders: AtomicBool,
+    pub(crate) requests: AtomicU64,
+}
+
+/// What a guest may have to wait for. For the promise that it waits for nothing else.
+#[derive(Default)]
+pub(crate) struct Waits {
+    changes: AtomicU64,
+    /// Somebody may close the gate.
+    gates: AtomicU64,
+    /// Writes go to both sides.
+    doubling: AtomicBool,
+    deadline: Mutex<Duration>,
+}
+
+impl Bench {
+    pub(crate) fn new(world: Arc<World>, graph: Arc<Graph>, disks: Vec<Disk>) -> Arc<Self> {
+        let oracle = Mutex::new(Oracle::new(disks[0].storage.visible()));
+        disks[0].storage.forgets_no_more();
+        Arc::new(Self {
+            clock: Arc::new(SimClock(Arc::clone(&world))),
+            world,
+            graph,
+            disks,
+            oracle,
+            current: AtomicUsize::new(0),
+            waits: Waits::default(),
+            guests: AtomicU64::new(0),
+            last_orders: AtomicBool::new(false),
+            requests: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn oracle(&self) -> MutexGuard<'_, Oracle> {
+        self.oracle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of the disk that guests use.
+    pub(crate) fn current(&self) -> usize {
+        self.current.load(Ordering::SeqCst)
+    }
+
+    /// Guests use another disk from now on, which holds `image`.
+    pub(crate) fn moved(&self, to: usize, image: Vec<u8>) {
+        self.disks[self.current()].storage.may_forget();
+        self.disks[to].storage.forgets_no_more();
+        self.current.store(to, Ordering::SeqCst);
+        self.oracle().settle(image);
+    }
+
+    pub(crate) fn disk_of(&self, node: &Arc<Node>) -> &Disk {
+        self.disks.iter().find(|disk| Arc::ptr_eq(&disk.node, node)).expect("there are no other nodes")
+    }
+}
+
+impl Waits {
+    /// The present number of changes, and the longest that `at_once` requests at once may take that all want
+    /// the same blocks and need `step` for each thing they do; `None` where that cannot be said.
+    pub(crate) fn longest(&self, at_once: u64, step: Duration) -> (u64, Option<Duration>) {
+        let changes = self.changes.load(Ordering::SeqCst);
+        if self.gates.load(Ordering::SeqCst) > 0 {
+            return (changes, None);
+        }
+        let mut each = step * 6;
+        if self.doubling.load(Ordering::SeqCst) {
+            each += *self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        }
+        let times = u32::try_from(at_once + 2).unwrap_or(u32::MAX);
+        (changes, Some(each * times))
+    }
+
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
+    }
+
+    fn change(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Somebody may close the gate from now on.
+    pub(crate) fn gate_begins(&self) {
+        self.gates.fetch_add(1, Ordering::SeqCst);
+        self.change();
+    }
+
+    pub(crate) fn gate_ends(&self) {
+        self.gates.fetch_sub(1, Ordering::SeqCst);
+        self.change();
+    }
+
+    /// Writes may go to both sides from now on.
+    pub(crate) fn doubling_begins(&self, deadline: Duration) {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+        self.doubling.store(true, Ordering::SeqCst);
+        self.change();
+    }
+
+    pub(crate) fn doubling_ends(&self) {
+        self.doubling.store(false, Ordering::SeqCst);
+        self.change();
+    }
+}

@@ -1,0 +1,166 @@
+//! The operator: starts mirrors one after the other, says verbs at random moments, and sees each job to its end.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use heliostat_block::clock::Clock;
+use heliostat_block::graph::Role;
+use heliostat_block::job::mirror::{Mirror, MirrorOptions};
+use heliostat_block::job::{CopyMode, Force, Job, JobOptions, JobStatus, Verb};
+
+use crate::bench::Bench;
+use crate::random::Random;
+use crate::watch::{Known, Watch};
+use crate::world::Executor;
+
+/// How a job is to end, when it has been played with for long enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Goal {
+    Complete,
+    Copy,
+    Cancel,
+}
+
+/// One job.
+#[derive(Clone, Debug)]
+pub(crate) struct Errand {
+    pub(crate) target: usize,
+    pub(crate) job: JobOptions,
+    pub(crate) mirror: MirrorOptions,
+    pub(crate) impulse: Option<(JobStatus, Verb)>,
+    pub(crate) before: Duration,
+    /// How many verbs are said at random, and the longest time between two.
+    pub(crate) verbs: u64,
+    pub(crate) verb_gap: Duration,
+    pub(crate) goal: Goal,
+    /// The end is asked only when nothing is left to copy.
+    pub(crate) patient: bool,
+}
+
+/// Starts jobs and sees to them.
+pub(crate) struct Operator {
+    pub(crate) bench: Arc<Bench>,
+    pub(crate) executor: Executor,
+    pub(crate) random: Random,
+    pub(crate) errands: Vec<Errand>,
+    /// When nothing fails any more.
+    pub(crate) faults_until: Duration,
+}
+
+/// From the moment on at which nothing fails, nothing hangs and no guest writes, a job ends within this time:
+/// the longest rest after errors several times over.
+const END_WITHIN: Duration = Duration::from_secs(40);
+
+impl Operator {
+    pub(crate) async fn run(mut self) {
+        for (number, errand) in std::mem::take(&mut self.errands).into_iter().enumerate() {
+            self.bench.clock.sleep(errand.before).await;
+            self.see_to(number, errand).await;
+        }
+        self.bench.last_orders.store(true, Ordering::SeqCst);
+    }
+
+    async fn see_to(&mut self, number: usize, mut errand: Errand) {
+        let source = self.bench.current();
+        // The disk that guests have come to use cannot be the target; the one they left can.
+        let target = if errand.target == source { 0 } else { errand.target };
+        let blank = |bytes: Vec<u8>| bytes.iter().all(|byte| *byte == 0);
+        let storage = &self.bench.disks[target].storage;
+        errand.mirror.target_is_zero &= blank(storage.durable()) && blank(storage.visible());
+        let id = format!("job{number}");
+        let roles = (Role::MirrorSource { job: id.clone() }, Role::MirrorTarget { job: id.clone() });
+        let graph = &self.bench.graph;
+        let (source_node, target_node) = (&self.bench.disks[source].node, &self.bench.disks[target].node);
+        let places = (graph.attach(source_node, roles.0), graph.attach(target_node, roles.1));
+        let (Ok(at_source), Ok(at_target)) = places else {
+            self.bench.world.fail("the graph refuses a mirror of nodes that nobody mirrors");
+            return;
+        };
+        let known = Known {
+            source,
+            target,
+            sync: errand.mirror.sync,
+            on_source_error: errand.mirror.on_source_error,
+            on_target_error: errand.mirror.on_target_error,
+            since: self.bench.oracle().now(),
+            deadline: errand.mirror.target_deadline,
+            impulse: errand.impulse,
+        };
+        self.bench.world.trace(|| format!("operator: mirror {known:?} {:?} {:?}", errand.job, errand.mirror));
+        if errand.job.copy_mode == CopyMode::WriteBlocking {
+            self.bench.waits.doubling_begins(errand.mirror.target_deadline);
+        }
+        let watch = Watch::new(Arc::clone(&self.bench), known);
+        let hears = Arc::clone(&watch);
+        let job = Job::start(id, errand.job, Arc::new(move |job, event| hears.hear(job, event)));
+        let clock: Arc<dyn Clock> = Arc::<crate::world::SimClock>::clone(&self.bench.clock);
+        let graph = Arc::clone(&self.bench.graph);
+        let mirror = Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, clock);
+        self.executor.spawn("mirror", mirror.run());
+        self.play(&job, &watch, &errand).await;
+        self.finish(&job, &watch, &errand).await;
+    }
+
+    /// Says verbs, whatever comes of it.
+    async fn play(&mut self, job: &Job, watch: &Watch, errand: &Errand) {
+        for _ in 0..errand.verbs {
+            let gap = self.random.time(errand.verb_gap);
+            self.bench.clock.sleep(gap).await;
+            if watch.is_gone() {
+                return;
+            }
+            let verb = self.verb(job.status());
+            watch.ask(job, verb);
+        }
+    }
+
+    fn verb(&mut self, status: JobStatus) -> Verb {
+        match self.random.below(100) {
+            0..15 => Verb::Pause,
+            15..35 => Verb::Resume,
+            35..45 => Verb::SetSpeed(self.random.pick(&[0, 1, 4096, 1 << 20])),
+            45..60 => Verb::Change(self.random.pick(&[CopyMode::Background, CopyMode::WriteBlocking])),
+            60..80 => Verb::Complete,
+            80..85 => Verb::Cancel(Force::Soft),
+            85..87 => Verb::Cancel(Force::Hard),
+            87..90 => Verb::Dismiss,
+            _ if status == JobStatus::Pending || self.random.chance(300) => Verb::Finalize,
+            _ => Verb::Resume,
+        }
+    }
+
+    /// Brings the job to its end.
+    async fn finish(&mut self, job: &Job, watch: &Watch, errand: &Errand) {
+        let mut quiet_since = None;
+        while !watch.is_gone() && self.bench.world.failure().is_none() {
+            let now = self.bench.world.time();
+            let quiet = now >= self.faults_until && self.bench.guests.load(Ordering::SeqCst) == 0;
+            if quiet && now.saturating_sub(*quiet_since.get_or_insert(now)) > END_WITHIN {
+                let state = (job.status(), job.orders(), job.figures());
+                self.bench.world.fail(format!("job: does not come to its end: {state:?}"));
+                return;
+            }
+            let verb = match job.status() {
+                JobStatus::Running | JobStatus::Ready if job.orders().speed > 0 => Some(Verb::SetSpeed(0)),
+                JobStatus::Paused | JobStatus::Standby => Some(Verb::Resume),
+                JobStatus::Running if errand.goal == Goal::Cancel => Some(Verb::Cancel(Force::Soft)),
+                JobStatus::Ready if errand.patient && job.figures().dirty > 0 => None,
+                JobStatus::Ready => Some(match errand.goal {
+                    _ if job.orders().end.is_some() => Verb::Resume,
+                    Goal::Complete => Verb::Complete,
+                    Goal::Copy => Verb::Cancel(Force::Soft),
+                    Goal::Cancel => Verb::Cancel(Force::Hard),
+                }),
+                JobStatus::Pending => Some(Verb::Finalize),
+                JobStatus::Concluded => Some(Verb::Dismiss),
+                _ => None,
+            };
+            if let Some(verb) = verb {
+                watch.ask(job, verb);
+            }
+            let gap = self.random.even_time(Duration::from_millis(100));
+            self.bench.clock.sleep(gap).await;
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! [`SimStorage`]: a storage whose every request takes its time, ends out of order, and may fail, hang, be torn
+//! or be lost at a crash.
+//!
+//! What a request does to the bytes happens at moments drawn when it starts, whether or not anybody still
+//! waits for it: dropping its future does not stop it, as with a kernel. Two that overlap and are in flight at
+//! once therefore land in either order, piece by piece.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use heliostat_block::buffer::Buffer;
+use heliostat_block::convert::{u64_from, usize_from};
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::{
+    Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
+};
+
+use crate::faults::{Kind, Plan, Profile, error};
+use crate::medium::{Content, Medium};
+use crate::random::Random;
+use crate::world::World;
+
+/// A simulated storage.
+pub(crate) struct SimStorage {
+    name: &'static str,
+    profile: Profile,
+    world: Arc<World>,
+    /// What is due later holds it too.
+    state: Arc<Mutex<State>>,
+    size: u64,
+}
+
+struct State {
+    medium: Medium,
+    random: Random,
+    in_flight: u64,
+    errors: u64,
+    requests: u64,
+    forgets: bool,
+}
+
+/// What a request brings back, when it has ended.
+struct Slot<T> {
+    answer: Option<io::Result<T>>,
+    waker: Option<Waker>,
+}
+
+type Shared<T> = Arc<Mutex<Slot<T>>>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl SimStorage {
+    pub(crate) fn new(
+        name: &'static str,
+        bytes: Vec<u8>,
+        profile: Profile,
+        world: Arc<World>,
+        random: Random,
+    ) -> Arc<Self> {
+        let size = u64_from(bytes.len());
+        let forgets = profile.forgets;
+        let medium = Medium::new(bytes);
+        let state = State { medium, random, in_flight: 0, errors: 0, requests: 0, forgets };
+        Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)), size })
+    }
+
+    pub(crate) fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Requests that have begun and not ended.
+    pub(crate) fn in_flight(&self) -> u64 {
+        lock(&self.state).in_flight
+    }
+
+    /// Errors that it has given so far.
+    pub(crate) fn errors(&self) -> u64 {
+        lock(&self.state).errors
+    }
+
+    /// Requests that have begun so far.
+    pub(crate) fn requests(&self) -> u64 {
+        lock(&self.state).requests
+    }
+
+    /// What is read now, everywhere.
+    pub(crate) fn visible(&self) -> Vec<u8> {
+        lock(&self.state).medium.visible().to_vec()
+    }
+
+    /// What is durable now. What a failed flush has lost is gone from reads, too, after this.
+    pub(crate) fn durable(&self) -> Vec<u8> {
+        let mut state = lock(&self.state);
+        let State { medium, random, .. } = &mut *state;
+        medium.forget(1000, random);
+        medium.durable().to_vec()
+    }
+
+    /// From now on reads show what was written, whatever a flush says: guests' data is here.
+    pub(crate) fn forgets_no_more(&self) {
+        lock(&self.state).forgets = false;
+    }
+
+    /// The same again: no guest reads here any more.
+    pub(crate) fn may_forget(&self) {
+        lock(&self.state).forgets = self.profile.forgets;
+    }
+
+    /// What a crash at this moment would leave.
+    pub(crate) fn crash(&self) -> Vec<u8> {
+        let mut state = lock(&self.state);
+        let mut random = state.random.fork();
+        state.medium.crash(&mut random)
+    }
+
+    fn begin(&self, kind: Kind, range: ByteRange) -> Plan {
+        self.check(kind, range);
+        let now = self.world.time();
+        let mut state = lock(&self.state);
+        let plan = self.profile.plan(kind, range, now, &mut state.random);
+        state.in_flight += 1;
+        state.requests += 1;
+        drop(state);
+        self.world.trace(|| {
+            let took = (plan.end - now).as_secs_f64() * 1e3;
+            format!("{} {kind:?} {range} begins, {took:.3} ms, error {:?}", self.name, plan.error)
+        });
+        plan
+    }
+
+    /// The node promises aligned requests that lie inside.
+    fn check(&self, kind: Kind, range: ByteRange) {
+        let unit = u64::from(self.profile.block_size);
+        let aligned = range.offset().is_multiple_of(unit)
+            && (range.end().is_multiple_of(unit) || range.end() == self.size);
+        if range.end() > self.size || (!aligned && !matches!(kind, Kind::Flush | Kind::Extents)) {
+            self.world.fail(format!("{}: {kind:?} {range} is not aligned to {unit}, or outside", self.name));
+        }
+    }
+
+    /// What `begin` begins: at once, if it draws that; else when it is first polled, as with a ring.
+    fn answer<'a, T: Unpin + 'a>(&self, begin: impl FnOnce(bool) -> Answer<T> + 'a) -> IoFuture<'a, T> {
+        if !lock(&self.state).random.chance(self.profile.inline) {
+            return IoFuture::pending(async move { begin(false).await });
+        }
+        let mut answer = begin(true);
+        answer.ended = true;
+        let ready = lock(&answer.slot).answer.take();
+        IoFuture::ready(ready.expect("carried out to its end at once"))
+    }
+
+    /// Lets what a plan says happen in its time, or at once; the answer is what `last` says at the end.
+    fn carry_out<T: Send + 'static>(
+        &self,
+        (kind, range, inline): (Kind, ByteRange, bool),
+        piece: impl Fn(&mut State, ByteRange) + Send + Sync + 'static,
+        last: impl FnOnce(&mut State, bool) -> T + Send + 'static,
+    ) -> Answer<T> {
+        let plan = self.begin(kind, range);
+        let slot = Shared::default();
+        let piece = Arc::new(piece);
+        let now = self.world.time();
+        for (at, range) in plan.pieces {
+            let (piece, state) = (Arc::clone(&piece), Arc::clone(&self.state));
+            let land = move || piece(&mut lock(&state), range);
+            if inline { land() } else { self.world.at(at, land) }
+        }
+        let end = {
+            let (state, slot, world, name) =
+                (Arc::clone(&self.state), Arc::clone(&slot), Arc::clone(&self.world), self.name);
+            move || {
+                world.trace(|| format!("{name} {kind:?} {range} ends"));
+                let mut state = lock(&state);
+                state.in_flight -= 1;
+                state.errors += u64::from(plan.error.is_some());
+                let answer = last(&mut state, plan.error.is_none());
+                drop(state);
+                finish(&slot, plan.error.map_or(Ok(answer), |errno| Err(error(errno))));
+            }
+        };
+        if inline {
+            end()
+        } else {
+            self.world.at(plan.end.max(now + Duration::from_nanos(1)), end)
+        }
+        Answer { slot, world: Arc::clone(&self.world), ended: false }
+    }
+
+    fn put(&self, what: (Kind, ByteRange, bool), content: Content, durability: Durability) -> Answer<()> {
+        let range = what.1;
+        let start = range.offset();
+        let durable = durability == Durability::Fua || !self.profile.cached;
+        let writeback = self.profile.writeback;
+        self.carry_out(
+            what,
+            move |state, piece| {
+                state.medium.land(piece, start, &content);
+                let State { medium, random, .. } = state;
+                medium.write_back(writeback, random);
+            },
+            move |state, good| {
+                if good && durable {
+                    state.medium.persist(range);
+                }
+            },
+        )
+    }
+
+    fn zeroed_status(&self, space: ZeroSpace) -> ExtentStatus {
+        match space {
+            ZeroSpace::Keep => ExtentStatus::Zero,
+            ZeroSpace::MayUnmap if lock(&self.state).random.chance(500) => ExtentStatus::Zero,
+            ZeroSpace::MayUnmap => ExtentStatus::Hole,
+        }
+    }
+}
+
+impl<T> Default for Slot<T> {
+    fn default() -> Self {
+        Self { answer: None, waker: None }
+    }
+}
+
+fn finish<T>(slot: &Shared<T>, answer: io::Result<T>) {
+    let mut slot = lock(slot);
+    slot.answer = Some(answer);
+    let waker = slot.waker.take();
+    drop(slot);
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
+/// Waits for the end of a request that has begun.
+struct Answer<T> {
+    slot: Shared<T>,
+    world: Arc<World>,
+    ended: bool,
+}
+
+impl<T> Future for Answer<T> {
+    type Output = io::Result<T>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        let mut slot = lock(&self.slot);
+        let answer = slot.answer.take();
+        slot.waker = Some(cx.waker().clone());
+        drop(slot);
+        match answer {
+            Some(answer) => {
+                self.ended = true;
+                Poll::Ready(answer)
+            }
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl<T> Drop for Answer<T> {
+    fn drop(&mut self) {
+        if !self.ended && !self.world.is_over() && !std::thread::panicking() {
+            self.world.fail("a request to a storage was dropped before its end");
+        }
+    }
+}
+
+impl Storage for SimStorage {
+    fn traits(&self) -> Traits {
+        Traits {
+            block_size: self.profile.block_size,
+            preferred_size: 4096,
+            read_only: false,
+            can_discard: self.profile.can_discard,
+            can_zero_fast: self.profile.can_zero_fast,
+            remote: false,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        Some(lock(&self.state).medium.allocated())
+    }
+
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
+        let range = ByteRange::from_bounds(offset, offset + u64_from(buffer.len()));
+        let begin = move |inline| {
+            let landing = Arc::new(Mutex::new(buffer));
+            let filling = Arc::clone(&landing);
+            self.carry_out(
+                (Kind::Read, range, inline),
+                move |state, piece| {
+                    if state.forgets {
+                        let State { medium, random, .. } = state;
+                        medium.forget(300, random);
+                    }
+                    let from = usize_from(piece.offset() - range.offset());
+                    let mut buffer = lock(&filling);
+                    state.medium.read(piece, &mut buffer[from..from + usize_from(piece.len())]);
+                },
+                move |_, _| std::mem::replace(&mut *lock(&landing), Buffer::zeroed(0)),
+            )
+        };
+        self.answer(begin)
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        let range = ByteRange::from_bounds(offset, offset + u64_from(data.len()));
+        let begin = move |inline| self.put((Kind::Write, range, inline), Content::Data(data), durability);
+        self.answer(begin)
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        if effort == ZeroEffort::FastOnly && lock(&self.state).random.chance(200) {
+            return IoFuture::ready(Err(io::ErrorKind::Unsupported.into()));
+        }
+        let begin = move |inline| {
+            let content = Content::Zeroes(self.zeroed_status(space));
+            self.put((Kind::Zero, range, inline), content, durability)
+        };
+        self.answer(begin)
+    }
+
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        if !self.profile.can_discard {
+            return IoFuture::ready(Ok(()));
+        }
+        let begin = move |inline| {
+            // What is discarded reads as zeroes, or as before, each piece for itself.
+            self.carry_out(
+                (Kind::Discard, range, inline),
+                move |state, piece| {
+                    if state.random.chance(700) {
+                        let content = Content::Zeroes(ExtentStatus::Hole);
+                        state.medium.land(piece, range.offset(), &content);
+                    }
+                },
+                |_, _| (),
+            )
+        };
+        self.answer(begin)
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        let begin = move |inline| {
+            let nowhere = ByteRange::from_bounds(0, 0);
+            let start = lock(&self.state).medium.flush_begins();
+            self.carry_out(
+                (Kind::Flush, nowhere, inline),
+                |_, _| (),
+                move |state, good| {
+                    let State { medium, random, .. } = state;
+                    if good { medium.flush_succeeds(start, random) } else { medium.flush_fails(random) }
+                },
+            )
+        };
+        self.answer(begin)
+    }
+
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        let knows = self.profile.knows_holes;
+        let begin = move |inline| {
+            let count = lock(&self.state).random.between(1, 6);
+            let seen: Arc<Mutex<Vec<Extent>>> = Arc::default();
+            let seeing = Arc::clone(&seen);
+            // Looks once, at the moment at which the first piece of a read would be read.
+            self.carry_out(
+                (Kind::Extents, range, inline),
+                move |state, _| {
+                    let mut seen = lock(&seeing);
+                    if seen.is_empty() {
+                        *seen = state.medium.extents(range, count);
+                    }
+                },
+                move |_, _| match knows {
+                    true => std::mem::take(&mut *lock(&seen)),
+                    false => vec![Extent { range, status: ExtentStatus::Data }],
+                },
+            )
+        };
+        self.answer(begin)
+    }
+}

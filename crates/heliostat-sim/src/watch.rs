@@ -1,0 +1,238 @@
+//! [`Watch`]: hears what one job says, and holds it to it.
+//!
+//! Called on the job's own steps: when it says its end, nothing else has run since the gate, so that source and
+//! target can be compared as they stood there.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use heliostat_block::graph::Role;
+use heliostat_block::job::scan::SyncMode;
+use heliostat_block::job::{
+    CopyMode, End, ErrorAction, Force, Job, JobEvent, JobStatus, OnError, Operation, Verb, may_become,
+};
+
+use crate::bench::Bench;
+use crate::medium::Medium;
+
+/// What is known of a job, beside what it says itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Known {
+    pub(crate) source: usize,
+    pub(crate) target: usize,
+    pub(crate) sync: SyncMode,
+    pub(crate) on_source_error: OnError,
+    pub(crate) on_target_error: OnError,
+    /// The oracle's moment at which the source's writes began to be heard.
+    pub(crate) since: u64,
+    /// How long a guest waits for the target.
+    pub(crate) deadline: Duration,
+    /// A verb that is said in the very moment in which a status is announced.
+    pub(crate) impulse: Option<(JobStatus, Verb)>,
+}
+
+/// Hears one job.
+pub(crate) struct Watch {
+    bench: Arc<Bench>,
+    known: Known,
+    heard: Mutex<Heard>,
+}
+
+#[derive(Default)]
+struct Heard {
+    status: Option<JobStatus>,
+    ready: bool,
+    reported: bool,
+    end: Option<JobEvent>,
+    /// What was asked, and accepted.
+    cancelled: bool,
+    wanted: Option<End>,
+    dismissed: bool,
+    impulse_done: bool,
+    gate_asked: bool,
+}
+
+impl Watch {
+    pub(crate) fn new(bench: Arc<Bench>, known: Known) -> Arc<Self> {
+        Arc::new(Self { bench, known, heard: Mutex::default() })
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fail(&self, what: &str) {
+        self.bench.world.fail(format!("job: {what}"));
+    }
+
+    /// Whether the end has been said and the job is gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.heard().status == Some(JobStatus::Null)
+    }
+
+    /// Asks a verb of the job, and remembers if it was accepted.
+    pub(crate) fn ask(&self, job: &Job, verb: Verb) {
+        let status = job.status();
+        // Before it is asked: the gate may close in the very next step.
+        if matches!(verb, Verb::Complete | Verb::Cancel(Force::Soft)) && !self.heard().gate_asked {
+            self.heard().gate_asked = true;
+            self.bench.waits.gate_begins();
+        }
+        let accepted = job.ask(verb);
+        self.bench.world.trace(|| format!("operator: {verb:?} in {status:?}: {accepted:?}"));
+        if accepted.is_err() {
+            return;
+        }
+        let ready = matches!(status, JobStatus::Ready | JobStatus::Standby);
+        let mut heard = self.heard();
+        match verb {
+            Verb::Cancel(Force::Soft) if ready => heard.wanted = Some(End::Copy),
+            Verb::Cancel(_) => heard.cancelled = true,
+            Verb::Complete => heard.wanted = Some(End::Complete),
+            Verb::Dismiss => heard.dismissed = true,
+            // The way back is not counted: writes that are under way still go to both sides.
+            Verb::Change(CopyMode::WriteBlocking) => self.bench.waits.doubling_begins(self.known.deadline),
+            _ => {}
+        }
+    }
+
+    /// Hears an event.
+    pub(crate) fn hear(&self, job: &Job, event: &JobEvent) {
+        self.bench.world.trace(|| format!("job says {event:?}"));
+        match event {
+            JobEvent::Status(status) => {
+                self.hear_status(*status);
+                if self.known.impulse.is_some_and(|(at, _)| at == *status) && !self.heard().impulse_done {
+                    self.heard().impulse_done = true;
+                    let verb = self.known.impulse.map(|(_, verb)| verb);
+                    verb.into_iter().for_each(|verb| self.ask(job, verb));
+                }
+            }
+            JobEvent::Ready => {
+                let again = std::mem::replace(&mut self.heard().ready, true);
+                if again || self.heard().status != Some(JobStatus::Ready) {
+                    self.fail("READY was said twice, or in another status");
+                }
+            }
+            JobEvent::Pending => {
+                if self.heard().status != Some(JobStatus::Pending) {
+                    self.fail("PENDING was said in another status");
+                }
+            }
+            JobEvent::Error { operation, action, errno, .. } => self.hear_error(*operation, *action, *errno),
+            JobEvent::Completed(_) | JobEvent::Cancelled => self.hear_end(event),
+        }
+    }
+
+    fn hear_status(&self, status: JobStatus) {
+        let mut heard = self.heard();
+        let before = heard.status.replace(status);
+        let allowed = match before {
+            None => status == JobStatus::Created,
+            Some(before) => may_become(before, status),
+        };
+        let ended = heard.end.is_some();
+        drop(heard);
+        if !allowed {
+            self.fail(&format!("{status:?} was announced after {before:?}"));
+        }
+        if ended != matches!(status, JobStatus::Concluded | JobStatus::Null) {
+            self.fail(&format!("{status:?} was announced, end said: {ended}"));
+        }
+    }
+
+    fn hear_error(&self, operation: Operation, action: ErrorAction, errno: Option<i32>) {
+        let policy = match operation {
+            Operation::Read => self.known.on_source_error,
+            Operation::Write => self.known.on_target_error,
+        };
+        if policy.action(errno == Some(crate::faults::ENOSPC)) != action {
+            self.fail(&format!("{action:?} is not what {policy:?} means for {errno:?}"));
+        }
+        self.heard().reported |= action == ErrorAction::Report;
+    }
+
+    fn hear_end(&self, event: &JobEvent) {
+        let (cancelled, wanted, reported, ready, again) = {
+            let mut heard = self.heard();
+            let again = heard.end.replace(event.clone()).is_some();
+            (heard.cancelled, heard.wanted, heard.reported, heard.ready, again)
+        };
+        let (source, target) = (&self.bench.disks[self.known.source], &self.bench.disks[self.known.target]);
+        let sizes_differ = source.node.size() != target.node.size();
+        let fits = match event {
+            JobEvent::Completed(None) => ready && wanted.is_some() && !cancelled && !reported,
+            JobEvent::Completed(Some(_)) => reported || sizes_differ,
+            _ => cancelled,
+        };
+        if again || !fits {
+            self.fail(&format!(
+                "{event:?} does not fit: cancelled {cancelled}, wanted {wanted:?}, reported {reported}, \
+                 ready {ready}, said before {again}"
+            ));
+        }
+        if *event == JobEvent::Completed(None) {
+            self.check_copy(wanted == Some(End::Complete));
+        }
+        self.check_left(*event == JobEvent::Completed(None) && wanted == Some(End::Complete));
+        if std::mem::replace(&mut self.heard().gate_asked, false) {
+            self.bench.waits.gate_ends();
+        }
+        self.bench.waits.doubling_ends();
+    }
+
+    /// The consistent end: the target holds, durably, what the source holds.
+    fn check_copy(&self, pivoted: bool) {
+        let bench = &self.bench;
+        let (source, target) = (&bench.disks[self.known.source], &bench.disks[self.known.target]);
+        let inside = (source.node.in_flight(), source.storage.in_flight(), target.storage.in_flight());
+        if inside != (0, 0, 0) {
+            self.fail(&format!("at the end there were in flight: {inside:?}"));
+            return;
+        }
+        let from = source.storage.visible();
+        let durable = target.storage.durable();
+        let to = target.storage.visible();
+        if let Err(wrong) = bench.oracle().check_image(&from) {
+            self.fail(&format!("at the end the source was wrong already: {wrong}"));
+        }
+        let ranges = match self.known.sync {
+            SyncMode::Full | SyncMode::Top => BTreeMap::from([(0, source.node.size())]),
+            SyncMode::None => bench.oracle().written_since(self.known.since),
+        };
+        for (what, image) in [("shows", &to), ("has durably", &durable)] {
+            if let Some(at) = Medium::difference(&from, image, &ranges) {
+                let index = heliostat_block::convert::usize_from(at);
+                let (is, should) = (image[index], from[index]);
+                self.fail(&format!(
+                    "at the end the target {what} {is:#04x} at {at:#x}, the source {should:#04x}"
+                ));
+            }
+        }
+        if pivoted {
+            bench.moved(self.known.target, to);
+        }
+    }
+
+    /// Nothing of the job is left on the nodes.
+    fn check_left(&self, pivoted: bool) {
+        let bench = &self.bench;
+        let (source, target) = (&bench.disks[self.known.source], &bench.disks[self.known.target]);
+        let is_export = |role: &Role| matches!(role, Role::Export { .. });
+        let source_roles = bench.graph.roles(&source.node);
+        let target_roles = bench.graph.roles(&target.node);
+        if !source_roles.iter().chain(&target_roles).all(is_export) {
+            self.fail(&format!("places are left: {source_roles:?}, {target_roles:?}"));
+        }
+        if source_roles.is_empty() != pivoted || target_roles.is_empty() == pivoted {
+            self.fail(&format!("exports are at the wrong node: {source_roles:?}, {target_roles:?}"));
+        }
+        if source.node.watchers() + target.node.watchers() > 0 {
+            self.fail("a node is still being watched");
+        }
+        if target.storage.in_flight() > 0 {
+            self.fail("requests to the target are still on their way");
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Images that a verb of the command line opens itself, to look at them: always through a node that refuses
+//! writes.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use heliostat_block::buffer::Buffer;
+use heliostat_block::driver::{Driver, Raw};
+use heliostat_block::name::NodeName;
+use heliostat_block::node::{Node, NodeOptions};
+use heliostat_host::clock::RealClock;
+use heliostat_host::file::FileStorage;
+use heliostat_host::open::{Access, Cache, Locking, OpenError, OpenOptions};
+
+/// An image that is open, to be read.
+pub struct Image {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub node: Arc<Node>,
+    /// Whether it is a block device, not a file.
+    pub is_device: bool,
+    /// Whether the page cache is passed by.
+    pub is_direct: bool,
+}
+
+/// Opens an image for reading, while nobody else may write, or they may.
+///
+/// # Errors
+/// [`OpenError`], which says what to do.
+pub fn open(path: &Path, cache: Cache, locking: Locking) -> Result<Image, OpenError> {
+    open_as(path, &OpenOptions { access: Access::ReadOnly, cache, locking, ..OpenOptions::default() })
+}
+
+/// Opens an image as somebody else is about to, so that what stands in the way is known before anything
+/// happens.
+///
+/// # Errors
+/// [`OpenError`], which says what to do.
+pub fn open_as(path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    let storage = FileStorage::open(path, options)?;
+    let (is_device, is_direct) = (storage.is_device(), storage.is_direct());
+    let node = Node::new(
+        NodeName::generated(0),
+        Driver::Raw(Raw::whole(Arc::new(storage))),
+        NodeOptions { read_only: true, ..NodeOptions::default() },
+        Arc::new(RealClock::new()),
+    );
+    Ok(Image { path: path.to_owned(), node, is_device, is_direct })
+}
+
+/// How an image says that it keeps its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// It says nothing.
+    Raw,
+    /// It begins as a qcow2 image.
+    Qcow2,
+}
+
+impl Format {
+    /// The format's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// The first bytes of every qcow2 image (docs/interop/qcow2: "QFI\xfb").
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+impl Image {
+    /// Finds out what the image says that it is.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn format(&self) -> Result<Format> {
+        if self.node.size() < 4 {
+            return Ok(Format::Raw);
+        }
+        let read = self.node.enter().await.read(0, Buffer::zeroed(4)).await;
+        let head = read.with_context(|| format!("cannot read {}", self.path.display()))?;
+        Ok(if head[..] == QCOW2_MAGIC { Format::Qcow2 } else { Format::Raw })
+    }
+}

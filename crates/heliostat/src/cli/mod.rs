@@ -1,0 +1,88 @@
+//! The command line: arguments in, exit status out. One file a verb.
+//!
+//! Verbs drive a [`crate::daemon::Daemon`] of their own, or another process's through its control socket; image
+//! bytes are touched through nodes only. Called by `main.rs`.
+
+mod address;
+mod compare;
+mod completions;
+mod control;
+pub mod demo;
+mod ending;
+mod image;
+mod info;
+mod job;
+mod mirror;
+mod offer;
+mod output;
+mod progress;
+mod serve;
+mod target;
+mod units;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use output::{Form, Outcome, say};
+
+/// Fronts a live disk for a guest, mirrors it elsewhere while it is in use, and moves the guest over
+#[derive(Debug, Parser)]
+#[command(name = "heliostat", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Try `heliostat demo` first: it needs nothing and changes nothing.")]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// Print results as JSON, with exact numbers
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Demo(demo::Demo),
+    Serve(serve::Serve),
+    Mirror(mirror::Mirror),
+    Job(job::Job),
+    Info(info::Info),
+    Compare(compare::Compare),
+    Completions(completions::Completions),
+}
+
+impl Verb {
+    fn run(&self, form: Form) -> Result<Outcome> {
+        match self {
+            Self::Demo(demo) => demo.run(form),
+            Self::Serve(serve) => serve.run(form),
+            Self::Mirror(mirror) => mirror.run(form),
+            Self::Job(job) => job.run(form),
+            Self::Info(info) => info.run(form),
+            Self::Compare(compare) => compare.run(form),
+            Self::Completions(completions) => completions.run(),
+        }
+    }
+
+    /// What the program exits with when it could not do what was asked.
+    const fn trouble(&self) -> u8 {
+        match self {
+            // 1 says that the images differ.
+            Self::Compare(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// Runs the program: reads its arguments, does what they say, explains what went wrong.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let form = if cli.json { Form::Json } else { Form::Text };
+    match cli.verb.run(form) {
+        Ok(outcome) => ExitCode::from(outcome.status()),
+        Err(error) => {
+            say(format_args!("heliostat: {error:#}"));
+            ExitCode::from(cli.verb.trouble())
+        }
+    }
+}

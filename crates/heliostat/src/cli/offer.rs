@@ -1,0 +1,151 @@
+//! [`Offer`]: where a disk is offered to clients and to operators; the arguments that `serve` and `mirror` share.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use heliostat_host::socket::Address;
+use serde_json::{Value, json};
+
+use super::address::{Endpoint, Reach, nbd_uri};
+use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec};
+
+/// The name of the node that clients see, and of the export unless another was given.
+pub const NODE: &str = "disk";
+
+/// Where a disk is offered.
+#[derive(Args, Clone, Debug)]
+pub struct Offer {
+    /// Offer the disk to NBD clients at unix:PATH, a path with a slash, HOST:PORT or :PORT
+    #[arg(long, value_name = "ADDRESS")]
+    nbd: Option<Endpoint>,
+    /// Take QMP commands on this Unix socket (`heliostat job` speaks to it)
+    #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
+    control: Option<PathBuf>,
+    /// The name that NBD clients ask for; they get it for the empty name too
+    #[arg(long, value_name = "EXPORT", default_value = NODE)]
+    name: String,
+    /// Let other hosts reach a TCP address. NBD asks nobody for a password
+    #[arg(long)]
+    allow_remote: bool,
+}
+
+/// Reads the path of a socket, with or without `unix:`.
+///
+/// # Errors
+/// A sentence, when there is no path.
+pub fn socket_path(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("unix:").unwrap_or(text) {
+        "" => Err("the path of the socket is missing".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    }
+}
+
+/// Where a disk is being offered.
+#[derive(Clone, Debug)]
+pub struct Offered {
+    /// Where NBD clients connect.
+    pub nbd: Option<Address>,
+    /// Where operators connect.
+    pub control: Option<PathBuf>,
+    export: String,
+}
+
+impl Offer {
+    /// Says whether clients are served.
+    #[must_use]
+    pub const fn has_clients(&self) -> bool {
+        self.nbd.is_some()
+    }
+
+    /// Where operators are to connect.
+    #[must_use]
+    pub fn control(&self) -> Option<&Path> {
+        self.control.as_deref()
+    }
+
+    /// Says whether it can be reached at all.
+    #[must_use]
+    pub const fn is_reachable(&self) -> bool {
+        self.nbd.is_some() || self.control.is_some()
+    }
+
+    /// Checks the address without touching anything.
+    ///
+    /// # Errors
+    /// When nothing can listen there, or it must be asked for.
+    pub fn resolve(&self) -> Result<Option<Address>> {
+        let reach = if self.allow_remote { Reach::Anybody } else { Reach::Loopback };
+        self.nbd.as_ref().map(|endpoint| endpoint.resolve(reach)).transpose().context("--nbd")
+    }
+
+    /// Listens, and offers the node [`NODE`] to clients.
+    ///
+    /// # Errors
+    /// When an address is in use, or the host refuses it.
+    pub fn open(&self, daemon: &Arc<Daemon>, address: Option<Address>, writable: bool) -> Result<Offered> {
+        let nbd = match address {
+            None => None,
+            Some(address) => Some(self.open_nbd(daemon, address, writable)?),
+        };
+        Ok(Offered { nbd, control: self.control.clone(), export: self.name.clone() })
+    }
+
+    fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
+        let spec = NbdSpec {
+            address: match address {
+                Address::Unix(path) => NbdAddress::Unix(path),
+                Address::Tcp(address) => NbdAddress::Tcp(address),
+            },
+            max_connections: 0,
+        };
+        let bound = daemon.start_nbd_server(&spec)?;
+        daemon.add_export(&ExportSpec {
+            id: NODE.to_owned(),
+            node: NODE.to_owned(),
+            name: Some(self.name.clone()),
+            description: None,
+            writable,
+        })?;
+        Ok(match bound {
+            NbdAddress::Unix(path) => Address::Unix(path),
+            NbdAddress::Tcp(address) => Address::Tcp(address),
+        })
+    }
+}
+
+impl Offered {
+    /// The URI by which clients connect.
+    #[must_use]
+    pub fn uri(&self) -> Option<String> {
+        self.nbd.as_ref().map(|address| nbd_uri(address, &self.export))
+    }
+
+    /// For programs.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        json!({
+            "nbd": self.uri(),
+            "nbd-address": self.nbd.as_ref().map(ToString::to_string),
+            "export": self.nbd.as_ref().map(|_| &self.export),
+            "control": self.control.as_ref().map(|path| path.to_string_lossy()),
+        })
+    }
+
+    /// How to connect, for people.
+    #[must_use]
+    pub fn words(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let Some(uri) = self.uri() {
+            lines.push(format!("  NBD      {uri}"));
+            lines.push(format!("  try      nbdinfo '{uri}'"));
+            lines.push(format!("  or       qemu-system-x86_64 … -drive 'file={uri},format=raw,if=virtio'"));
+        }
+        if let Some(control) = &self.control {
+            lines.push(format!("  control  {}", control.display()));
+            lines.push(format!("  try      heliostat job list --control {}", control.display()));
+        }
+        lines
+    }
+}

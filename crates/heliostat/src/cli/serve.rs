@@ -1,0 +1,202 @@
+//! `heliostat serve`: a disk on NBD until somebody ends it, or an empty daemon that is told over QMP what to do.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use heliostat_block::node::{DetectZeroes, Discard};
+use heliostat_host::open::{Access, Cache, OpenOptions};
+use heliostat_host::runtime::block_on;
+use serde_json::json;
+
+use super::ending;
+use super::image::{self, Format};
+use super::offer::{NODE, Offer, Offered};
+use super::output::{self, Form, Outcome, say};
+use super::units;
+use crate::daemon::{CacheUse, Daemon, NodeSpec};
+
+/// Offers a disk to NBD clients; without a disk, starts a daemon that is configured over its control socket
+///
+/// SIGTERM and Ctrl-C let the requests in flight end, make everything durable, and exit with status 0.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// The disk: a file or a block device
+    disk: Option<PathBuf>,
+    #[command(flatten)]
+    offer: Offer,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    #[command(flatten)]
+    how: How,
+}
+
+/// How a disk is kept; the arguments that `serve` and `mirror` share.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct How {
+    /// Whether the host's page cache is used
+    #[arg(long, value_enum, default_value_t = CacheMode::Page)]
+    cache: CacheMode,
+    /// What clients' discards do: nothing, or give space back
+    #[arg(long, value_enum, default_value_t = DiscardMode::Unmap)]
+    discard: DiscardMode,
+    /// What becomes of written data that is all zero: nothing special, the cheapest zeroes, or a hole
+    #[arg(long, value_enum, default_value_t = ZeroesMode::Off)]
+    detect_zeroes: ZeroesMode,
+    /// What the image is. Needed only for one that looks like another format
+    #[arg(long, value_enum)]
+    format: Option<FormatName>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum CacheMode {
+    /// Through the host's page cache
+    Page,
+    /// Past it (O_DIRECT)
+    Direct,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DiscardMode {
+    /// They do nothing
+    Ignore,
+    /// They give space back
+    Unmap,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ZeroesMode {
+    /// Written as they come
+    Off,
+    /// Zeroed by the cheapest way that keeps the space
+    On,
+    /// Made a hole
+    Unmap,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum FormatName {
+    /// The image's bytes are the disk's bytes
+    Raw,
+}
+
+impl How {
+    /// Puts what was asked into a node's description.
+    #[must_use]
+    pub fn apply(self, spec: NodeSpec) -> NodeSpec {
+        let discard = match self.discard {
+            DiscardMode::Ignore => Discard::Ignore,
+            DiscardMode::Unmap => Discard::Unmap,
+        };
+        let detect_zeroes = match self.detect_zeroes {
+            ZeroesMode::Off => DetectZeroes::Off,
+            ZeroesMode::On => DetectZeroes::On,
+            ZeroesMode::Unmap => DetectZeroes::Unmap,
+        };
+        let cache = CacheUse { direct: matches!(self.cache, CacheMode::Direct), no_flush: false };
+        NodeSpec { discard, detect_zeroes, cache, ..spec }
+    }
+
+    /// How an image is opened to be looked at.
+    #[must_use]
+    pub const fn host_cache(self) -> Cache {
+        match self.cache {
+            CacheMode::Page => Cache::Page,
+            CacheMode::Direct => Cache::Direct,
+        }
+    }
+
+    /// Refuses an image that says it is of a format that we would misread, unless the operator knows.
+    ///
+    /// # Errors
+    /// When it does, or cannot be read.
+    pub async fn check_format(self, image: &image::Image) -> Result<()> {
+        let format = image.format().await?;
+        if self.format.is_none() && format != Format::Raw {
+            bail!(
+                "{} looks like a {} image, and this version knows raw only; add --format raw to use its bytes \
+                 as they are",
+                image.path.display(),
+                format.name()
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Serve {
+    /// Serves until the end is asked for.
+    ///
+    /// # Errors
+    /// When the disk cannot be opened, an address cannot be had, or the last flush fails.
+    pub fn run(&self, form: Form) -> Result<Outcome> {
+        let address = self.offer.resolve()?;
+        if !self.offer.is_reachable() {
+            bail!(
+                "nobody could reach it; add --nbd ADDRESS for clients, --control SOCKET for operators, or both"
+            );
+        }
+        if self.disk.is_none() && address.is_some() {
+            bail!("--nbd needs a disk; without one, start the NBD server over the control socket");
+        }
+        let mut signals = ending::signals()?;
+        let daemon = Daemon::new();
+        let disk = self.add_disk(&daemon)?;
+        let offered = self.offer.open(&daemon, address, !self.read_only)?;
+        self.announce(&offered, disk, form)?;
+        notify(&[sd_notify::NotifyState::Ready]);
+        let cause = ending::wait(&daemon, &mut signals)?;
+        notify(&[sd_notify::NotifyState::Stopping]);
+        if matches!(cause, ending::Cause::Signal(_)) {
+            say("heliostat: ending: requests in flight end first, then everything is made durable");
+        }
+        ending::end(&daemon, &mut signals)
+    }
+
+    /// Opens the disk. Answers its size.
+    fn add_disk(&self, daemon: &Arc<Daemon>) -> Result<Option<u64>> {
+        let Some(path) = &self.disk else { return Ok(None) };
+        {
+            // Looked at first: its errors say what to do, and nothing has been started yet.
+            let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
+            let cache = self.how.host_cache();
+            let image = image::open_as(path, &OpenOptions { access, cache, ..OpenOptions::default() })?;
+            block_on(self.how.check_format(&image)).context("cannot start the I/O engine")??;
+        }
+        let spec = self.how.apply(NodeSpec::file(NODE, path));
+        let node = daemon.add_node(&NodeSpec { read_only: self.read_only, ..spec })?;
+        Ok(Some(node.size()))
+    }
+
+    fn announce(&self, offered: &Offered, size: Option<u64>, form: Form) -> Result<()> {
+        if form == Form::Json {
+            let mut value = offered.to_json();
+            value["disk"] = json!(self.disk.as_ref().map(|path| path.to_string_lossy()));
+            value["size"] = json!(size);
+            value["read-only"] = json!(self.read_only);
+            return output::json_line(&value);
+        }
+        match (&self.disk, size) {
+            (Some(path), Some(size)) => say(format_args!(
+                "heliostat: serving {}, {}{}",
+                path.display(),
+                units::size(size),
+                if self.read_only { ", read-only" } else { "" }
+            )),
+            _ => say("heliostat: waiting for orders"),
+        }
+        for line in offered.words() {
+            say(line);
+        }
+        say("  Ctrl-C ends it in order");
+        Ok(())
+    }
+}
+
+/// Tells the service manager, if there is one.
+pub fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    // It runs on all the same where nobody listens.
+    let _ = sd_notify::notify(states);
+}

@@ -1,0 +1,195 @@
+//! [`Target`]: the file or device that a mirror writes to: checked before anything is touched, made if it is
+//! missing, and removed again if the mirror that made it fails.
+
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use heliostat_host::file::FileStorage;
+use heliostat_host::open::{Access, Cache, Existing, OpenOptions};
+
+use super::image;
+use super::output::say;
+use super::units;
+
+/// What the operator allows to happen to a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Permission {
+    /// It is made; one that holds anything is left alone.
+    Create,
+    /// It must be there, and is used as it is (`--existing`).
+    Existing,
+    /// It is made; one that is there loses its contents (`--force`).
+    Replace,
+}
+
+/// What will happen to a target; nothing has happened yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    path: PathBuf,
+    size: u64,
+    way: Way,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Create,
+    Replace,
+    Use,
+}
+
+/// A target that is there. Dropped before [`Target::keep`], it is removed again if we made it.
+pub struct Target {
+    path: PathBuf,
+    was_created: bool,
+    reads_zero: bool,
+    removes: bool,
+}
+
+impl Plan {
+    /// Decides what is to happen to `path`, so that it can take `size` bytes from `source`.
+    ///
+    /// # Errors
+    /// When it must not, or cannot, be used. Nothing has been touched.
+    pub fn new(source: &Path, path: &Path, size: u64, permission: Permission, cache: Cache) -> Result<Self> {
+        let Some(there) = metadata(path)? else {
+            if permission == Permission::Existing {
+                bail!(
+                    "{}: there is no such file, and --existing was given; without it the file is made",
+                    path.display()
+                );
+            }
+            check_parent(path)?;
+            return Ok(Self { path: path.to_owned(), size, way: Way::Create });
+        };
+        if let Some(source_there) = metadata(source)?
+            && is_same(&source_there, &there)
+        {
+            bail!(
+                "{} and {} are the same file; a disk cannot be mirrored into itself",
+                source.display(),
+                path.display()
+            );
+        }
+        let is_file = there.is_file();
+        let way = match permission {
+            Permission::Create if is_file && there.len() > 0 => bail!(
+                "{} exists and is not empty; add --existing to mirror onto it as it is, or --force to replace \
+                 its contents",
+                path.display()
+            ),
+            Permission::Create | Permission::Replace if is_file => Way::Replace,
+            Permission::Create if there.file_type().is_block_device() => bail!(
+                "{} is a block device, whose contents would be lost; add --existing if that is what you want",
+                path.display()
+            ),
+            _ => Way::Use,
+        };
+        check(path, size, way, cache)?;
+        Ok(Self { path: path.to_owned(), size, way })
+    }
+
+    /// Carries it out.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn make(self, cache: Cache) -> Result<Target> {
+        let existing = if self.way == Way::Replace { Existing::Replace } else { Existing::Refuse };
+        if self.way != Way::Use {
+            FileStorage::create(&self.path, self.size, existing, &options(cache))?;
+        }
+        let was_created = self.way == Way::Create;
+        Ok(Target { path: self.path, was_created, reads_zero: self.way != Way::Use, removes: was_created })
+    }
+}
+
+impl Target {
+    /// Says whether all of it is known to read as zero.
+    #[must_use]
+    pub const fn reads_zero(&self) -> bool {
+        self.reads_zero
+    }
+
+    /// Leaves it there from now on.
+    pub const fn keep(&mut self) {
+        self.removes = false;
+    }
+
+    /// Says what has become of a target whose mirror did not succeed, and removes it if we made it.
+    pub fn give_up(self) {
+        if !self.was_created {
+            say(format_args!("heliostat: {} is incomplete; do not use it", self.path.display()));
+        } else if self.removes {
+            say(format_args!(
+                "heliostat: {} was made for this and is incomplete, so it is removed (--keep-partial keeps it)",
+                self.path.display()
+            ));
+        } else {
+            say(format_args!("heliostat: {} is incomplete, and kept as asked", self.path.display()));
+        }
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if self.removes {
+            // Nothing more can be done about it; a later run refuses the leftover file.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+const fn options(cache: Cache) -> OpenOptions {
+    OpenOptions {
+        access: Access::ReadWrite,
+        cache,
+        flush: heliostat_host::open::Flush::Honor,
+        discard: heliostat_host::open::Discard::Unmap,
+        locking: heliostat_host::open::Locking::Auto,
+    }
+}
+
+/// What is at `path`; `None` when nothing is.
+fn metadata(path: &Path) -> Result<Option<Metadata>> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(Some(metadata)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot look at {}", path.display())),
+    }
+}
+
+fn is_same(a: &Metadata, b: &Metadata) -> bool {
+    let same_device =
+        a.file_type().is_block_device() && b.file_type().is_block_device() && a.rdev() == b.rdev();
+    same_device || (a.dev() == b.dev() && a.ino() == b.ino())
+}
+
+fn check_parent(path: &Path) -> Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => bail!("cannot create {}: it is a directory", path.display()),
+    };
+    if !parent.is_dir() {
+        bail!("cannot create {}: there is no directory {}", path.display(), parent.display());
+    }
+    Ok(())
+}
+
+/// Opens a target that is there as the mirror will, and compares its size with what is needed.
+fn check(path: &Path, size: u64, way: Way, cache: Cache) -> Result<()> {
+    let there = image::open_as(path, &options(cache))?.node.size();
+    if way != Way::Use || there == size {
+        return Ok(());
+    }
+    let relation = if there < size { "smaller" } else { "larger" };
+    bail!(
+        "{} is {relation} than the source: it has {} bytes ({}), the source {} ({}); both must be the same",
+        path.display(),
+        units::count(there),
+        units::size(there),
+        units::count(size),
+        units::size(size)
+    )
+}

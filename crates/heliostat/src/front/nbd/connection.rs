@@ -1,0 +1,399 @@
+//! One NBD connection: the loop between a socket and the requests.
+//!
+//! A connection is one task. In each turn it receives as much as is there, starts every request in it, and
+//! sends all answers that are ready in one call; requests that do not end at once go on beside each other. It
+//! never drops a request that it started: when the client is gone or the server stops, it takes no more and
+//! waits for those in flight. Called by the server's thread.
+
+use std::future::{Future, poll_fn};
+use std::io::{self, IoSlice};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes, BytesMut};
+use event_listener::EventListener;
+use futures_util::future::{Either, select};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use heliostat_block::buffer::Buffer;
+use heliostat_block::clock::LocalFuture;
+use heliostat_block::convert::u64_from;
+use heliostat_block::nbd::Terms;
+use heliostat_block::nbd::handshake::{Handshake, Offers, Step};
+use heliostat_block::nbd::reply::Replies;
+use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
+use heliostat_host::socket::Socket;
+
+use super::exports::Client;
+use super::patience::Patience;
+use super::{Shared, until_stopped};
+use crate::serve::{Buffers, Permit, Permits, bytes_held, carry_out, detached};
+
+/// How long answers are kept for a client that does not read them when its connection is to end.
+const LAST_ANSWERS_TIME: Duration = Duration::from_secs(3);
+
+/// What one receive takes at most: 60 writes of 4 KiB, so that their cost is shared by many.
+const RECEIVE_LEN: usize = 256 << 10;
+
+/// Requests of one connection in flight at once; the Linux client sends at most 128.
+const REQUESTS_MAX: usize = 128;
+
+/// Bytes of requests in flight, and of answers to be sent, of one connection: two of the largest requests.
+const BYTES_MAX: u64 = 64 << 20;
+
+/// Answers that may wait for the client to read before no more requests are taken.
+const ANSWERS_MAX: usize = 4 << 20;
+
+/// From so many waiting requests on, short payloads are copied out of the receive buffer, so that one of them
+/// does not keep all of it.
+const PINNING_MAX: usize = 16;
+
+/// A payload that fills less than this of its receive buffer counts as short.
+const PINNING_LEN: usize = RECEIVE_LEN / 4;
+
+/// Serves a client from its first byte to its last answer.
+pub(super) async fn serve(socket: Socket, shared: &Shared) {
+    let mut input = Bytes::new();
+    let agreed = {
+        let handshake = until_stopped(&shared.exports, handshake(&socket, shared, &mut input));
+        match select(pin!(handshake), shared.clock.sleep(shared.handshake_time)).await {
+            Either::Left((agreed, _)) => agreed.flatten(),
+            Either::Right(_) => None,
+        }
+    };
+    let Some((client, terms)) = agreed else { return };
+    let start =
+        |request, permit| carry_out(Arc::clone(client.place()), shared.buffers.clone(), request, permit);
+    let mut connection = Connection::new(socket, (&client, terms), shared, input, start);
+    poll_fn(|cx| connection.turn(cx)).await;
+}
+
+/// Agrees with the client on an export. `None` when the connection is to be closed.
+async fn handshake(socket: &Socket, shared: &Shared, input: &mut Bytes) -> Option<(Client, Terms)> {
+    let exports = &shared.exports;
+    let mut output = BytesMut::new();
+    let mut handshake = Handshake::new(&mut output);
+    loop {
+        send_all(socket, &mut output).await.ok()?;
+        let (offered, offers) = exports.offers();
+        let offers = Offers { exports: &offers, shutting_down: exports.is_stopping() };
+        match handshake.step(input, offers, &mut output).ok()? {
+            Step::Answered => {}
+            Step::Incomplete => receive(socket, &shared.buffers, input).await.ok()?,
+            Step::Agreed(agreed) => {
+                let client = exports.enter(&offered[agreed.offer])?;
+                send_all(socket, &mut output).await.ok()?;
+                return Some((client, agreed.terms));
+            }
+            Step::Aborted => {
+                send_all(socket, &mut output).await.ok()?;
+                return None;
+            }
+        }
+    }
+}
+
+async fn send_all(socket: &Socket, output: &mut BytesMut) -> io::Result<()> {
+    while !output.is_empty() {
+        match socket.send_now(&[IoSlice::new(output)]) {
+            Ok(sent) => output.advance(sent),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until something has come, and appends it to `input`. The end of the stream is an error.
+async fn receive(socket: &Socket, buffers: &Buffers, input: &mut Bytes) -> io::Result<()> {
+    let mut buffer = None;
+    loop {
+        match receive_now(socket, buffers, &mut buffer, input) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.readable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Appends what is there to `input`, which holds much less than [`RECEIVE_LEN`]. The memory is taken from
+/// `spare`, and left there when nothing came.
+fn receive_now(
+    socket: &Socket,
+    buffers: &Buffers,
+    spare: &mut Option<Buffer>,
+    input: &mut Bytes,
+) -> io::Result<usize> {
+    let mut buffer = spare.take().unwrap_or_else(|| buffers.take(RECEIVE_LEN));
+    let kept = input.len();
+    match socket.recv_now(&mut buffer[kept..]) {
+        Ok(received) => {
+            buffer[..kept].copy_from_slice(input);
+            buffer.truncate(kept + received);
+            *input = buffer.freeze();
+            Ok(received)
+        }
+        Err(error) => {
+            *spare = Some(buffer);
+            Err(error)
+        }
+    }
+}
+
+/// Requests that have been started and have not ended. Nothing takes one out but its end.
+struct Flights<F> {
+    /// Memory of a request that ended at once, for the next one.
+    spare: Option<Pin<Box<F>>>,
+    running: FuturesUnordered<Pin<Box<F>>>,
+}
+
+impl<F: Future<Output = ()>> Flights<F> {
+    fn new() -> Self {
+        Self { spare: None, running: FuturesUnordered::new() }
+    }
+
+    /// Starts a request. Most end at once; the others are polled again by [`Flights::poll_ended`], which is
+    /// to be called before the task sleeps.
+    fn start(&mut self, request: F, cx: &mut Context<'_>) {
+        let mut place = match self.spare.take() {
+            Some(mut place) => {
+                place.set(request);
+                place
+            }
+            None => Box::pin(request),
+        };
+        match place.as_mut().poll(cx) {
+            Poll::Ready(()) => self.spare = Some(place),
+            Poll::Pending => self.running.push(place),
+        }
+    }
+
+    /// Gets on with those that can. Says whether any ended.
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut has_ended = false;
+        while !self.running.is_empty() && self.running.poll_next_unpin(cx).is_ready() {
+            has_ended = true;
+        }
+        has_ended
+    }
+}
+
+/// Whether a connection takes requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It does.
+    Serving,
+    /// No more: those in flight end, their answers are sent, then it is closed.
+    Ending,
+    /// No more, and there is nobody to send answers to.
+    Gone,
+}
+
+/// A connection in the transmission phase. `M` starts a request, `F` is a request that was started.
+struct Connection<'a, F, M> {
+    socket: Socket,
+    client: &'a Client,
+    shared: &'a Shared,
+    stage: Stage,
+    requests: Requests,
+    replies: Replies,
+    /// What was received and not understood yet.
+    input: Bytes,
+    /// Memory for the next receive.
+    spare: Option<Buffer>,
+    permits: Permits,
+    start: M,
+    flights: Flights<F>,
+    /// Whether the next request must wait for others to end.
+    is_full: bool,
+    patience: Patience,
+    last_answer: Instant,
+    changed: EventListener,
+    last_answers: Option<LocalFuture<'static, ()>>,
+}
+
+impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, M> {
+    fn new(
+        socket: Socket,
+        (client, terms): (&'a Client, Terms),
+        shared: &'a Shared,
+        input: Bytes,
+        start: M,
+    ) -> Self {
+        let replies = Replies::new(&terms);
+        Self {
+            socket,
+            client,
+            shared,
+            stage: Stage::Serving,
+            requests: Requests::new(terms, shared.buffers.for_payloads(), replies.clone()),
+            replies,
+            input,
+            spare: None,
+            permits: Permits::new(REQUESTS_MAX, BYTES_MAX),
+            start,
+            flights: Flights::new(),
+            is_full: false,
+            patience: Patience::new(),
+            last_answer: Instant::now(),
+            changed: shared.exports.listen(),
+            last_answers: None,
+        }
+    }
+
+    /// Does what can be done now. Ready when the connection is over.
+    fn turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.stage == Stage::Serving && (self.shared.exports.is_stopping() || self.client.is_closing()) {
+            self.stage = Stage::Ending;
+        }
+        let mut has_moved = self.flights.poll_ended(cx);
+        if self.stage == Stage::Serving {
+            if self.is_full {
+                self.take_requests(cx);
+            }
+            has_moved |= self.receive(cx);
+        }
+        has_moved |= self.send();
+        if self.stage != Stage::Serving && self.flights.running.is_empty() && self.is_through(cx) {
+            return Poll::Ready(());
+        }
+        if has_moved || self.looks_on() || self.has_news(cx) {
+            // Another turn, after other connections had theirs.
+            cx.waker().wake_by_ref();
+        } else {
+            // Asleep, a connection keeps no more memory than it must.
+            self.spare = None;
+        }
+        Poll::Pending
+    }
+
+    /// Receives what is there and starts what is in it. Says whether anything came.
+    fn receive(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.is_full {
+            return false;
+        }
+        let received = match self.requests.payload_room() {
+            Some(room) => {
+                let received = self.socket.recv_now(room);
+                self.requests.payload_received(received.as_ref().copied().unwrap_or(0));
+                received
+            }
+            None => receive_now(&self.socket, &self.shared.buffers, &mut self.spare, &mut self.input),
+        };
+        match received {
+            Ok(0) => self.stage = Stage::Ending,
+            Ok(_) => {
+                self.patience.learn(self.last_answer.elapsed());
+                self.take_requests(cx);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            Err(_) => self.stage = Stage::Gone,
+        }
+        true
+    }
+
+    /// Starts the requests in the input, as far as there is room for them.
+    fn take_requests(&mut self, cx: &mut Context<'_>) {
+        self.is_full = false;
+        while self.stage == Stage::Serving {
+            let Some(room) = self.room() else {
+                self.is_full = true;
+                return;
+            };
+            match self.requests.next(&mut self.input, room) {
+                Ok(Parsed::Request(request)) => {
+                    let request = self.unpinned(request);
+                    let permit = self.permits.take(bytes_held(&request.command));
+                    self.flights.start((self.start)(request, permit), cx);
+                }
+                Ok(Parsed::Refused(_)) => {}
+                Ok(Parsed::NoRoom) => {
+                    self.is_full = true;
+                    return;
+                }
+                Ok(Parsed::Incomplete) => return,
+                // After a violation nothing more can be understood; what came before it is answered.
+                Ok(Parsed::Disconnect) | Err(_) => self.stage = Stage::Ending,
+            }
+        }
+    }
+
+    /// How many bytes the next request may hold; `None` when there may be none.
+    fn room(&self) -> Option<u64> {
+        let waiting = self.replies.len();
+        let room = self.permits.room().filter(|_| waiting < ANSWERS_MAX)?;
+        Some(room.saturating_sub(u64_from(waiting)))
+    }
+
+    /// The same request, which does not keep a whole receive buffer for a short payload.
+    fn unpinned(&self, mut request: Request) -> Request {
+        if let Command::Write { data, .. } = &mut request.command
+            && self.flights.running.len() >= PINNING_MAX
+            && data.len() < PINNING_LEN
+        {
+            *data = detached(data);
+        }
+        request
+    }
+
+    /// Sends the answers that are ready. Says whether any could be sent.
+    fn send(&mut self) -> bool {
+        if self.stage == Stage::Gone {
+            self.replies.clear();
+        }
+        let mut has_sent = false;
+        while !self.replies.is_empty() {
+            match self.replies.show(|slices| self.socket.send_now(slices)) {
+                Ok(sent) => self.replies.sent(sent),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    self.stage = Stage::Gone;
+                    self.replies.clear();
+                }
+            }
+            has_sent = true;
+        }
+        if has_sent {
+            self.last_answer = Instant::now();
+        }
+        has_sent
+    }
+
+    /// Says whether the last answers were sent, or have waited for long enough.
+    fn is_through(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.replies.is_empty() {
+            return true;
+        }
+        let clock = self.shared.clock;
+        let patience = self.last_answers.get_or_insert_with(|| clock.sleep(LAST_ANSWERS_TIME));
+        patience.as_mut().poll(cx).is_ready()
+    }
+
+    /// Says whether to look at the socket once more before sleeping.
+    fn looks_on(&self) -> bool {
+        self.stage == Stage::Serving
+            && self.flights.running.is_empty()
+            && self.replies.is_empty()
+            && self.patience.looks_on(self.last_answer.elapsed())
+    }
+
+    /// Asks to be woken by whatever can go on. Says whether something can already.
+    fn has_news(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut has_news = false;
+        if self.stage == Stage::Serving {
+            if !self.is_full {
+                has_news |= pin!(self.socket.readable()).poll(cx).is_ready();
+            }
+            if Pin::new(&mut self.changed).poll(cx).is_ready() {
+                self.changed = self.shared.exports.listen();
+                has_news = true;
+            }
+        }
+        if !self.replies.is_empty() {
+            has_news |= pin!(self.socket.writable()).poll(cx).is_ready();
+        }
+        has_news
+    }
+}

@@ -1,0 +1,258 @@
+//! [`Exports`]: what an NBD server offers, changed by the control plane while connections use it.
+//!
+//! Never waits with the lock held. Called by the server's handle on any thread and by its connections.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_listener::{Event, EventListener, Listener};
+use heliostat_block::graph::Place;
+use heliostat_block::limits::NBD_PAYLOAD_MAX;
+use heliostat_block::nbd::wire::STRING_MAX;
+use heliostat_block::nbd::{Access, BlockSizes, Offer};
+
+/// The most exports of one server: a listing of them stays below what a client will read.
+const EXPORTS_MAX: usize = 1024;
+
+/// What an export is to be.
+pub struct ExportSettings {
+    /// The name that clients ask for; 1 to 4096 bytes without NUL. May be empty, which is the default export.
+    pub name: String,
+    /// For people; may be empty.
+    pub description: String,
+    /// Where its requests go.
+    pub place: Arc<Place>,
+    /// Whether clients may write. Where the node may not be written they cannot anyway.
+    pub access: Access,
+    /// Whether clients that ask for no name get it. A server's only export is that anyway.
+    pub is_default: bool,
+}
+
+/// Why an export was not added or removed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExportError {
+    /// There is one of that name.
+    #[error("NBD server already has export named '{0}'")]
+    Duplicate(String),
+    /// There is none of that name.
+    #[error("Export '{0}' is not found")]
+    NotFound(String),
+    /// Clients use it.
+    #[error("export '{0}' still in use")]
+    InUse(String),
+    /// The name or description cannot be said in the protocol.
+    #[error("export name or description is too long or holds NUL")]
+    Invalid,
+    /// There are as many as there may be.
+    #[error("an NBD server has at most {EXPORTS_MAX} exports")]
+    TooMany,
+    /// The server is being stopped.
+    #[error("NBD server not running")]
+    Stopping,
+}
+
+/// What to do about clients of an export that is to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// Refuse while there are any.
+    Safe,
+    /// Let their requests in flight end, send the answers, close their connections.
+    Hard,
+}
+
+/// An export as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportStatus {
+    /// Its name.
+    pub name: String,
+    /// Connections that use it.
+    pub clients: usize,
+}
+
+/// One export. Outlives its removal as long as a connection uses it.
+pub(super) struct Export {
+    settings: ExportSettings,
+    closing: AtomicBool,
+    /// Changed with the lock of [`Exports`] held.
+    clients: Mutex<usize>,
+    unused: Event,
+}
+
+/// What a server offers.
+pub(super) struct Exports {
+    /// Held for look-ups and changes only. Lock order: this, then an export's clients.
+    by_name: Mutex<BTreeMap<String, Arc<Export>>>,
+    stopping: AtomicBool,
+    /// Tells connections to look whether they are to end.
+    changed: Event,
+}
+
+/// A connection's use of an export.
+pub(super) struct Client {
+    export: Arc<Export>,
+}
+
+/// An export that is no longer offered, while its last connections end.
+pub struct Removed(Arc<Export>);
+
+impl Exports {
+    pub(super) const fn new() -> Self {
+        Self { by_name: Mutex::new(BTreeMap::new()), stopping: AtomicBool::new(false), changed: Event::new() }
+    }
+
+    pub(super) fn add(&self, settings: ExportSettings) -> Result<(), ExportError> {
+        let is_sayable = |text: &str| text.len() <= STRING_MAX && !text.contains('\0');
+        if !is_sayable(&settings.name) || !is_sayable(&settings.description) {
+            return Err(ExportError::Invalid);
+        }
+        let mut by_name = self.by_name();
+        if self.is_stopping() {
+            return Err(ExportError::Stopping);
+        }
+        if by_name.len() >= EXPORTS_MAX {
+            return Err(ExportError::TooMany);
+        }
+        if by_name.contains_key(&settings.name) {
+            return Err(ExportError::Duplicate(settings.name));
+        }
+        let name = settings.name.clone();
+        let (closing, clients) = (AtomicBool::new(false), Mutex::new(0));
+        by_name.insert(name, Arc::new(Export { settings, closing, clients, unused: Event::new() }));
+        Ok(())
+    }
+
+    pub(super) fn remove(&self, name: &str, removal: Removal) -> Result<Removed, ExportError> {
+        let mut by_name = self.by_name();
+        let export = by_name.get(name).ok_or_else(|| ExportError::NotFound(name.to_owned()))?;
+        if removal == Removal::Safe && export.clients() > 0 {
+            return Err(ExportError::InUse(name.to_owned()));
+        }
+        let export = Arc::clone(export);
+        export.closing.store(true, Ordering::SeqCst);
+        by_name.remove(name);
+        drop(by_name);
+        self.changed.notify(usize::MAX);
+        Ok(Removed(export))
+    }
+
+    pub(super) fn status(&self) -> Vec<ExportStatus> {
+        let by_name = self.by_name();
+        by_name
+            .iter()
+            .map(|(name, export)| ExportStatus { name: name.clone(), clients: export.clients() })
+            .collect()
+    }
+
+    /// What a handshake may offer now. In the order of their names.
+    pub(super) fn offers(&self) -> (Vec<Arc<Export>>, Vec<Offer>) {
+        let exports: Vec<_> = self.by_name().values().cloned().collect();
+        let offers = exports.iter().map(|export| export.offer()).collect();
+        (exports, offers)
+    }
+
+    /// Counts a connection in. `None` when the export was removed since it was offered.
+    pub(super) fn enter(&self, export: &Arc<Export>) -> Option<Client> {
+        let _by_name = self.by_name();
+        if export.is_closing() || self.is_stopping() {
+            return None;
+        }
+        *export.lock_clients() += 1;
+        Some(Client { export: Arc::clone(export) })
+    }
+
+    /// Tells every connection to end.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.changed.notify(usize::MAX);
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Hears of the next change from now on. To be made before the state is looked at.
+    pub(super) fn listen(&self) -> EventListener {
+        self.changed.listen()
+    }
+
+    fn by_name(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Export>>> {
+        self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Export {
+    fn offer(&self) -> Offer {
+        let node = self.settings.place.node();
+        let access = if node.options().read_only { Access::ReadOnly } else { self.settings.access };
+        let traits = node.traits();
+        Offer {
+            name: self.settings.name.clone(),
+            description: self.settings.description.clone(),
+            size: node.size(),
+            access,
+            // The node takes requests of any alignment, and a pivot may bring one with other blocks.
+            block_sizes: BlockSizes::new(1, traits.preferred_size.max(traits.block_size), NBD_PAYLOAD_MAX),
+            is_default: self.settings.is_default,
+        }
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::SeqCst)
+    }
+
+    fn clients(&self) -> usize {
+        *self.lock_clients()
+    }
+
+    fn lock_clients(&self) -> MutexGuard<'_, usize> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Client {
+    /// Where its requests go.
+    pub(super) fn place(&self) -> &Arc<Place> {
+        &self.export.settings.place
+    }
+
+    /// Says whether the export was removed.
+    pub(super) fn is_closing(&self) -> bool {
+        self.export.is_closing()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let mut clients = self.export.lock_clients();
+        *clients -= 1;
+        if *clients == 0 {
+            self.export.unused.notify(usize::MAX);
+        }
+    }
+}
+
+impl Removed {
+    /// Waits until its last connection has ended. On any runtime.
+    ///
+    /// # Cancel safety
+    /// Dropping it leaves nothing behind; the connections end all the same.
+    pub async fn ended(&self) {
+        while self.0.clients() > 0 {
+            let unused = self.0.unused.listen();
+            if self.0.clients() > 0 {
+                unused.await;
+            }
+        }
+    }
+
+    /// As [`Removed::ended`], blocking.
+    pub fn wait(&self) {
+        while self.0.clients() > 0 {
+            let unused = self.0.unused.listen();
+            if self.0.clients() > 0 {
+                unused.wait();
+            }
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! [`NbdServer`]: the NBD front end.
+//!
+//! One thread with a ring of its own takes connections and serves them; the handle may be used from any other
+//! thread. What is said on the wire is decided in `heliostat_block::nbd`, what is done with a request in
+//! [`crate::serve`]; here are sockets, threads and limits. Called by the control plane and the command line.
+
+mod connection;
+mod exports;
+mod patience;
+
+use std::cell::Cell;
+use std::future::Future;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use event_listener::Event;
+use futures_util::future::{Either, select};
+use heliostat_host::clock::RealClock;
+use heliostat_host::runtime::{Thread, spawn_local};
+use heliostat_host::socket::{Address, Listener, Socket};
+
+use crate::serve::Buffers;
+use exports::Exports;
+pub use exports::{ExportError, ExportSettings, ExportStatus, Removal, Removed};
+
+/// Connections of one server at once when nothing is said, as QEMU has it.
+pub const CONNECTIONS_DEFAULT: usize = 100;
+
+/// How long a client may take for the handshake when nothing is said. People type no handshakes; a program on
+/// the other side of the world needs two seconds.
+pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
+
+/// How long to wait when the host has no descriptor left for a new connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Who may reach a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// This host: a Unix socket, or TCP on a loopback address.
+    Local,
+    /// Whoever can reach the address. NBD has no password, and this server no encryption.
+    Anywhere,
+}
+
+/// How a server is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerSettings {
+    /// Who may reach it.
+    pub reach: Reach,
+    /// The most connections at once; further ones wait. 0 means no bound.
+    pub connections_max: usize,
+    /// How long a client may take until it has chosen its export. After that it may be silent for ever.
+    pub handshake_time: Duration,
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self {
+            reach: Reach::Local,
+            connections_max: CONNECTIONS_DEFAULT,
+            handshake_time: HANDSHAKE_TIME_DEFAULT,
+        }
+    }
+}
+
+/// An NBD server that runs on a thread of its own.
+///
+/// Dropped, it stops as [`NbdServer::stop`] says.
+pub struct NbdServer {
+    exports: Arc<Exports>,
+    address: Address,
+    /// `None` once it was stopped.
+    thread: Option<Thread<()>>,
+}
+
+impl NbdServer {
+    /// Listens and starts the thread. There are no exports yet.
+    ///
+    /// # Errors
+    /// `PermissionDenied` for an address that others can reach when that was not asked for; `AddrInUse`; any
+    /// other of the host's. The message names the address.
+    pub fn start(address: &Address, settings: ServerSettings) -> io::Result<Self> {
+        if let (Address::Tcp(socket), Reach::Local) = (address, settings.reach)
+            && !socket.ip().is_loopback()
+        {
+            let message = format!("{address} can be reached from other hosts, which was not asked for");
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+        }
+        let listener = Listener::bind(address)?;
+        let address = listener.address().clone();
+        let exports = Arc::new(Exports::new());
+        let shared = Arc::clone(&exports);
+        let body = move || run(listener, shared, settings);
+        let thread = Thread::spawn("nbd", body)?;
+        Ok(Self { exports, address, thread: Some(thread) })
+    }
+
+    /// Where it listens, with the port that the host chose.
+    #[must_use]
+    pub const fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Offers one more export.
+    ///
+    /// # Errors
+    /// When the name is taken or cannot be said, or there are too many.
+    pub fn add_export(&self, settings: ExportSettings) -> Result<(), ExportError> {
+        self.exports.add(settings)
+    }
+
+    /// Offers an export no longer. With [`Removal::Hard`], clients' connections end soon; the value returned
+    /// tells when.
+    ///
+    /// # Errors
+    /// When there is no such export, or with [`Removal::Safe`] when clients use it.
+    pub fn remove_export(&self, name: &str, removal: Removal) -> Result<Removed, ExportError> {
+        self.exports.remove(name, removal)
+    }
+
+    /// The exports and how many connections use each.
+    #[must_use]
+    pub fn exports(&self) -> Vec<ExportStatus> {
+        self.exports.status()
+    }
+
+    /// Takes no more connections and no more requests, lets those in flight end, sends their answers, closes
+    /// the connections, and waits for all that. A client that does not read its answers is waited for a few
+    /// seconds.
+    ///
+    /// # Panics
+    /// With the panic of the server's thread.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.exports.stop();
+        if let Some(thread) = self.thread.take() {
+            thread.join();
+        }
+    }
+}
+
+impl Drop for NbdServer {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What the connections of one server share.
+struct Shared {
+    exports: Arc<Exports>,
+    buffers: Buffers,
+    clock: RealClock,
+    handshake_time: Duration,
+}
+
+/// Connections that have not ended. Counted on the server's thread.
+#[derive(Default)]
+struct Tally {
+    count: Cell<usize>,
+    fewer: Event,
+}
+
+/// One connection in the tally.
+struct Counted(Rc<Tally>);
+
+impl Tally {
+    fn count_in(self: &Rc<Self>) -> Counted {
+        self.count.set(self.count.get() + 1);
+        Counted(Rc::clone(self))
+    }
+
+    /// Waits until there are fewer than `bound`.
+    async fn fewer_than(&self, bound: usize) {
+        while self.count.get() >= bound {
+            self.fewer.listen().await;
+        }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.count.set(self.0.count.get() - 1);
+        self.0.fewer.notify(usize::MAX);
+    }
+}
+
+/// The server's thread.
+async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings) {
+    let shared = Shared {
+        exports: Arc::clone(&exports),
+        buffers: Buffers::new(),
+        clock: RealClock::new(),
+        handshake_time: settings.handshake_time,
+    };
+    let shared = Rc::new(shared);
+    let tally = Rc::new(Tally::default());
+    let bound = if settings.connections_max == 0 { usize::MAX } else { settings.connections_max };
+    loop {
+        let next = async {
+            tally.fewer_than(bound).await;
+            listener.accept().await
+        };
+        match until_stopped(&exports, next).await {
+            None => break,
+            Some(Ok(socket)) => {
+                let counted = tally.count_in();
+                spawn_local(serve(socket, Rc::clone(&shared), counted));
+            }
+            Some(Err(_)) => shared.clock.sleep(ACCEPT_PAUSE).await,
+        }
+    }
+    drop(listener);
+    tally.fewer_than(1).await;
+}
+
+async fn serve(socket: Socket, shared: Rc<Shared>, counted: Counted) {
+    connection::serve(socket, &shared).await;
+    drop(counted);
+}
+
+/// Awaits `future`, but not beyond the server's end. `None` when that came first.
+async fn until_stopped<T>(exports: &Exports, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = std::pin::pin!(future);
+    loop {
+        let changed = exports.listen();
+        if exports.is_stopping() {
+            return None;
+        }
+        match select(future, changed).await {
+            Either::Left((output, _)) => return Some(output),
+            Either::Right(((), unfinished)) => future = unfinished,
+        }
+    }
+}

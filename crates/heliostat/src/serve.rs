@@ -1,0 +1,185 @@
+//! Carrying requests out: between a front end, which has parsed them, and the node.
+//!
+//! A request holds a [`Permit`] while it is in flight, so that a client cannot make the server hold more than
+//! its share; it is answered once. It must not be dropped once it was polled: what entered a node runs to its
+//! end (DESIGN.md, invariant 2). Called by the front ends.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use heliostat_block::buffer::{Buffer, BufferPool};
+use heliostat_block::convert::{u64_from, usize_from};
+use heliostat_block::error::BlockError;
+use heliostat_block::graph::Place;
+use heliostat_block::nbd::Errno;
+use heliostat_block::nbd::reply::Reply;
+use heliostat_block::nbd::request::{Command, Request};
+use heliostat_block::storage::Durability;
+use heliostat_block::tracked::Tracked;
+
+/// What one client may have in flight. Clones count together; they stay on their thread.
+#[derive(Clone, Debug)]
+pub struct Permits(Rc<Left>);
+
+#[derive(Debug)]
+struct Left {
+    requests: Cell<usize>,
+    bytes: Cell<u64>,
+}
+
+/// The right to have one request in flight; given back when dropped.
+#[derive(Debug)]
+#[must_use = "a request without its permit is not counted"]
+pub struct Permit {
+    left: Rc<Left>,
+    bytes: u64,
+}
+
+impl Permits {
+    /// Makes permits for so many requests, with so many bytes of data in all.
+    #[must_use]
+    pub fn new(requests: usize, bytes: u64) -> Self {
+        Self(Rc::new(Left { requests: Cell::new(requests), bytes: Cell::new(bytes) }))
+    }
+
+    /// How many bytes one more request may hold; `None` when there may be no more request.
+    #[must_use]
+    pub fn room(&self) -> Option<u64> {
+        (self.0.requests.get() > 0).then(|| self.0.bytes.get())
+    }
+
+    /// Takes the permit for one request that holds so many bytes: no more than [`Permits::room`] said.
+    pub fn take(&self, bytes: u64) -> Permit {
+        let requests = self.0.requests.get();
+        debug_assert!(requests > 0 && bytes <= self.0.bytes.get(), "taken without room");
+        let bytes = bytes.min(self.0.bytes.get());
+        self.0.requests.set(requests.saturating_sub(1));
+        self.0.bytes.set(self.0.bytes.get() - bytes);
+        Permit { left: Rc::clone(&self.0), bytes }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.left.requests.set(self.left.requests.get() + 1);
+        self.left.bytes.set(self.left.bytes.get() + self.bytes);
+    }
+}
+
+/// Memory to read into and to receive into, kept for the next request. Clones share it.
+#[derive(Clone)]
+pub struct Buffers {
+    small: BufferPool,
+    medium: BufferPool,
+    large: BufferPool,
+}
+
+/// The lengths of the three kinds of buffers: what guests' file systems read mostly, one receive, and the
+/// largest requests of `qemu-img`. What is longer still is made for its request alone.
+const SMALL_LEN: usize = 16 << 10;
+const MEDIUM_LEN: usize = 256 << 10;
+const LARGE_LEN: usize = 2 << 20;
+
+impl Buffers {
+    /// Makes an empty store, which grows with use and keeps at most 13 MiB.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            small: BufferPool::new(SMALL_LEN, 64),
+            medium: BufferPool::new(MEDIUM_LEN, 16),
+            large: BufferPool::new(LARGE_LEN, 4),
+        }
+    }
+
+    /// Takes a buffer of `len` bytes with unknown contents.
+    #[must_use]
+    pub fn take(&self, len: usize) -> Buffer {
+        let kinds = [(SMALL_LEN, &self.small), (MEDIUM_LEN, &self.medium)];
+        let pool =
+            kinds.into_iter().find(|(longest, _)| len <= *longest).map_or(&self.large, |(_, pool)| pool);
+        pool.take(len)
+    }
+
+    /// The pool for payloads that are received into a buffer of their own.
+    #[must_use]
+    pub fn for_payloads(&self) -> BufferPool {
+        self.large.clone()
+    }
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How many bytes a command holds while it is in flight.
+#[must_use]
+pub fn bytes_held(command: &Command) -> u64 {
+    match command {
+        Command::Read { range, .. } => range.len(),
+        Command::Write { data, .. } => u64_from(data.len()),
+        _ => 0,
+    }
+}
+
+/// Carries a request out and answers it.
+///
+/// # Cancel safety
+/// None: once polled it must be polled to its end.
+pub async fn carry_out(place: Arc<Place>, buffers: Buffers, request: Request, permit: Permit) {
+    let Request { command, reply } = request;
+    if let Command::Cache { .. } = command {
+        // A hint; the host's cache reads ahead by itself.
+        return reply.done();
+    }
+    let tracked = place.enter().await;
+    match command {
+        Command::Read { range, .. } => {
+            let buffer = buffers.take(usize_from(range.len()));
+            match tracked.read(range.offset(), buffer).await {
+                Ok(buffer) => reply.data(range.offset(), buffer),
+                Err(error) => fail(reply, &error),
+            }
+        }
+        Command::BlockStatus { range, extents } => match tracked.extents(range).await {
+            Ok(found) => reply.extents(range, &found, extents),
+            Err(error) => fail(reply, &error),
+        },
+        command => match change(&tracked, command).await {
+            Ok(()) => reply.done(),
+            Err(error) => fail(reply, &error),
+        },
+    }
+    drop(permit);
+}
+
+async fn change(tracked: &Tracked, command: Command) -> Result<(), BlockError> {
+    match command {
+        Command::Write { offset, data, durability } => tracked.write(offset, data, durability).await,
+        Command::WriteZeroes { range, space, effort, durability } => {
+            tracked.write_zeroes(range, space, effort, durability).await
+        }
+        Command::Trim { range, durability } => {
+            tracked.discard(range).await?;
+            match durability {
+                Durability::Cached => Ok(()),
+                Durability::Fua => tracked.flush().await,
+            }
+        }
+        Command::Flush => tracked.flush().await,
+        Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. } => Ok(()),
+    }
+}
+
+fn fail(reply: Reply, error: &BlockError) {
+    reply.failed(Errno::from(error.kind()), &error.to_string());
+}
+
+/// The same data in memory of their own, so that they keep no receive buffer alive.
+#[must_use]
+pub fn detached(data: &Bytes) -> Bytes {
+    Buffer::copy_of(data).freeze()
+}
