@@ -35,7 +35,7 @@ pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
     /// Print results as JSON, with exact numbers
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 900)]
     json: bool,
 }
 
