@@ -1,6 +1,8 @@
 //! `heliostat mirror --nbd`: clients use the disk while it is mirrored, move over with it, and are never cut off
 //! by a mirror that fails.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod common;
 
 use std::fs::File;

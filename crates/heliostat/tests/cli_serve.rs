@@ -1,5 +1,7 @@
 //! `heliostat serve`: where it listens, who may connect, what it refuses, and how it ends.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod common;
 
 use std::fs::File;

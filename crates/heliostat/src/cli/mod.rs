@@ -45,7 +45,7 @@ enum Verb {
     Serve(serve::Serve),
     Mirror(mirror::Mirror),
     Job(job::Job),
-    Info(info::Info),
+    Info(info::Inspect),
     Compare(compare::Compare),
     Completions(completions::Completions),
 }

@@ -4,12 +4,14 @@
 //! ordinary NBD client that knows nothing else. The proof is made after the daemon is gone, from the guest's
 //! record and the bytes of both files.
 
+mod findings;
 mod guest;
 mod load;
 mod pattern;
 mod proof;
 mod random;
 mod record;
+mod report;
 mod stage;
 mod summary;
 
