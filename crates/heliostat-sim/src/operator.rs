@@ -152,6 +152,10 @@ impl Operator {
                     Goal::Copy => Verb::Cancel(Force::Soft),
                     Goal::Cancel => Verb::Cancel(Force::Hard),
                 }),
+                // Its limit cannot be changed any more, and may be for hours.
+                JobStatus::Pending if job.orders().speed > 0 && self.is_long(quiet_since) => {
+                    Some(Verb::Cancel(Force::Hard))
+                }
                 JobStatus::Pending => Some(Verb::Finalize),
                 JobStatus::Concluded => Some(Verb::Dismiss),
                 _ => None,
@@ -162,5 +166,9 @@ impl Operator {
             let gap = self.random.even_time(Duration::from_millis(100));
             self.bench.clock.sleep(gap).await;
         }
+    }
+
+    fn is_long(&self, since: Option<Duration>) -> bool {
+        since.is_some_and(|since| self.bench.world.time().saturating_sub(since) > END_WITHIN / 2)
     }
 }
