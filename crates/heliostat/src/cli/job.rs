@@ -267,6 +267,7 @@ fn watch(
     let mut signals = ending::signals()?;
     let id = find(control, which)?.id;
     let mut meter = Meter::start(&id, wanted);
+    meter.hurry();
     let mut asked = None::<Instant>;
     let mut last = None;
     let end = loop {
@@ -338,7 +339,7 @@ mod tests {
 
     fn running() -> Row {
         Row::of(json!({
-            "device": "move-db", "status": "running", "offset": 3 << 30, "len": 4_u64 << 30, "unscanned": 0,
+            "device": "move-db", "status": "running", "offset": 3_u64 << 30, "len": 4_u64 << 30, "unscanned": 0,
             "copy-rate": 200 << 20, "dirty-rate": 12 << 20, "seconds-left": 6,
         }))
     }
