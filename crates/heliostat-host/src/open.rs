@@ -349,7 +349,8 @@ impl FileStorage {
         let direct_file = direct.as_ref().map(AsFd::as_fd);
         let shape = Shape::probe(file, direct_file, size, in_memory, opened.is_writable)
             .map_err(|e| OpenError::io(path, "probe", e))?;
-        let for_writeback = opened.for_writeback.or_else(|| opened.is_writable.then(|| reopen(file)).flatten());
+        let for_writeback =
+            opened.for_writeback.or_else(|| opened.is_writable.then(|| reopen(file)).flatten());
         let cached = OpenFile::new(opened.file, claim, for_writeback);
         let direct = direct.map(|direct| OpenFile::beside(&cached, direct));
         Ok(Self::new(path.to_owned(), cached, direct, shape, options))

@@ -15,7 +15,7 @@ use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, ExtentStatus, ZeroEffort, ZeroSpace};
 use heliostat_block::tracked::Tracked;
 
-use crate::bench::Bench;
+use crate::bench::{Bench, QUICK};
 use crate::oracle::{Put, WriteId};
 use crate::random::Random;
 
@@ -93,6 +93,7 @@ impl Guest {
         let step = source.profile().delay_max + self.workload.step_cost * 200;
         let (changes, longest) = self.bench.waits.longest(self.workload.at_once, step);
         let longest = longest.filter(|_| source.profile().hangs == 0);
+        let longest = longest.map(|longest| if self.bench.is_quick { longest.min(QUICK) } else { longest });
         let tracked = self.place.enter().await;
         let storage = Arc::clone(&self.bench.disk_of(tracked.node()).storage);
         let errors = storage.errors();
@@ -195,11 +196,14 @@ impl Guest {
     async fn flush(&mut self, tracked: &Tracked) -> Result<(), BlockError> {
         let storage = &self.bench.disk_of(tracked.node()).storage;
         let failures = storage.flush_failures();
+        self.bench.oracle().flushes_failed(failures);
         let id = self.bench.oracle().begin_flush();
         let flushed = tracked.flush().await;
         // Of two flushes at once a host may tell only one that data was lost.
         let good = flushed.is_ok() && failures == storage.flush_failures();
-        self.bench.oracle().end_flush(&id, good);
+        let mut oracle = self.bench.oracle();
+        oracle.flushes_failed(storage.flush_failures());
+        oracle.end_flush(&id, good);
         flushed
     }
 }

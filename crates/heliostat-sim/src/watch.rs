@@ -13,7 +13,7 @@ use heliostat_block::job::{
     CopyMode, End, ErrorAction, Force, Job, JobEvent, JobStatus, OnError, Operation, Verb, may_become,
 };
 
-use crate::bench::Bench;
+use crate::bench::{Bench, QUICK};
 use crate::medium::Medium;
 
 /// What is known of a job, beside what it says itself.
@@ -121,7 +121,7 @@ impl Watch {
                 }
             }
             JobEvent::Error { operation, action, errno, .. } => self.hear_error(*operation, *action, *errno),
-            JobEvent::Completed(_) | JobEvent::Cancelled => self.hear_end(event),
+            JobEvent::Completed(_) | JobEvent::Cancelled => self.hear_end(job, event),
         }
     }
 
@@ -150,10 +150,11 @@ impl Watch {
         if policy.action(errno == Some(crate::faults::ENOSPC)) != action {
             self.fail(&format!("{action:?} is not what {policy:?} means for {errno:?}"));
         }
+        self.bench.seen().errors += 1;
         self.heard().reported |= action == ErrorAction::Report;
     }
 
-    fn hear_end(&self, event: &JobEvent) {
+    fn hear_end(&self, job: &Job, event: &JobEvent) {
         let (cancelled, wanted, reported, ready, again) = {
             let mut heard = self.heard();
             let again = heard.end.replace(event.clone()).is_some();
@@ -172,8 +173,22 @@ impl Watch {
                  ready {ready}, said before {again}"
             ));
         }
+        {
+            let mut seen = self.bench.seen();
+            let count = match (event, wanted) {
+                (JobEvent::Completed(None), Some(End::Complete)) => &mut seen.pivots,
+                (JobEvent::Completed(None), _) => &mut seen.copies,
+                (JobEvent::Completed(Some(_)), _) => &mut seen.failed,
+                _ => &mut seen.cancelled,
+            };
+            *count += 1;
+        }
         if *event == JobEvent::Completed(None) {
             self.check_copy(wanted == Some(End::Complete));
+            let pause = job.figures().pause.filter(|pause| self.bench.is_quick && *pause > QUICK);
+            if let Some(pause) = pause {
+                self.fail(&format!("the gate was closed for {pause:?}, and nothing took long"));
+            }
         }
         self.check_left(*event == JobEvent::Completed(None) && wanted == Some(End::Complete));
         if std::mem::replace(&mut self.heard().gate_asked, false) {
