@@ -4,9 +4,9 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
@@ -212,6 +212,41 @@ fn what_is_no_disk_is_refused() {
     let empty = folder.path().join("empty");
     File::create(&empty).unwrap();
     Server::start(&[text(&empty), "--nbd", text(&socket)]).stop();
+}
+
+/// A command that runs the program as somebody who owns nothing. `None`, having said so, where we may not.
+fn as_nobody(folder: &Path) -> Option<Command> {
+    let setpriv = tool("setpriv")?;
+    std::fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(setpriv);
+    command.args(["--reuid", "65534", "--clear-groups", HELIOSTAT]);
+    let works = Command::new(command.get_program()).args(command.get_args()).arg("--version").output();
+    if works.is_ok_and(|output| output.status.success()) {
+        return Some(command);
+    }
+    common::skip("only root can try what others may not do");
+    None
+}
+
+#[test]
+fn what_permissions_forbid_is_said_with_what_would_help() {
+    let folder = folder();
+    let Some(mut command) = as_nobody(folder.path()) else { return };
+    let disk = disk(folder.path(), "disk");
+    let said = |mode: u32, arguments: &[&str]| {
+        std::fs::set_permissions(&disk, Permissions::from_mode(mode)).unwrap();
+        let mut whole = Command::new(command.get_program());
+        whole.args(command.get_args()).args(arguments).arg(&disk);
+        let output = whole.output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let text = said(0o400, &["info"]);
+    assert!(text.contains("may not read") && text.contains("check the permissions"), "{text}");
+    let text = said(0o444, &["serve", "--nbd", ":0"]);
+    assert!(text.contains("may not write") && text.contains("--read-only"), "{text}");
+    let server = Server::start_in(&[self::text(&disk), "--nbd", ":0", "--read-only"], &mut command);
+    server.stop();
 }
 
 #[test]

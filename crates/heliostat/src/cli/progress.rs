@@ -152,7 +152,7 @@ pub struct Meter {
 
 enum Place {
     Terminal(ProgressBar),
-    Lines { last: Instant, words: String },
+    Lines { due: Instant, words: String },
     Nowhere,
 }
 
@@ -163,9 +163,16 @@ impl Meter {
         let place = match wanted {
             Wanted::No => Place::Nowhere,
             Wanted::Yes if std::io::stderr().is_terminal() => Place::Terminal(bar(name)),
-            Wanted::Yes => Place::Lines { last: Instant::now(), words: String::new() },
+            Wanted::Yes => Place::Lines { due: Instant::now() + LINE_EVERY, words: String::new() },
         };
         Self { place, name: name.to_owned() }
+    }
+
+    /// Shows the next look whatever the time: it is not the first moment of the job.
+    pub fn hurry(&mut self) {
+        if let Place::Lines { due, .. } = &mut self.place {
+            *due = Instant::now();
+        }
     }
 
     /// Shows where the job is now.
@@ -177,8 +184,8 @@ impl Meter {
                 bar.set_position(look.percent());
                 bar.set_message(look.words());
             }
-            Place::Lines { last, words } => {
-                if last.elapsed() < LINE_EVERY {
+            Place::Lines { due, words } => {
+                if Instant::now() < *due {
                     return;
                 }
                 let now = format!("{}: {} %, {}", self.name, look.percent(), look.words());
@@ -187,7 +194,7 @@ impl Meter {
                     say(&now);
                     *words = now;
                 }
-                *last = Instant::now();
+                *due = Instant::now() + LINE_EVERY;
             }
         }
     }
