@@ -164,9 +164,10 @@ fn may_copy(view: View) -> bool {
 }
 
 fn in_step(view: View) -> Step {
-    let withdrawn = view.resting || view.orders.end.is_none() || !view.orders.finalize;
+    let withdrawn = view.orders.end.is_none() || !view.orders.finalize;
+    let withdrawn = withdrawn || view.resting || view.held_too_long;
     match view.gate {
-        Gate::Closing | Gate::Closed if withdrawn || view.held_too_long => return Step::OpenGate,
+        Gate::Closing | Gate::Closed if withdrawn => return Step::OpenGate,
         Gate::Closing => return if copy_at_gate(view) { Step::Copy } else { Step::Wait },
         Gate::Closed => return behind_closed_gate(view),
         Gate::Open => {}
