@@ -57,9 +57,11 @@
 //! `mark` adds to the count before it sets bits, and takes back what was set already; `clear` subtracts after
 //! it has cleared. So the count is never below the truth, and zero means clean, whatever else runs.
 //!
-//! All of this is checked by loom over all interleavings in `loom_tests`, with words of two bits, so that a
-//! handful of granules has summaries of summaries.
+//! All of this is checked by loom in `loom_tests`, with words of two bits, so that a handful of granules has
+//! summaries of summaries: a writer beside a copier in all interleavings, larger cases up to a bound.
 
+#[cfg(loom)]
+mod loom_atomic;
 #[cfg(test)]
 #[cfg(loom)]
 mod loom_tests;
@@ -75,7 +77,10 @@ use std::sync::{Mutex, MutexGuard};
 use std::sync::{PoisonError, atomic::Ordering};
 
 #[cfg(loom)]
-use loom::sync::{Mutex, MutexGuard, atomic::AtomicU64, atomic::fence};
+use loom::sync::{Mutex, MutexGuard, atomic::fence};
+
+#[cfg(loom)]
+use self::loom_atomic::AtomicU64;
 
 use crate::convert::{u64_from, usize_from};
 use crate::limits::{GRANULARITY_MAX, GRANULARITY_MIN};

@@ -1,7 +1,10 @@
 //! The promises in the head of `dirty_bitmap.rs`, each in all interleavings that loom knows.
 //!
 //! Run by `RUSTFLAGS="--cfg loom" cargo test -p heliostat-block --release loom_`. Words have two bits here:
-//! granules 0 and 1 share a leaf, 0 to 3 a word of the first summary.
+//! granules 0 and 1 share a leaf, 0 to 3 a word of the first summary. A scan begins in the leaf where it is
+//! told to, so what is to be found by the summaries lies elsewhere.
+
+use std::collections::BTreeSet;
 
 use loom::sync::Arc;
 use loom::sync::atomic::AtomicU64;
@@ -19,11 +22,15 @@ fn granule(index: u64) -> ByteRange {
     ByteRange::from_bounds(index * GRANULE, (index + 1) * GRANULE)
 }
 
-/// A bitmap of `granules` granules in which `index` was marked and cleared: its summaries are stale.
-fn stale_bitmap_of(granules: u64, index: u64) -> Arc<DirtyBitmap> {
-    let bitmap = bitmap_of(granules);
-    bitmap.mark(granule(index));
-    bitmap.clear(granule(index));
+/// A bitmap of 6 granules in which granule 4 was marked and cleared: clean, but summaries of both levels say
+/// otherwise. A scan then takes away the lower one. Granule 4 is where a scan from 0 must go by both.
+fn stale_bitmap(scans: u32) -> Arc<DirtyBitmap> {
+    let bitmap = bitmap_of(6);
+    bitmap.mark(granule(4));
+    bitmap.clear(granule(4));
+    for _ in 0..scans {
+        assert_eq!(bitmap.next_dirty(0, GRANULE), None);
+    }
     bitmap
 }
 
@@ -35,7 +42,15 @@ fn spawn<T: 'static>(
     thread::spawn(move || work(&bitmap))
 }
 
-/// What must hold when nothing runs: scan, count and bits say the same.
+/// Checks what is too large for all interleavings, three threads or three levels: those with up to three
+/// forced switches between threads, or `LOOM_MAX_PREEMPTIONS`.
+fn large_model(work: impl Fn() + Send + Sync + 'static) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = model.preemption_bound.or(Some(3));
+    model.check(work);
+}
+
+/// What must hold when nothing runs: summaries, scan, count and bits say the same.
 fn assert_dirty(bitmap: &DirtyBitmap, expected: &[u64]) {
     let mut found = Vec::new();
     let mut from = 0;
@@ -48,6 +63,12 @@ fn assert_dirty(bitmap: &DirtyBitmap, expected: &[u64]) {
     assert_eq!(bitmap.is_clean(), expected.is_empty());
     for index in expected {
         assert!(bitmap.is_dirty(granule(*index)));
+    }
+    for pair in bitmap.levels.windows(2) {
+        for (index, word) in pair[0].iter().enumerate() {
+            let above = pair[1][index / WORD_BITS].load(Ordering::Relaxed) >> (index % WORD_BITS) & 1;
+            assert!(above == 1 || word.load(Ordering::Relaxed) == 0, "a word that no summary knows of");
+        }
     }
 }
 
@@ -110,7 +131,7 @@ fn loom_a_copy_of_a_long_dirty_range_sees_the_write_or_leaves_it_dirty() {
 
 #[test]
 fn loom_a_copy_that_finds_the_granule_cleared_by_another_sees_the_write_or_leaves_it_dirty() {
-    loom::model(|| {
+    large_model(|| {
         let bitmap = bitmap_of(2);
         bitmap.mark(granule(0));
         let disk = Disk::new();
@@ -131,7 +152,7 @@ fn loom_a_copy_that_finds_the_granule_cleared_by_another_sees_the_write_or_leave
 
 #[test]
 fn loom_a_copy_beside_two_writes_of_one_granule_misses_neither() {
-    loom::model(|| {
+    large_model(|| {
         let bitmap = bitmap_of(2);
         let disks = [Disk::new(), Disk::new()];
         let writers = disks.clone().map(|disk| {
@@ -163,7 +184,7 @@ fn loom_clearing_a_granule_leaves_its_neighbour_in_the_word() {
 
 #[test]
 fn loom_a_granule_marked_and_cleared_at_once_is_counted_as_what_it_is() {
-    loom::model(|| {
+    large_model(|| {
         let bitmap = bitmap_of(2);
         let writers = [0, 1].map(|_| spawn(&bitmap, |bitmap| bitmap.mark(granule(0))));
         let taken = bitmap.take(granule(0));
@@ -189,22 +210,23 @@ fn loom_a_granule_is_taken_once() {
 
 #[test]
 fn loom_two_marks_are_both_found_whether_they_share_words_or_not() {
-    for other in [0, 1, 2, 4] {
-        loom::model(move || {
+    for other in [0, 2, 4, 5] {
+        large_model(move || {
             let bitmap = bitmap_of(6);
             let writer = spawn(&bitmap, move |bitmap| bitmap.mark(granule(other)));
-            bitmap.mark(granule(0));
+            bitmap.mark(granule(4));
             writer.join().unwrap();
-            assert_dirty(&bitmap, [0, other].get(..usize::from(other != 0) + 1).unwrap());
+            let expected = BTreeSet::from([4, other]);
+            assert_dirty(&bitmap, &Vec::from_iter(expected));
         });
     }
 }
 
 #[test]
 fn loom_a_mark_beside_a_scan_that_clears_its_summaries_is_found_afterwards() {
-    for marked in [0, 1, 2] {
-        loom::model(move || {
-            let bitmap = stale_bitmap_of(6, 0);
+    for (marked, scans) in [(4, 0), (4, 1), (5, 0), (5, 1), (2, 0)] {
+        large_model(move || {
+            let bitmap = stale_bitmap(scans);
             let writer = spawn(&bitmap, move |bitmap| bitmap.mark(granule(marked)));
             let found = bitmap.next_dirty(0, GRANULE);
             assert!(found.is_none_or(|run| run == granule(marked)));
@@ -216,13 +238,13 @@ fn loom_a_mark_beside_a_scan_that_clears_its_summaries_is_found_afterwards() {
 
 #[test]
 fn loom_a_mark_that_has_returned_is_found_beside_another_mark() {
-    // The other mark may have set the leaf and not yet the summaries.
-    for other in [0, 1, 2] {
-        loom::model(move || {
+    // The other mark may have set the leaf, or a summary, and not yet what is above.
+    for other in [4, 5] {
+        large_model(move || {
             let bitmap = bitmap_of(6);
             let writer = spawn(&bitmap, move |bitmap| bitmap.mark(granule(other)));
-            bitmap.mark(granule(0));
-            assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(0)));
+            bitmap.mark(granule(4));
+            assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(4)));
             assert!(bitmap.is_dirty(ByteRange::from_bounds(0, 6 * GRANULE)));
             writer.join().unwrap();
         });
@@ -231,54 +253,76 @@ fn loom_a_mark_that_has_returned_is_found_beside_another_mark() {
 
 #[test]
 fn loom_a_mark_that_has_returned_is_found_beside_another_scan() {
-    loom::model(|| {
-        let bitmap = stale_bitmap_of(6, 0);
-        let scanner = spawn(&bitmap, |bitmap| bitmap.next_dirty(0, GRANULE));
-        bitmap.mark(granule(0));
-        assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(0)));
-        scanner.join().unwrap();
-        assert_dirty(&bitmap, &[0]);
-    });
+    for scans in [0, 1] {
+        large_model(move || {
+            let bitmap = stale_bitmap(scans);
+            let scanner = spawn(&bitmap, |bitmap| bitmap.next_dirty(0, GRANULE));
+            bitmap.mark(granule(4));
+            assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(4)));
+            scanner.join().unwrap();
+            assert_dirty(&bitmap, &[4]);
+        });
+    }
 }
 
 #[test]
 fn loom_a_mark_that_has_returned_is_found_beside_another_mark_and_a_scan() {
-    let mut model = loom::model::Builder::new();
-    // Three threads over three levels: all interleavings with up to this many forced switches.
-    model.preemption_bound = Some(3);
-    model.check(|| {
-        let bitmap = stale_bitmap_of(4, 0);
-        let writer = spawn(&bitmap, |bitmap| bitmap.mark(granule(1)));
-        let scanner = spawn(&bitmap, |bitmap| bitmap.next_dirty(0, GRANULE));
-        bitmap.mark(granule(1));
-        assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(1)));
-        writer.join().unwrap();
-        scanner.join().unwrap();
-        assert_dirty(&bitmap, &[1]);
-    });
+    for scans in [0, 1] {
+        large_model(move || {
+            let bitmap = stale_bitmap(scans);
+            let writer = spawn(&bitmap, |bitmap| bitmap.mark(granule(5)));
+            let scanner = spawn(&bitmap, |bitmap| bitmap.next_dirty(0, GRANULE));
+            bitmap.mark(granule(5));
+            assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(5)));
+            writer.join().unwrap();
+            scanner.join().unwrap();
+            assert_dirty(&bitmap, &[5]);
+        });
+    }
 }
 
 #[test]
 fn loom_a_mark_that_has_returned_is_found_beside_a_clear_of_its_neighbour_and_a_scan() {
-    let mut model = loom::model::Builder::new();
-    model.preemption_bound = Some(3);
-    model.check(|| {
-        let bitmap = bitmap_of(4);
-        bitmap.mark(granule(1));
-        let copier = spawn(&bitmap, |bitmap| bitmap.clear(granule(1)));
+    large_model(|| {
+        let bitmap = bitmap_of(6);
+        bitmap.mark(granule(5));
+        let copier = spawn(&bitmap, |bitmap| bitmap.clear(granule(5)));
         let scanner = spawn(&bitmap, |bitmap| bitmap.next_dirty(0, GRANULE));
-        bitmap.mark(granule(0));
-        assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(0)));
+        bitmap.mark(granule(4));
+        assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(4)));
         assert!(!bitmap.is_clean());
         copier.join().unwrap();
         scanner.join().unwrap();
-        assert_dirty(&bitmap, &[0]);
+        assert_dirty(&bitmap, &[4]);
+    });
+}
+
+#[test]
+fn loom_a_mark_that_has_returned_is_found_where_the_granule_was_cleared_and_marked_anew_meanwhile() {
+    large_model(|| {
+        let bitmap = bitmap_of(6);
+        bitmap.mark(granule(4));
+        let cleared = Arc::new(AtomicU64::new(0));
+        let flag = Arc::clone(&cleared);
+        let other = spawn(&bitmap, move |bitmap| {
+            bitmap.clear(granule(4));
+            flag.store(1, Ordering::Relaxed);
+            let found = bitmap.next_dirty(0, GRANULE);
+            bitmap.mark(granule(4));
+            found
+        });
+        if cleared.load(Ordering::Relaxed) == 1 {
+            bitmap.mark(granule(4));
+            assert_eq!(bitmap.next_dirty(0, GRANULE), Some(granule(4)));
+        }
+        other.join().unwrap();
+        assert_dirty(&bitmap, &[4]);
     });
 }
 
 #[test]
 fn loom_a_bitmap_is_never_clean_after_a_mark_has_returned() {
-    loom::model(|| {
+    large_model(|| {
         let bitmap = bitmap_of(2);
         let writer = spawn(&bitmap, |bitmap| bitmap.mark(granule(1)));
         let copier = spawn(&bitmap, |bitmap| bitmap.clear(granule(1)));
