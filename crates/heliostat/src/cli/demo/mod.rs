@@ -128,7 +128,8 @@ impl Demo {
         match self.run_tampered(form, &|_| ()) {
             Err(error) => match error.downcast_ref::<Interrupted>() {
                 Some(Interrupted(signal)) => {
-                    say("heliostat: interrupted; the demo's folder is removed");
+                    let end = if self.keep { "" } else { "; the demo's folder is removed" };
+                    say(format_args!("heliostat: interrupted{end}"));
                     Ok(Outcome::Interrupted(*signal))
                 }
                 None => Err(error),
