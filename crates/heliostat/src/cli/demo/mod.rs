@@ -258,6 +258,8 @@ impl Run<'_> {
         let started = self.clock.now();
         let speed = self.speed(stage.taken().source);
         let mirrored = stage.mirror(speed, guest, signals, self.wants_progress(), self.clock)?;
+        let copying = units::latency(mirrored.ready.since(started));
+        self.say(format_args!("  mirror: in step after {copying}, then the guest was moved over"));
         self.watch_guest("guest on the target", guest, signals)?;
         Ok((started, mirrored))
     }
