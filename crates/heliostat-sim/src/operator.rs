@@ -85,6 +85,8 @@ impl Operator {
             on_target_error: errand.mirror.on_target_error,
             since: self.bench.oracle().now(),
             deadline: errand.mirror.target_deadline,
+            auto_finalize: errand.job.auto_finalize,
+            doubles: errand.job.copy_mode == CopyMode::WriteBlocking,
             impulse: errand.impulse,
         };
         self.bench.world.trace(|| format!("operator: mirror {known:?} {:?} {:?}", errand.job, errand.mirror));
@@ -110,6 +112,7 @@ impl Operator {
             if watch.is_gone() {
                 return;
             }
+            watch.look(job);
             let verb = self.verb(job.status());
             watch.ask(job, verb);
         }
@@ -134,6 +137,7 @@ impl Operator {
     async fn finish(&mut self, job: &Job, watch: &Watch, errand: &Errand) {
         let mut quiet_since = None;
         while !watch.is_gone() && self.bench.world.failure().is_none() {
+            watch.look(job);
             let now = self.bench.world.time();
             let quiet = now >= self.faults_until && self.bench.guests.load(Ordering::SeqCst) == 0;
             if quiet && now.saturating_sub(*quiet_since.get_or_insert(now)) > END_WITHIN {

@@ -40,6 +40,7 @@ struct State {
     random: Random,
     in_flight: u64,
     errors: u64,
+    requests: u64,
     flush_failures: u64,
     forgets: bool,
 }
@@ -67,7 +68,8 @@ impl SimStorage {
         let size = u64_from(bytes.len());
         let forgets = profile.forgets;
         let medium = Medium::new(bytes);
-        let state = State { medium, random, in_flight: 0, errors: 0, flush_failures: 0, forgets };
+        let state =
+            State { medium, random, in_flight: 0, errors: 0, requests: 0, flush_failures: 0, forgets };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)), size })
     }
 
@@ -83,6 +85,11 @@ impl SimStorage {
     /// Errors that it has given so far.
     pub(crate) fn errors(&self) -> u64 {
         lock(&self.state).errors
+    }
+
+    /// Requests that have begun so far.
+    pub(crate) fn requests(&self) -> u64 {
+        lock(&self.state).requests
     }
 
     /// Flushes that have failed so far.
@@ -126,6 +133,7 @@ impl SimStorage {
         let mut state = lock(&self.state);
         let plan = self.profile.plan(kind, range, now, &mut state.random);
         state.in_flight += 1;
+        state.requests += 1;
         drop(state);
         self.world.trace(|| {
             let took = (plan.end - now).as_secs_f64() * 1e3;

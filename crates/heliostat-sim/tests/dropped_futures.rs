@@ -82,13 +82,15 @@ impl Clock for Standing {
 
 fn node(name: &str) -> Arc<Node> {
     let driver = Driver::Raw(Raw::whole(Arc::new(Nothing)));
-    Node::new(NodeName::new(name).unwrap(), driver, NodeOptions::default(), Arc::new(Standing))
+    Node::new(NodeName::new(name).expect("a good name"), driver, NodeOptions::default(), Arc::new(Standing))
 }
 
 fn exported(node: &Arc<Node>) -> (Graph, Arc<Place>) {
     let graph = Graph::default();
-    graph.add(Arc::clone(node)).unwrap();
-    let place = graph.attach(node, Role::Export { id: "export".to_owned(), writable: true }).unwrap();
+    graph.add(Arc::clone(node)).expect("the only node");
+    let place = graph
+        .attach(node, Role::Export { id: "export".to_owned(), writable: true })
+        .expect("nobody else is there");
     (graph, place)
 }
 

@@ -420,3 +420,106 @@ impl Drop for Doubled {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::clock::{LocalFuture, Moment};
+
+    /// A clock whose deadlines have passed, or never come.
+    struct Standing {
+        deadlines_pass: bool,
+    }
+
+    impl Clock for Standing {
+        fn now(&self) -> Moment {
+            Moment::START
+        }
+
+        fn sleep_until(&self, _: Moment) -> LocalFuture<'static, ()> {
+            if self.deadlines_pass {
+                Box::pin(std::future::ready(()))
+            } else {
+                Box::pin(std::future::pending())
+            }
+        }
+    }
+
+    fn doubling(deadlines_pass: bool) -> Arc<Doubling> {
+        let bitmap = DirtyBitmap::new(4096, 512).unwrap();
+        let doubling = Doubling::new(bitmap, Duration::ZERO, Arc::new(Standing { deadlines_pass }));
+        doubling.set_write_blocking(true);
+        doubling
+    }
+
+    fn range(offset: u64, len: u64) -> ByteRange {
+        ByteRange::new(offset, len).unwrap()
+    }
+
+    fn begin(doubling: &Arc<Doubling>, range: ByteRange) -> impl Future<Output = Option<Doubled>> {
+        doubling.begin(range, || Payload::Zeroes(ZeroSpace::Keep))
+    }
+
+    #[test]
+    fn a_dropped_wait_for_a_turn_has_left_the_table() {
+        for polls in 0..3 {
+            let doubling = doubling(false);
+            let first = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+            let mut waits = Box::pin(begin(&doubling, range(5, 10)));
+            for _ in 0..polls {
+                assert!(waits.as_mut().now_or_never().is_none());
+            }
+            drop(waits);
+            assert_eq!(doubling.doubled_in_flight(), 1);
+            assert!(doubling.next_half().is_some_and(|half| {
+                doubling.half_ended(half, true);
+                doubling.next_half().is_none()
+            }));
+            assert!(first.finish(true).now_or_never().is_some());
+            assert_eq!(doubling.doubled_in_flight(), 0);
+            assert!(doubling.bitmap().is_clean(), "both sides have it");
+        }
+    }
+
+    #[test]
+    fn who_waits_behind_one_that_was_dropped_gets_its_turn() {
+        let doubling = doubling(false);
+        let first = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+        let mut second = Box::pin(begin(&doubling, range(5, 10)));
+        let mut third = Box::pin(begin(&doubling, range(12, 10)));
+        assert!(second.as_mut().now_or_never().is_none() && third.as_mut().now_or_never().is_none());
+        drop(second);
+        assert!(third.now_or_never().flatten().is_some());
+        drop(first);
+    }
+
+    #[test]
+    fn a_doubled_write_that_is_dropped_is_dirty_and_its_half_of_unknown_fate() {
+        let doubling = doubling(false);
+        let doubled = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+        let mut finishing = Box::pin(doubled.finish(true));
+        assert!(finishing.as_mut().now_or_never().is_none(), "waits for the target");
+        drop(finishing);
+        assert!(doubling.bitmap().is_dirty(range(0, 512)));
+        assert!(doubling.begin_copy(0, 4096).is_none(), "nothing is written beside it");
+        let half = doubling.next_half().unwrap();
+        doubling.half_ended(half, true);
+        let copying = doubling.begin_copy(0, 4096).expect("afterwards it is copied");
+        doubling.end_copy(copying, true);
+        assert_eq!(doubling.doubled_in_flight(), 0);
+    }
+
+    #[test]
+    fn past_the_deadline_the_guest_is_answered_and_the_range_is_dirty() {
+        let doubling = doubling(true);
+        let doubled = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+        assert!(doubled.finish(true).now_or_never().is_some());
+        assert_eq!(doubling.unknown_in_flight(), 1, "the half is still out");
+        assert!(begin(&doubling, range(5, 10)).now_or_never().flatten().is_none(), "a plain write");
+        doubling.close();
+        assert_eq!(doubling.unknown_in_flight(), 0);
+        assert!(doubling.bitmap().is_dirty(range(0, 10)));
+    }
+}

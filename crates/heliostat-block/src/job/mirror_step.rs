@@ -164,10 +164,10 @@ fn may_copy(view: View) -> bool {
 }
 
 fn in_step(view: View) -> Step {
-    if view.gate != Gate::Open && view.held_too_long {
-        return Step::OpenGate;
-    }
+    let withdrawn = view.orders.end.is_none() || !view.orders.finalize;
+    let withdrawn = withdrawn || view.resting || view.held_too_long;
     match view.gate {
+        Gate::Closing | Gate::Closed if withdrawn => return Step::OpenGate,
         Gate::Closing => return if copy_at_gate(view) { Step::Copy } else { Step::Wait },
         Gate::Closed => return behind_closed_gate(view),
         Gate::Open => {}
@@ -194,9 +194,6 @@ fn copy_at_gate(view: View) -> bool {
 fn behind_closed_gate(view: View) -> Step {
     if copy_at_gate(view) {
         return Step::Copy;
-    }
-    if view.resting {
-        return Step::OpenGate;
     }
     if !view.clean || view.copies > 0 || view.doubled + view.unknown > 0 {
         return Step::Wait;
@@ -351,6 +348,7 @@ mod tests {
 
     #[test]
     fn behind_the_gate() {
+        let withdrawn = Orders { finalize: false, ..COMPLETE };
         check(&[
             (
                 "copies while it closes",
@@ -374,6 +372,12 @@ mod tests {
             ("pivots", CLOSED, Step::Pivot),
             ("or leaves a copy", View { orders: SOFT_CANCEL, ..CLOSED }, Step::EndWithCopy),
             ("a withdrawn end opens it", View { orders: ORDERS, ..CLOSED }, Step::OpenGate),
+            ("a withdrawn finalize opens it", View { orders: withdrawn, ..CLOSED }, Step::OpenGate),
+            (
+                "also before the last request is out",
+                View { gate: Gate::Closing, orders: withdrawn, ..CLOSED },
+                Step::OpenGate,
+            ),
             (
                 "an error that rests opens it",
                 View { resting: true, clean: false, copyable: true, ..CLOSED },

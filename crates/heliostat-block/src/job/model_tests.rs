@@ -1,5 +1,5 @@
-//! The rules of MIRROR.md section 4, and DESIGN.md's invariant 1, over all interleavings: one granule, two
-//! writes, one copier.
+//! The rules of MIRROR.md section 4, and with them the first invariant (a write is marked after it has ended),
+//! over all interleavings: one granule, two writes, one copier.
 //!
 //! Small steps, taken in every order that is possible; states that were seen are not visited again. The range
 //! table is the real one; the bit, the two sides and the order of steps within a write or a copy are a model of
@@ -219,9 +219,8 @@ impl Model {
             Guest::Plain if self.may_end(number, write.source, spec.source_fails) => {
                 after.writes[number].source.ended = true;
                 after.writes[number].guest = Guest::Answered;
-                let marks = !self.is(Broken::MarkBeforeWrite)
-                    && !(spec.source_fails && self.is(Broken::FailedWriteNotMarked));
-                after.dirty |= marks;
+                let forgotten = spec.source_fails && self.is(Broken::FailedWriteNotMarked);
+                after.dirty |= !forgotten && !self.is(Broken::MarkBeforeWrite);
             }
             Guest::Doubled(ticket) if self.may_end(number, write.source, spec.source_fails) => {
                 after.writes[number].source.ended = true;
