@@ -9,6 +9,7 @@ use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
 use super::address::{Endpoint, Reach, nbd_uri};
+use crate::control::ControlServer;
 use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec};
 
 /// The name of the node that clients see, and of the export unless another was given.
@@ -43,14 +44,15 @@ pub fn socket_path(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Where a disk is being offered.
-#[derive(Clone, Debug)]
+/// Where a disk is being offered, until this is dropped.
 pub struct Offered {
     /// Where NBD clients connect.
     pub nbd: Option<Address>,
     /// Where operators connect.
     pub control: Option<PathBuf>,
     export: String,
+    /// Kept to the end, so that operators hear of it.
+    _control_server: Option<ControlServer>,
 }
 
 impl Offer {
@@ -90,7 +92,13 @@ impl Offer {
             None => None,
             Some(address) => Some(self.open_nbd(daemon, address, writable)?),
         };
-        Ok(Offered { nbd, control: self.control.clone(), export: self.name.clone() })
+        // Last, so that an operator finds everything in its place.
+        let control_server = match &self.control {
+            Some(path) => Some(ControlServer::start(path, Arc::clone(daemon))?),
+            None => None,
+        };
+        let (control, export) = (self.control.clone(), self.name.clone());
+        Ok(Offered { nbd, control, export, _control_server: control_server })
     }
 
     fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
@@ -100,6 +108,7 @@ impl Offer {
                 Address::Tcp(address) => NbdAddress::Tcp(address),
             },
             max_connections: 0,
+            handshake_time: None,
         };
         let bound = daemon.start_nbd_server(&spec)?;
         daemon.add_export(&ExportSpec {

@@ -18,6 +18,8 @@ pub struct JobEntry {
     pub source: String,
     /// The name of the node that it is mirrored to.
     pub target: String,
+    /// A node's name that is kept free as long as the job lives.
+    pub filter_node_name: Option<String>,
 }
 
 /// The jobs, oldest first.
@@ -65,6 +67,10 @@ impl Daemon {
             return Err(DaemonError::TooMany { what: "jobs", limit: JOBS_MAX });
         }
         Ok(())
+    }
+
+    pub(super) fn is_filter_name(&self, name: &str) -> bool {
+        self.jobs().iter().any(|entry| entry.filter_node_name.as_deref() == Some(name))
     }
 
     pub(super) fn keep_job(&self, entry: JobEntry, thread: Thread<()>) {
