@@ -202,7 +202,6 @@ fn an_nbd_socket_is_no_control_socket() {
     let arguments = ["serve".as_ref(), disk.as_os_str(), "--nbd".as_ref(), socket.as_os_str()];
     let mut daemon = start_heliostat(arguments);
     daemon.listens(&socket).unwrap();
-    // The NBD server waits for a client that never speaks; that must not take longer than the client's patience.
     let output = job(&socket, &["list"]);
     refused(&output, "control socket");
     daemon.stop().unwrap();

@@ -188,7 +188,7 @@ impl Mirror {
             signal: None,
             quit: false,
         };
-        self.carry_through(session, source, target, &offered, form)
+        self.carry_through(session, source, target, offered, form)
     }
 
     fn start(
@@ -198,10 +198,11 @@ impl Mirror {
         granularity: Option<u32>,
         target: &Target,
     ) -> Result<(Offered, Subscription, Arc<Job>)> {
-        let offered = self.add_disks(daemon, address)?;
-        self.announce(&offered);
+        let mut offered = self.add_disks(daemon, address)?;
         let events = daemon.subscribe();
         let job = daemon.start_mirror(&self.spec(granularity, target)?)?;
+        offered.take_orders(daemon)?;
+        self.announce(&offered);
         Ok((offered, events, job))
     }
 
@@ -279,7 +280,7 @@ impl Mirror {
         mut session: Session,
         source: Option<Image>,
         mut target: Target,
-        offered: &Offered,
+        offered: Offered,
         form: Form,
     ) -> Result<Outcome> {
         notify(&[sd_notify::NotifyState::Ready]);
@@ -295,11 +296,13 @@ impl Mirror {
         let told = self.tell(&session, &ended, took, form);
         let serves_on = self.offer.has_clients() && !self.exit && session.signal.is_none() && !session.quit;
         if serves_on {
-            say(self.words_of_serving(&ended, offered));
+            say(self.words_of_serving(&ended, &offered));
             ending::wait(&session.daemon, &mut session.signals)?;
         }
         notify(&[sd_notify::NotifyState::Stopping]);
-        let outcome = ending::end(&session.daemon, &mut session.signals)?;
+        let outcome = ending::end(&session.daemon, &mut session.signals);
+        offered.close();
+        let outcome = outcome?;
         if !succeeded {
             target.give_up();
         }
