@@ -239,7 +239,7 @@ impl Node {
             };
             return self.write_zeroes(range, space, ZeroEffort::Any, durability).await;
         }
-        let doubled = self.begin_doubled(range, || Payload::Data(data.clone()), durability).await;
+        let doubled = self.begin_doubled(range, || Payload::Data(data.clone())).await;
         let written = self.write_blocks(range, data, durability).await;
         self.mark(range, doubled, written.is_ok()).await;
         written
@@ -257,7 +257,7 @@ impl Node {
         if effort == ZeroEffort::FastOnly && !self.traits.can_zero_fast {
             return Err(self.refusal(ErrorKind::Unsupported, range));
         }
-        let doubled = self.begin_doubled(range, || Payload::Zeroes(space), durability).await;
+        let doubled = self.begin_doubled(range, || Payload::Zeroes(space)).await;
         let written = self.zero_blocks(range, space, effort, durability).await;
         self.mark(range, doubled, written.is_ok()).await;
         written
@@ -280,15 +280,10 @@ impl Node {
     }
 
     /// Waits for the write's turn where a mirror wants it doubled, and hands the target's half over.
-    async fn begin_doubled(
-        &self,
-        range: ByteRange,
-        payload: impl FnOnce() -> Payload,
-        durability: Durability,
-    ) -> Option<Doubled> {
+    async fn begin_doubled(&self, range: ByteRange, payload: impl FnOnce() -> Payload) -> Option<Doubled> {
         self.mark_early(range);
         let doubling = self.watchers.read().unwrap_or_else(PoisonError::into_inner).doubling.clone()?;
-        doubling.begin(range, payload, durability).await
+        doubling.begin(range, payload).await
     }
 
     /// Does nothing, but where a test breaks the rule of [`Node::mark`].
@@ -330,6 +325,9 @@ impl Node {
     /// behind a closed one.
     pub(crate) async fn read_blocks(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
         let range = self.inside(offset, u64_from(buffer.len()))?;
+        if range.is_empty() {
+            return Ok(buffer);
+        }
         let blocks = self.widen_to_blocks(range);
         if blocks == range {
             return self.driver.read(offset, buffer).await.map_err(|error| self.failure(range, error));
@@ -349,6 +347,9 @@ impl Node {
         data: Bytes,
         durability: Durability,
     ) -> Result<(), BlockError> {
+        if range.is_empty() {
+            return Ok(());
+        }
         let blocks = self.widen_to_blocks(range);
         let failed = |error| self.failure(range, error);
         if self.traits.block_size == 1 {

@@ -1,6 +1,8 @@
 //! `heliostat mirror` without clients: a copier that keeps holes, refuses what would lose data, and leaves
 //! nothing half done.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod common;
 
 use std::fs::File;

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::clock::Clock;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
-use crate::storage::{Durability, ZeroSpace};
+use crate::storage::ZeroSpace;
 
 /// What a doubled write puts into its range.
 #[derive(Clone, Debug)]
@@ -32,13 +32,13 @@ pub(crate) enum Payload {
 }
 
 /// The target's half of a doubled write, for the job to carry out. Must be given back with
-/// [`Doubling::half_ended`].
+/// [`Doubling::half_ended`]. Never a durable write: that would be told the error of an older one, which is the
+/// flush's to tell.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct TargetHalf {
     pub(crate) range: ByteRange,
     pub(crate) payload: Payload,
-    pub(crate) durability: Durability,
     ticket: Ticket,
     fate: Arc<Fate>,
 }
@@ -66,8 +66,8 @@ pub(crate) struct Doubled {
 /// What stands between a source node and its mirror.
 pub(crate) struct Doubling {
     bitmap: DirtyBitmap,
-    /// Held while bits are cleared, so that entering C and clearing is one step. No other lock is taken
-    /// under it.
+    /// Held while bits are cleared, so that entering C and clearing is one step. Under it only the bitmap's own
+    /// lock of a look at it is taken.
     table: Mutex<Table>,
     write_blocking: AtomicBool,
     /// The job sleeps and wants to hear of the next mark; of one only, so that a busy guest pays for one wake.
@@ -85,7 +85,8 @@ pub(crate) struct Doubling {
 #[derive(Default)]
 struct Table {
     ranges: RangeTable,
-    /// Halves that the job has not taken up; bounded by the permits of the clients that wait for them.
+    /// Halves that the job has not taken up; bounded by the permits of the clients that wait for them, since
+    /// none is added while one has lost its client.
     halves: VecDeque<TargetHalf>,
     closed: bool,
 }
@@ -137,7 +138,8 @@ impl Doubling {
     }
 
     fn rouse(&self, wanted: &AtomicBool) {
-        // Sequentially consistent with the job's "want, then look": one of the two sees the other.
+        // With the job's "want, then look": one of the two sees the other.
+        fence(Ordering::SeqCst);
         if wanted.load(Ordering::SeqCst) && wanted.swap(false, Ordering::SeqCst) {
             self.wake.notify(usize::MAX);
         }
@@ -152,7 +154,6 @@ impl Doubling {
         self: &Arc<Self>,
         range: ByteRange,
         payload: impl FnOnce() -> Payload,
-        durability: Durability,
     ) -> Option<Doubled> {
         if !self.is_write_blocking() || range.is_empty() {
             return None;
@@ -170,7 +171,7 @@ impl Doubling {
         waiting.has_turn = true;
         let ticket = waiting.ticket;
         let fate = Arc::new(Fate::default());
-        self.hand_over(TargetHalf { range, payload: payload(), durability, ticket, fate: Arc::clone(&fate) });
+        self.hand_over(TargetHalf { range, payload: payload(), ticket, fate: Arc::clone(&fate) });
         Some(Doubled { doubling: Arc::clone(self), ticket, range, fate, finished: false })
     }
 
@@ -270,10 +271,19 @@ impl Doubling {
         self.table().ranges.copying_bytes()
     }
 
-    /// Doubled and unknown writes that stand in the table.
+    /// What is left: dirty or on its way.
+    pub(crate) fn left_bytes(&self) -> u64 {
+        self.bitmap.dirty_bytes() + self.copying_bytes()
+    }
+
+    /// Doubled writes that stand in the table.
     pub(crate) fn doubled_in_flight(&self) -> usize {
-        let table = self.table();
-        table.ranges.count(Kind::Doubled) + table.ranges.count(Kind::Unknown)
+        self.table().ranges.count(Kind::Doubled)
+    }
+
+    /// Target writes of unknown fate that stand in the table.
+    pub(crate) fn unknown_in_flight(&self) -> usize {
+        self.table().ranges.count(Kind::Unknown)
     }
 
     /// Takes no more doubled writes; those whose half the job has not taken up become plain.
@@ -300,6 +310,7 @@ impl Doubling {
         let wake = self.wake.listen();
         self.wants_halves.store(true, Ordering::SeqCst);
         self.wants_marks.store(marks, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         let marked = marks && !self.bitmap.is_clean();
         if !marked && self.table().halves.is_empty() {
             wake.await;
@@ -448,7 +459,7 @@ mod tests {
     }
 
     fn begin(doubling: &Arc<Doubling>, range: ByteRange) -> impl Future<Output = Option<Doubled>> {
-        doubling.begin(range, || Payload::Zeroes(ZeroSpace::Keep), Durability::Cached)
+        doubling.begin(range, || Payload::Zeroes(ZeroSpace::Keep))
     }
 
     #[test]

@@ -80,12 +80,16 @@ impl RangeTable {
         self.enter(range, Kind::Copy, 1)
     }
 
-    /// Enters a doubled write, unless a copy or an unknown write overlaps: then `None`, and it is a plain
-    /// write. It has its turn when [`RangeTable::turn`] says so.
+    /// Enters a doubled write, unless a copy overlaps, or the fate of any target write is unknown: then `None`,
+    /// and it is a plain write. A target that does not answer must not be given more to hold, nor another guest
+    /// to keep waiting. It has its turn when [`RangeTable::turn`] says so.
     pub(crate) fn enter_doubled(&mut self, range: ByteRange) -> Option<Ticket> {
         let beside_copy = is_planted(Bug::DoubledBesideCopy);
-        let in_the_way = |e: &Entry| e.kind == Kind::Unknown || (e.kind == Kind::Copy && !beside_copy);
-        let blocked = self.entries.iter().any(|e| in_the_way(e) && e.range.overlaps(range));
+        let blocked = self.entries.iter().any(|e| match e.kind {
+            Kind::Unknown => true,
+            Kind::Copy => !beside_copy && e.range.overlaps(range),
+            Kind::Doubled => false,
+        });
         (!blocked).then(|| self.enter(range, Kind::Doubled, 2))
     }
 
@@ -211,6 +215,7 @@ mod tests {
         let doubled = table.enter_doubled(range(9, 2)).unwrap();
         assert!(table.lose_sight(doubled));
         assert_eq!(table.enter_doubled(range(10, 4)), None);
+        assert_eq!(table.enter_doubled(range(100, 4)), None, "wherever it is");
     }
 
     #[test]

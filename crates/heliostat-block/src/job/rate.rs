@@ -47,10 +47,21 @@ impl Pace {
     /// Counts `bytes` that are copied from `now` on.
     pub(crate) fn spend(&mut self, bytes: u64, now: Moment) {
         if self.speed > 0 {
-            let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.speed);
-            let takes = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-            self.free_at = self.free_at.max(now) + takes;
+            self.free_at = self.free_at.max(now) + self.takes(bytes);
         }
+    }
+
+    /// Takes back what was counted for `bytes` that turned out to be no data.
+    pub(crate) fn give_back(&mut self, bytes: u64, now: Moment) {
+        if self.speed > 0 {
+            self.free_at = Moment::from_start(self.free_at.since(now).saturating_sub(self.takes(bytes)))
+                + now.since_start();
+        }
+    }
+
+    fn takes(&self, bytes: u64) -> Duration {
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.speed);
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
     /// The longest copy that keeps the pace even, at most `max`.
@@ -125,6 +136,19 @@ mod tests {
         for bytes in copied {
             assert!(((1 << 20) * 9 / 10..=(1 << 20) * 12 / 10).contains(&bytes), "{bytes}");
         }
+    }
+
+    #[test]
+    fn what_was_no_data_is_given_back_but_never_saved_up() {
+        let mut pace = Pace::default();
+        pace.set_speed(1000, at(0));
+        pace.spend(500, at(0));
+        pace.give_back(200, at(100));
+        assert_eq!(pace.wait_until(at(100)), Some(at(300)));
+        pace.give_back(5000, at(100));
+        assert_eq!(pace.wait_until(at(100)), None);
+        pace.spend(10, at(100));
+        assert_eq!(pace.wait_until(at(100)), Some(at(110)));
     }
 
     #[test]

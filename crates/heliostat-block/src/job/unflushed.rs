@@ -76,6 +76,11 @@ impl Unflushed {
         self.written = fresh(self.written.size(), self.written.granularity());
     }
 
+    /// Bytes that the next flush covers.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.written.dirty_bytes()
+    }
+
     pub(crate) fn state(&self) -> TargetFlush {
         match (&self.flushing, self.written.is_clean()) {
             (Some(_), _) => TargetFlush::Running,

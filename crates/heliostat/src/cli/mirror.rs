@@ -40,10 +40,6 @@ pub struct Mirror {
     source: PathBuf,
     /// What it is mirrored to
     target: PathBuf,
-    #[command(flatten)]
-    offer: Offer,
-    #[command(flatten)]
-    how: How,
     /// What the first pass copies: everything, or nothing but what clients write from now on
     #[arg(long, value_enum, default_value_t = Sync::Full)]
     sync: Sync,
@@ -80,6 +76,10 @@ pub struct Mirror {
     /// Show no progress
     #[arg(long, short)]
     quiet: bool,
+    #[command(flatten)]
+    offer: Offer,
+    #[command(flatten)]
+    how: How,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -16,6 +16,7 @@ pub const NODE: &str = "disk";
 
 /// Where a disk is offered.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Who may use it")]
 pub struct Offer {
     /// Offer the disk to NBD clients at unix:PATH, a path with a slash, HOST:PORT or :PORT
     #[arg(long, value_name = "ADDRESS")]

@@ -24,17 +24,18 @@ use crate::daemon::{CacheUse, Daemon, NodeSpec};
 pub struct Serve {
     /// The disk: a file or a block device
     disk: Option<PathBuf>,
-    #[command(flatten)]
-    offer: Offer,
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    #[command(flatten)]
+    offer: Offer,
     #[command(flatten)]
     how: How,
 }
 
 /// How a disk is kept; the arguments that `serve` and `mirror` share.
 #[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "How its bytes are kept")]
 pub struct How {
     /// Whether the host's page cache is used
     #[arg(long, value_enum, default_value_t = CacheMode::Page)]

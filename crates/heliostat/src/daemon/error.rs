@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use heliostat_block::dirty_bitmap::InvalidGranularity;
 use heliostat_block::driver::raw::WindowError;
 use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
@@ -148,6 +149,9 @@ pub enum DaemonError {
     /// Not a power of two.
     #[error("Parameter 'granularity' expects a power of 2")]
     GranularityPower,
+    /// The disk is too large for so fine a granularity.
+    #[error("Parameter 'granularity' is too small for the disk: {0}")]
+    NoBitmap(InvalidGranularity),
     /// A speed below zero.
     #[error("Parameter 'speed' expects a non-negative value")]
     Speed,

@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, mpsc};
 
+use heliostat_block::dirty_bitmap::DirtyBitmap;
 use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::job::mirror::Mirror;
 use heliostat_block::job::options::MirrorOptions;
@@ -101,7 +102,7 @@ impl MirrorSpec {
             on_target_error: self.on_target_error,
             unmap: self.unmap,
             target_is_zero: self.target_is_zero,
-            detect_zeroes: self.detect_zeroes || target.options().detect_zeroes != DetectZeroes::Off,
+            detect_zeroes: self.detect_zeroes || target.options().detect_zeroes == DetectZeroes::Unmap,
             ..MirrorOptions::default()
         }
     }
@@ -135,9 +136,11 @@ impl Daemon {
             return Err(DaemonError::JobId(spec.job_id.clone()));
         }
         self.check_new_job(&spec.job_id)?;
+        let options = spec.options(&target);
+        // The job makes its own; this one shows that there is memory for it.
+        DirtyBitmap::new(source.size(), options.granularity).map_err(DaemonError::NoBitmap)?;
         let attached = self.attach(spec, &source, &target);
         let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
-        let options = spec.options(&target);
         let (sender, listening, thread) = self.make_thread(&spec.job_id)?;
         let job = Job::start(spec.job_id.clone(), spec.job_options(), self.job_observer());
         let entry = JobEntry {

@@ -1,0 +1,278 @@
+//! What commands take, as tables: the reference from which arguments are checked and documents are made.
+//!
+//! Names, order and defaults are QEMU's; what is marked [`Origin::Ours`] is not known to it. The order matters:
+//! the first argument that is wrong, in this order, is the one that the client hears of.
+
+/// A command.
+#[derive(Debug)]
+pub struct Command {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does.
+    pub about: &'static str,
+    /// What it takes.
+    pub takes: Record,
+}
+
+/// An object with known members.
+#[derive(Debug)]
+pub struct Record {
+    /// The members that it always has.
+    pub members: &'static [Member],
+    /// Further ones, by the word in one of those.
+    pub cases: Option<Cases>,
+}
+
+/// Members that an object has by the word in one of its others.
+#[derive(Debug)]
+pub struct Cases {
+    /// The member with the word.
+    pub tag: &'static str,
+    /// The members for each word; a word without an entry has none.
+    pub by_word: &'static [(&'static str, &'static [Member])],
+}
+
+/// A member of an object.
+#[derive(Debug)]
+pub struct Member {
+    /// Its name.
+    pub name: &'static str,
+    /// What it may be.
+    pub kind: Kind,
+    /// Whether it may be missing.
+    pub need: Need,
+    /// Who has it.
+    pub origin: Origin,
+    /// What it means.
+    pub about: &'static str,
+}
+
+/// Whether a member may be missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// It may not.
+    Required,
+    /// It may.
+    Optional,
+}
+
+/// Who has a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// QEMU has it too.
+    Qemu,
+    /// QEMU has it in a version later than the one that we say we are.
+    QemuLater,
+    /// Only we have it.
+    Ours,
+}
+
+/// What a value may be.
+#[derive(Debug)]
+pub enum Kind {
+    /// Any text.
+    Text,
+    /// `true` or `false`.
+    Flag,
+    /// A whole number of 64 bits with a sign.
+    Int,
+    /// A whole number of 32 bits without a sign.
+    Uint32,
+    /// A whole number of 64 bits without a sign.
+    Uint64,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// A list of these.
+    List(&'static Kind),
+    /// An object.
+    Object(&'static Record),
+    /// A node's name, or what a node is to be.
+    NodeRef,
+}
+
+const fn required(name: &'static str, kind: Kind, about: &'static str) -> Member {
+    Member { name, kind, need: Need::Required, origin: Origin::Qemu, about }
+}
+
+const fn optional(name: &'static str, kind: Kind, about: &'static str) -> Member {
+    Member { name, kind, need: Need::Optional, origin: Origin::Qemu, about }
+}
+
+const fn later(name: &'static str, kind: Kind, about: &'static str) -> Member {
+    Member { name, kind, need: Need::Optional, origin: Origin::QemuLater, about }
+}
+
+const fn ours(name: &'static str, kind: Kind, about: &'static str) -> Member {
+    Member { name, kind, need: Need::Optional, origin: Origin::Ours, about }
+}
+
+const fn record(members: &'static [Member]) -> Record {
+    Record { members, cases: None }
+}
+
+const NOTHING: Record = record(&[]);
+
+/// What becomes of a job that may end.
+const ENDS: [Member; 2] = [
+    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
+    optional("auto-dismiss", Kind::Flag, "be forgotten when it has ended, without `job-dismiss`; default true"),
+];
+
+const ON_ERROR: Kind = Kind::Word(&["report", "ignore", "enospc", "stop", "auto"]);
+const COPY_MODE: Kind = Kind::Word(&["background", "write-blocking"]);
+const JOB_TYPE: Kind = Kind::Word(&[
+    "commit",
+    "stream",
+    "mirror",
+    "backup",
+    "create",
+    "amend",
+    "snapshot-load",
+    "snapshot-save",
+    "snapshot-delete",
+]);
+
+static CACHE: Record = record(&[
+    optional("direct", Kind::Flag, "pass the host's page cache by; default false"),
+    optional("no-flush", Kind::Flag, "ignore flushes: data is lost when the host crashes; default false"),
+]);
+
+const FILE: &[Member] = &[
+    required("filename", Kind::Text, "the path"),
+    optional("pr-manager", Kind::Text, "not supported"),
+    optional(
+        "locking",
+        Kind::Word(&["auto", "on", "off"]),
+        "keep other writers out while it is written; default auto: where the file system can",
+    ),
+    optional("aio", Kind::Word(&["threads", "native", "io_uring"]), "accepted; we choose ourselves"),
+    optional("aio-max-batch", Kind::Int, "accepted; we choose ourselves"),
+    optional("drop-cache", Kind::Flag, "accepted, of no effect"),
+    optional("x-check-cache-dropped", Kind::Flag, "accepted, of no effect"),
+];
+
+const RAW: &[Member] = &[
+    required("file", Kind::NodeRef, "the node below"),
+    optional("offset", Kind::Int, "where in it the node starts, in bytes; default 0"),
+    optional("size", Kind::Int, "how long it is in bytes; default: up to the end"),
+];
+
+const NULL: &[Member] = &[
+    optional("size", Kind::Int, "how long it is in bytes; default 1 GiB"),
+    optional("latency-ns", Kind::Uint64, "accepted, of no effect"),
+    optional("read-zeroes", Kind::Flag, "say that it reads as zero; default false"),
+];
+
+/// What a node is to be.
+pub static NODE: Record = Record {
+    members: &[
+        required(
+            "driver",
+            Kind::Word(&["file", "host_device", "null-co", "raw"]),
+            "how the node keeps its bytes",
+        ),
+        optional("node-name", Kind::Text, "its name; required but for a node below another"),
+        optional(
+            "discard",
+            Kind::Word(&["ignore", "unmap"]),
+            "what becomes of space that is no longer needed; default: clients' discards do nothing, but \
+             zeroed ranges may become holes",
+        ),
+        optional("cache", Kind::Object(&CACHE), "how the host's page cache is used"),
+        optional("active", Kind::Flag, "only true"),
+        optional("read-only", Kind::Flag, "refuse writes; default false"),
+        optional(
+            "auto-read-only",
+            Kind::Flag,
+            "open for reading only where the host allows no writing; default false",
+        ),
+        optional("force-share", Kind::Flag, "take no locks; only for read-only nodes; default false"),
+        optional(
+            "detect-zeroes",
+            Kind::Word(&["off", "on", "unmap"]),
+            "what becomes of written data that is all zero; default off",
+        ),
+    ],
+    cases: Some(Cases {
+        tag: "driver",
+        by_word: &[("file", FILE), ("host_device", FILE), ("null-co", NULL), ("raw", RAW)],
+    }),
+};
+
+static UNIX: Record = record(&[
+    required("path", Kind::Text, "the socket's path"),
+    optional("abstract", Kind::Flag, "only false"),
+    optional("tight", Kind::Flag, "accepted, of no effect"),
+]);
+
+static INET: Record = record(&[
+    required("host", Kind::Text, "a name or an address of this host"),
+    required("port", Kind::Text, "a port's number or name; 0 lets the host choose"),
+    optional("numeric", Kind::Flag, "accepted, of no effect"),
+    optional("to", Kind::Int, "not supported"),
+    optional("ipv4", Kind::Flag, "whether IPv4 addresses may be used"),
+    optional("ipv6", Kind::Flag, "whether IPv6 addresses may be used"),
+    optional("keep-alive", Kind::Flag, "accepted, always on"),
+    optional("mptcp", Kind::Flag, "only false"),
+]);
+
+static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported")]);
+static VSOCK: Record =
+    record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
+
+static SOCKET_ADDRESS: Record = Record {
+    members: &[required("type", Kind::Word(&["inet", "unix", "vsock", "fd"]), "what kind of address")],
+    cases: Some(Cases {
+        tag: "type",
+        by_word: &[
+            ("inet", &[required("data", Kind::Object(&INET), "the address")]),
+            ("unix", &[required("data", Kind::Object(&UNIX), "the address")]),
+            ("vsock", &[required("data", Kind::Object(&VSOCK), "not supported")]),
+            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "not supported")]),
+        ],
+    }),
+};
+
+const NBD_EXPORT: &[Member] = &[
+    optional("name", Kind::Text, "what clients ask for; default: the node's name"),
+    optional("description", Kind::Text, "a text for clients"),
+    optional("bitmaps", Kind::List(&Kind::Text), "not supported yet"),
+    optional("allocation-depth", Kind::Flag, "only false"),
+];
+
+const EXPORT: Record = Record {
+    members: &[
+        required("type", Kind::Word(&["nbd"]), "the front end"),
+        required("id", Kind::Text, "the export's id"),
+        optional("fixed-iothread", Kind::Flag, "only false"),
+        optional("iothread", Kind::Text, "not supported"),
+        required("node-name", Kind::Text, "the node to offer"),
+        optional("writable", Kind::Flag, "whether clients may write; default false"),
+        optional("writethrough", Kind::Flag, "only false"),
+        optional("allow-inactive", Kind::Flag, "accepted, of no effect"),
+    ],
+    cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
+};
+
+const MIRROR: Record = record(&[
+    optional("job-id", Kind::Text, "the job's id; required unless the device has a name"),
+    required("device", Kind::Text, "the source: a node's name"),
+    required("target", Kind::Text, "the target: a node's name"),
+    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
+    required(
+        "sync",
+        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
+        "what the first pass copies; incremental and bitmap are refused",
+    ),
+    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
+    optional("granularity", Kind::Uint32, "bytes a dirty bit; a power of two, 512 B to 64 MiB; default 64 KiB"),
+    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
+    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
+    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
+    optional("filter-node-name", Kind::Text, "a name to keep free; there is no filter node"),
+    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
+    Member { ..ENDS_FINALIZE },
+    Member { ..ENDS_DISMISS },
+    later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
+    ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
+]);
