@@ -297,17 +297,20 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.awake.wake();
         let began = Instant::now();
+        let mut now = began;
         loop {
             let has_moved = self.step(cx);
+            let before = std::mem::replace(&mut now, Instant::now());
+            self.patience.took(before, now);
             if self.stage != Stage::Serving && self.flights.running.is_empty() && self.is_through(cx) {
                 return Poll::Ready(());
             }
-            if !has_moved && !self.looks_on() {
+            if !has_moved && !self.looks_on(now) {
                 break;
             }
             // Giving way costs a look at the ring, so it is done for others' sake, and for the ring's now and
             // then.
-            if !self.awake.is_alone() || began.elapsed() >= TURN_MAX {
+            if !self.awake.is_alone() || now.duration_since(began) >= TURN_MAX {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -451,11 +454,11 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     }
 
     /// Says whether to look at the socket once more before sleeping.
-    fn looks_on(&self) -> bool {
+    fn looks_on(&self, now: Instant) -> bool {
         self.stage == Stage::Serving
             && self.flights.running.is_empty()
             && self.replies.is_empty()
-            && self.patience.looks_on(self.last_answer.elapsed())
+            && self.patience.looks_on(self.last_answer, now)
     }
 
     /// Asks to be woken by whatever can go on. Says whether something can already.
