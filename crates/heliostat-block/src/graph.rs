@@ -216,7 +216,10 @@ fn conflicts(present: &Role, wanted: &Role) -> bool {
     match (present, wanted) {
         (Role::MirrorTarget { .. }, _) | (_, Role::MirrorTarget { .. }) => true,
         (Role::MirrorSource { .. }, Role::MirrorSource { .. }) => true,
-        (Role::Child { .. }, Role::Export { writable, .. }) => *writable,
+        // What is written through the upper node passes this one by: nobody may rely on hearing of it here.
+        (Role::Child { .. }, other) | (other, Role::Child { .. }) => {
+            !matches!(other, Role::Export { writable: false, .. })
+        }
         _ => false,
     }
 }

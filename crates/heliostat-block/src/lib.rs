@@ -23,6 +23,7 @@ pub mod limits;
 pub mod name;
 pub mod nbd;
 pub mod node;
+pub mod planted;
 pub mod range;
 mod range_lock;
 pub mod storage;

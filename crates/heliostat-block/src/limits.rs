@@ -68,6 +68,21 @@ pub const PAUSE_BUDGET_LAST: Duration = Duration::from_millis(100);
 /// What a target is assumed to take, in bytes a second, before a copy has shown it: a slow disk.
 pub const RATE_ASSUMED: u64 = 100 << 20;
 
+/// The least that a flush must have covered for its time to say what the medium takes.
+pub const FLUSH_SAMPLE_MIN: u64 = 1 << 20;
+
+/// What may always be left when the gate closes, however slow the target: a few granules, or the end would wait
+/// for a guest to be quiet.
+pub const LEFT_ALWAYS: u64 = 128 << 10;
+
+/// The longest time that guests are ever held at the gate, after attempts with shorter ones have failed: still
+/// less than what a guest's own block layer takes for an error.
+pub const PAUSE_LAST: Duration = Duration::from_secs(5);
+
+/// Halves of guests' writes that a mirror starts before it looks at anything else: as many as a deep queue of one
+/// guest holds.
+pub const HALVES_PER_TURN: usize = 16;
+
 /// How long a mirror that is in step waits after a mark before it copies, so that neighbours and repeats become
 /// one copy. A guest that writes one block again and again then costs 500 copies a second at most.
 pub const GATHER: Duration = Duration::from_millis(2);

@@ -18,9 +18,10 @@ use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
 use crate::name::NodeName;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
-use crate::storage::{Durability, Extent, Traits, ZeroEffort, ZeroSpace};
+use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
 use crate::tracked::{Drained, Tracked};
 
 /// What becomes of space that is no longer needed.
@@ -186,7 +187,9 @@ impl Node {
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
         let drained = Drained::of_closed(Arc::clone(self));
-        self.in_flight.wait_quiet().await;
+        if !is_planted(Bug::PivotWithoutDrain) {
+            self.in_flight.wait_quiet().await;
+        }
         drained
     }
 
@@ -236,7 +239,7 @@ impl Node {
             };
             return self.write_zeroes(range, space, ZeroEffort::Any, durability).await;
         }
-        let doubled = self.begin_doubled(range, || Payload::Data(data.clone()), durability).await;
+        let doubled = self.begin_doubled(range, || Payload::Data(data.clone())).await;
         let written = self.write_blocks(range, data, durability).await;
         self.mark(range, doubled, written.is_ok()).await;
         written
@@ -254,7 +257,7 @@ impl Node {
         if effort == ZeroEffort::FastOnly && !self.traits.can_zero_fast {
             return Err(self.refusal(ErrorKind::Unsupported, range));
         }
-        let doubled = self.begin_doubled(range, || Payload::Zeroes(space), durability).await;
+        let doubled = self.begin_doubled(range, || Payload::Zeroes(space)).await;
         let written = self.zero_blocks(range, space, effort, durability).await;
         self.mark(range, doubled, written.is_ok()).await;
         written
@@ -266,6 +269,7 @@ impl Node {
         if self.options.discard != Discard::Unmap || whole_blocks.is_empty() {
             return Ok(());
         }
+        self.mark_early(range);
         let discarded = self.driver.discard(whole_blocks).await.map_err(|error| self.failure(range, error));
         self.mark(range, None, discarded.is_ok()).await;
         discarded
@@ -276,34 +280,42 @@ impl Node {
     }
 
     /// Waits for the write's turn where a mirror wants it doubled, and hands the target's half over.
-    async fn begin_doubled(
-        &self,
-        range: ByteRange,
-        payload: impl FnOnce() -> Payload,
-        durability: Durability,
-    ) -> Option<Doubled> {
+    async fn begin_doubled(&self, range: ByteRange, payload: impl FnOnce() -> Payload) -> Option<Doubled> {
+        self.mark_early(range);
         let doubling = self.watchers.read().unwrap_or_else(PoisonError::into_inner).doubling.clone()?;
-        doubling.begin(range, payload, durability).await
+        doubling.begin(range, payload).await
+    }
+
+    /// Does nothing, but where a test breaks the rule of [`Node::mark`].
+    fn mark_early(&self, range: ByteRange) {
+        if is_planted(Bug::MarkBeforeWrite) {
+            self.mark_watchers(range, None);
+        }
     }
 
     /// Marks what a write has changed, or may have changed when it failed, before the client hears of it.
     ///
     /// Looks at the watchers after the write: one that came while it ran would otherwise never hear of it.
     async fn mark(&self, range: ByteRange, doubled: Option<Doubled>, written: bool) {
-        let doubled_by = doubled.as_ref().map(|doubled| Arc::clone(doubled.doubling()));
-        {
-            let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
-            for bitmap in &watchers.bitmaps {
-                bitmap.mark(range);
-            }
-            if let Some(doubling) = &watchers.doubling
-                && doubled_by.is_none_or(|by| !Arc::ptr_eq(&by, doubling))
-            {
-                doubling.mark(range);
-            }
+        let early = is_planted(Bug::MarkBeforeWrite);
+        if !early && (written || !is_planted(Bug::FailedWriteNotMarked)) {
+            self.mark_watchers(range, doubled.as_ref().map(Doubled::doubling));
         }
         if let Some(doubled) = doubled {
             doubled.finish(written).await;
+        }
+    }
+
+    /// Tells everybody who wants to hear of writes, but for the mirror that doubles this one.
+    fn mark_watchers(&self, range: ByteRange, doubled_by: Option<&Arc<Doubling>>) {
+        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
+        for bitmap in &watchers.bitmaps {
+            bitmap.mark(range);
+        }
+        if let Some(doubling) = &watchers.doubling
+            && doubled_by.is_none_or(|by| !Arc::ptr_eq(by, doubling))
+        {
+            doubling.mark(range);
         }
     }
 
@@ -313,6 +325,9 @@ impl Node {
     /// behind a closed one.
     pub(crate) async fn read_blocks(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
         let range = self.inside(offset, u64_from(buffer.len()))?;
+        if range.is_empty() {
+            return Ok(buffer);
+        }
         let blocks = self.widen_to_blocks(range);
         if blocks == range {
             return self.driver.read(offset, buffer).await.map_err(|error| self.failure(range, error));
@@ -332,6 +347,9 @@ impl Node {
         data: Bytes,
         durability: Durability,
     ) -> Result<(), BlockError> {
+        if range.is_empty() {
+            return Ok(());
+        }
         let blocks = self.widen_to_blocks(range);
         let failed = |error| self.failure(range, error);
         if self.traits.block_size == 1 {
@@ -380,13 +398,22 @@ impl Node {
         Ok(())
     }
 
-    /// What a storage says of `range`; see [`crate::storage::Storage::extents`]. Passes no gate.
+    /// What a storage says of `range`; see [`crate::storage::Storage::extents`]. Never empty for a range that
+    /// is not; an answer that makes no sense becomes "data". Passes no gate.
     pub(crate) async fn extents_below(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
         let range = self.inside(range.offset(), range.len())?;
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        self.driver.extents(range).await.map_err(|error| self.failure(range, error))
+        let extents = self.driver.extents(range).await.map_err(|error| self.failure(range, error))?;
+        // An answer with a gap would let a mirror skip what was never looked at.
+        let end = extents.iter().try_fold(range.offset(), |end, extent| {
+            (extent.range.offset() == end && !extent.range.is_empty()).then_some(extent.range.end())
+        });
+        match end {
+            Some(end) if end > range.offset() => Ok(extents),
+            _ => Ok(vec![Extent { range, status: ExtentStatus::Data }]),
+        }
     }
 
     fn widen_to_blocks(&self, range: ByteRange) -> ByteRange {

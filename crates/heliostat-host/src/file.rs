@@ -87,7 +87,10 @@ impl FileStorage {
             bounces: BufferPool::new(BOUNCE_LEN, BOUNCES_KEPT),
             space: Arc::new(Space::new(Arc::clone(&cached), shape)),
             layout: Arc::new(Layout::new(Arc::clone(&cached), shape)),
-            writeback: writes_back.then(|| Arc::new(Writeback::new(cached.for_writeback()))),
+            writeback: cached
+                .for_writeback()
+                .filter(|_| writes_back)
+                .map(|file| Arc::new(Writeback::new(file))),
             cached,
         }
     }

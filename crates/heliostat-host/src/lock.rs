@@ -6,7 +6,8 @@
 //! looks for contradictions second, so that of two newcomers at least one sees the other. The bytes need not
 //! exist in the file. This is what `strace qemu-img` and `/proc/locks` show.
 //!
-//! Called when a file is opened. The locks are held by an [`OpenFile`], and end with its last user.
+//! Called when a file is opened. The locks end with the last use of the open file, operations that
+//! the kernel has not finished among them.
 
 use std::fmt;
 use std::io;
@@ -125,8 +126,9 @@ pub(crate) enum Outcome {
 pub(crate) struct OpenFile {
     fd: Arc<OwnedFd>,
     claim: Option<Claim>,
-    /// The same file for those whose use does not matter to other programs.
-    for_writeback: Arc<OwnedFd>,
+    /// The same file, opened on its own, for those whose use does not matter to other programs, and who must not
+    /// be told the errors that are a flush's to tell.
+    for_writeback: Option<Arc<OwnedFd>>,
     /// The same file, opened in another way, and holding the locks.
     _locked: Option<Arc<OpenFile>>,
 }
@@ -135,8 +137,7 @@ impl OpenFile {
     /// An open file on which the locks of `claim` have been taken.
     pub(crate) fn new(fd: OwnedFd, claim: Option<Claim>, for_writeback: Option<OwnedFd>) -> Arc<Self> {
         let fd = Arc::new(fd);
-        let for_writeback = for_writeback.map_or_else(|| Arc::clone(&fd), Arc::new);
-        Arc::new(Self { fd, claim, for_writeback, _locked: None })
+        Arc::new(Self { fd, claim, for_writeback: for_writeback.map(Arc::new), _locked: None })
     }
 
     /// The same file as `locked`, opened in another way.
@@ -145,10 +146,10 @@ impl OpenFile {
         Arc::new(Self { fd: Arc::new(fd), claim: None, for_writeback, _locked: Some(Arc::clone(locked)) })
     }
 
-    /// A descriptor for whoever writes back. Being late with closing it does no harm: the file can be opened
-    /// again, by anybody, though it is being written back.
-    pub(crate) fn for_writeback(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.for_writeback)
+    /// A descriptor for whoever writes back, if one could be had. Being late with closing it does no harm: the
+    /// file can be opened again, by anybody, though it is being written back.
+    pub(crate) fn for_writeback(&self) -> Option<Arc<OwnedFd>> {
+        self.for_writeback.clone()
     }
 }
 

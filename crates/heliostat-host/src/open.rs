@@ -349,10 +349,19 @@ impl FileStorage {
         let direct_file = direct.as_ref().map(AsFd::as_fd);
         let shape = Shape::probe(file, direct_file, size, in_memory, opened.is_writable)
             .map_err(|e| OpenError::io(path, "probe", e))?;
-        let cached = OpenFile::new(opened.file, claim, opened.for_writeback);
+        let for_writeback =
+            opened.for_writeback.or_else(|| opened.is_writable.then(|| reopen(file)).flatten());
+        let cached = OpenFile::new(opened.file, claim, for_writeback);
         let direct = direct.map(|direct| OpenFile::beside(&cached, direct));
         Ok(Self::new(path.to_owned(), cached, direct, shape, options))
     }
+}
+
+/// The same file, opened once more, to be written back through. The kernel tells an error of writing back once
+/// to each opened file: told to the one that nobody flushes through, it would be lost to the flush.
+fn reopen(file: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok()
 }
 
 /// A file that was just opened.

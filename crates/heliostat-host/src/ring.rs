@@ -11,18 +11,17 @@ use std::task::Poll;
 
 use bytes::Bytes;
 use compio::BufResult;
-use compio::driver::op::Sync;
-use compio::driver::{Decision, IourOpCode, OpCode, OpEntry, PollOpCode};
+use compio::driver::{Decision, Extra, IourOpCode, OpEntry, PollOpCode};
 use compio::runtime::Runtime;
 use heliostat_block::buffer::Buffer;
 use heliostat_block::convert::u64_from;
 use heliostat_block::storage::Durability;
 use io_uring::opcode;
-use io_uring::types::Fd;
+use io_uring::types::{Fd, FsyncFlags};
 use rustix::io::ReadWriteFlags;
 
 use crate::lock::OpenFile;
-use crate::runtime::{BLOCKING, Driver};
+use crate::runtime::{BLOCKING, Driver, InFlight};
 
 /// The longest single operation: what Linux cuts reads and writes to (`MAX_RW_COUNT`), rounded down so that
 /// what is left stays aligned for direct I/O.
@@ -32,49 +31,64 @@ fn operation_len(len: usize) -> u32 {
     u32::try_from(len.min(OPERATION_LEN_MAX)).expect("the maximum fits in 32 bits")
 }
 
-/// Runs one operation. Where it blocks a thread, it waits for the right to.
-async fn submit<T: OpCode + 'static>(operation: T) -> BufResult<usize, T> {
-    let _permit = match Driver::in_use() {
-        Driver::Polling => Some(BLOCKING.acquire().await),
-        _ => None,
-    };
-    Runtime::with_current(|runtime| runtime.submit(operation)).await
+/// What the kernel is asked to do: once as an entry of the ring, once as a call that blocks.
+///
+/// # Safety
+/// The entry may name `file`, and point into memory that `self` owns and that does not move when `self` does,
+/// in the way that `self` may use it; nothing else.
+unsafe trait Request: 'static {
+    /// The entry.
+    fn entry(&mut self, file: Fd) -> OpEntry;
+
+    /// The same as a call.
+    fn call(&mut self, file: &OpenFile) -> io::Result<usize>;
 }
 
-struct Read {
+/// A request on its way through the kernel. Owns what the kernel uses meanwhile.
+struct Operation<R> {
     file: Arc<OpenFile>,
-    offset: u64,
-    buffer: Buffer,
-    done: usize,
+    request: R,
+    in_flight: Option<InFlight>,
 }
 
-impl Read {
-    fn blocking(&mut self) -> io::Result<usize> {
-        let offset = self.offset + u64_from(self.done);
-        Ok(rustix::io::pread(&self.file, &mut self.buffer[self.done..], offset)?)
+impl<R: Request> Operation<R> {
+    fn new(file: &Arc<OpenFile>, request: R) -> Self {
+        Self { file: Arc::clone(file), request, in_flight: None }
+    }
+
+    /// Has the kernel do it. Where that blocks a thread, it waits for the right to.
+    async fn run(mut self) -> (io::Result<usize>, Self) {
+        let _permit = match Driver::in_use() {
+            Driver::Polling => Some(BLOCKING.acquire().await),
+            _ => None,
+        };
+        self.in_flight = Some(InFlight::new());
+        let BufResult(result, this) = Runtime::with_current(|runtime| runtime.submit(self)).await;
+        (result, this)
     }
 }
 
-// SAFETY: the entry points into the heap memory of `buffer`, which does not move when `self` does, and names a
-// descriptor that `file` keeps open; `self` owns both, and the driver keeps `self` until the kernel is done.
-unsafe impl IourOpCode for Read {
+// SAFETY: what the entry names and points to stays there until the operation is complete: `self` owns it, as
+// `Request` promises, and the driver keeps `self` until the kernel is done.
+unsafe impl<R: Request> IourOpCode for Operation<R> {
     type Control = ();
 
     fn create_entry(&mut self, (): &mut ()) -> OpEntry {
-        let rest = &mut self.buffer[self.done..];
-        opcode::Read::new(Fd(self.file.as_raw_fd()), rest.as_mut_ptr(), operation_len(rest.len()))
-            .offset(self.offset + u64_from(self.done))
-            .build()
-            .into()
+        self.request.entry(Fd(self.file.as_raw_fd()))
     }
 
     fn call_blocking(&mut self, (): &mut ()) -> io::Result<usize> {
-        self.blocking()
+        self.request.call(&self.file)
+    }
+
+    // SAFETY: it asks nothing of its caller.
+    unsafe fn set_result(&mut self, (): &mut (), _: &io::Result<usize>, _: &Extra) {
+        self.in_flight = None;
     }
 }
 
 // SAFETY: it never waits for a descriptor, so there is none that `op_type` would have to name.
-unsafe impl PollOpCode for Read {
+unsafe impl<R: Request> PollOpCode for Operation<R> {
     type Control = ();
 
     fn pre_submit(&mut self, (): &mut ()) -> io::Result<Decision> {
@@ -82,7 +96,34 @@ unsafe impl PollOpCode for Read {
     }
 
     fn operate(&mut self, (): &mut ()) -> Poll<io::Result<usize>> {
-        Poll::Ready(self.blocking())
+        Poll::Ready(self.request.call(&self.file))
+    }
+
+    // SAFETY: it asks nothing of its caller.
+    unsafe fn set_result(&mut self, (): &mut (), _: &io::Result<usize>, _: &Extra) {
+        self.in_flight = None;
+    }
+}
+
+struct Read {
+    offset: u64,
+    buffer: Buffer,
+    done: usize,
+}
+
+// SAFETY: it points into the heap memory of `buffer`, which is ours alone and does not move.
+unsafe impl Request for Read {
+    fn entry(&mut self, file: Fd) -> OpEntry {
+        let rest = &mut self.buffer[self.done..];
+        opcode::Read::new(file, rest.as_mut_ptr(), operation_len(rest.len()))
+            .offset(self.offset + u64_from(self.done))
+            .build()
+            .into()
+    }
+
+    fn call(&mut self, file: &OpenFile) -> io::Result<usize> {
+        let offset = self.offset + u64_from(self.done);
+        Ok(rustix::io::pread(file, &mut self.buffer[self.done..], offset)?)
     }
 }
 
@@ -96,63 +137,42 @@ pub(crate) async fn read(
     buffer: Buffer,
     done: usize,
 ) -> io::Result<Buffer> {
-    let mut operation = Read { file: Arc::clone(file), offset, buffer, done };
-    while operation.done < operation.buffer.len() {
-        let BufResult(result, back) = submit(operation).await;
+    let mut operation = Operation::new(file, Read { offset, buffer, done });
+    while operation.request.done < operation.request.buffer.len() {
+        let (result, back) = operation.run().await;
         operation = back;
         match result {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => operation.done += count,
+            Ok(count) => operation.request.done += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(operation.buffer)
+    Ok(operation.request.buffer)
 }
 
 struct Write {
-    file: Arc<OpenFile>,
     offset: u64,
     data: Bytes,
     done: usize,
     flags: ReadWriteFlags,
 }
 
-impl Write {
-    fn blocking(&mut self) -> io::Result<usize> {
-        let offset = self.offset + u64_from(self.done);
-        Ok(rustix::io::pwritev2(&self.file, &[IoSlice::new(&self.data[self.done..])], offset, self.flags)?)
-    }
-}
-
-// SAFETY: as for `Read`; the memory behind `data` does not move when `data` does, and nobody can change it.
-unsafe impl IourOpCode for Write {
-    type Control = ();
-
-    fn create_entry(&mut self, (): &mut ()) -> OpEntry {
+// SAFETY: it points into the memory behind `data`, which stays as long as `data` does and which nobody can
+// change; the kernel only reads it.
+unsafe impl Request for Write {
+    fn entry(&mut self, file: Fd) -> OpEntry {
         let rest = &self.data[self.done..];
-        opcode::Write::new(Fd(self.file.as_raw_fd()), rest.as_ptr(), operation_len(rest.len()))
+        opcode::Write::new(file, rest.as_ptr(), operation_len(rest.len()))
             .offset(self.offset + u64_from(self.done))
             .rw_flags(self.flags.bits().cast_signed())
             .build()
             .into()
     }
 
-    fn call_blocking(&mut self, (): &mut ()) -> io::Result<usize> {
-        self.blocking()
-    }
-}
-
-// SAFETY: as for `Read`.
-unsafe impl PollOpCode for Write {
-    type Control = ();
-
-    fn pre_submit(&mut self, (): &mut ()) -> io::Result<Decision> {
-        Ok(Decision::Blocking)
-    }
-
-    fn operate(&mut self, (): &mut ()) -> Poll<io::Result<usize>> {
-        Poll::Ready(self.blocking())
+    fn call(&mut self, file: &OpenFile) -> io::Result<usize> {
+        let offset = self.offset + u64_from(self.done);
+        Ok(rustix::io::pwritev2(file, &[IoSlice::new(&self.data[self.done..])], offset, self.flags)?)
     }
 }
 
@@ -171,13 +191,13 @@ pub(crate) async fn write(
         Durability::Cached => ReadWriteFlags::empty(),
         Durability::Fua => ReadWriteFlags::DSYNC,
     };
-    let mut operation = Write { file: Arc::clone(file), offset, data, done, flags };
-    while operation.done < operation.data.len() {
-        let BufResult(result, back) = submit(operation).await;
+    let mut operation = Operation::new(file, Write { offset, data, done, flags });
+    while operation.request.done < operation.request.data.len() {
+        let (result, back) = operation.run().await;
         operation = back;
         match result {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => operation.done += count,
+            Ok(count) => operation.request.done += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
@@ -185,13 +205,29 @@ pub(crate) async fn write(
     Ok(())
 }
 
+struct Flush;
+
+// SAFETY: it points nowhere.
+unsafe impl Request for Flush {
+    fn entry(&mut self, file: Fd) -> OpEntry {
+        opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build().into()
+    }
+
+    fn call(&mut self, file: &OpenFile) -> io::Result<usize> {
+        rustix::fs::fdatasync(file)?;
+        Ok(0)
+    }
+}
+
 /// Makes what was written to `file` durable, as fdatasync(2) does.
 ///
 /// # Errors
 /// The host's.
 pub(crate) async fn flush(file: &Arc<OpenFile>) -> io::Result<()> {
+    let mut operation = Operation::new(file, Flush);
     loop {
-        let BufResult(result, _) = submit(Sync::new(Arc::clone(file), true)).await;
+        let (result, back) = operation.run().await;
+        operation = back;
         match result {
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -9,10 +9,11 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::panic::{AssertUnwindSafe, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
-use std::sync::{OnceLock, mpsc};
-use std::task::{Poll, Waker};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -168,20 +169,124 @@ thread_local! {
 
     /// The tasks that wait for the next look. At most one entry for each time that one of them is polled.
     static YIELDED: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
+
+    /// The tasks of this thread, so that they can be told to end.
+    static TASKS: RefCell<Tasks> = const { RefCell::new(Tasks::new()) };
+
+    /// How many operations of this thread the kernel, or a blocking thread, is at.
+    static IN_FLIGHT: Arc<AtomicUsize> = Arc::default();
 }
 
+/// Runs `future`, then ends what is left of its tasks and waits for what the kernel still does for them.
 fn run<F: Future>(runtime: &Runtime, future: F) -> F::Output {
-    let mut future = pin!(future);
-    // The runtime polls this after every look at the ring, woken or not.
-    let output = runtime.block_on(poll_fn(|cx| {
-        rethrow();
-        ROUND.set(ROUND.get().wrapping_add(1));
-        YIELDED.with_borrow_mut(|yielded| yielded.drain(..).for_each(Waker::wake));
-        future.as_mut().poll(cx)
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut future = pin!(future);
+        // The runtime polls this after every look at the ring, woken or not.
+        runtime.block_on(poll_fn(|cx| {
+            rethrow();
+            ROUND.set(ROUND.get().wrapping_add(1));
+            YIELDED.with_borrow_mut(|yielded| yielded.drain(..).for_each(Waker::wake));
+            future.as_mut().poll(cx)
+        }))
     }));
-    // Tasks get a last turn after the main future has ended.
-    rethrow();
-    output
+    wind_down(runtime);
+    match outcome {
+        Ok(output) => {
+            rethrow();
+            output
+        }
+        Err(panic) => resume_unwind(panic),
+    }
+}
+
+/// Ends the tasks of this thread and waits until none of its operations is in flight. Closing a ring does not
+/// wait for them, and the kernel would go on writing into memory that was given back.
+fn wind_down(runtime: &Runtime) {
+    TASKS.with_borrow_mut(Tasks::end);
+    // Polled after every look at the ring.
+    runtime.block_on(poll_fn(|_| {
+        let are_gone = TASKS.with_borrow(|tasks| tasks.count == 0);
+        let is_quiet = IN_FLIGHT.with(|count| count.load(Ordering::Acquire) == 0);
+        if are_gone && is_quiet { Poll::Ready(()) } else { Poll::Pending }
+    }));
+    TASKS.set(Tasks::new());
+}
+
+/// The tasks of a thread.
+struct Tasks {
+    /// Who wakes the one in each place; `None` before it was polled, and where there is none.
+    wakers: Vec<Option<Waker>>,
+    free: Vec<usize>,
+    count: usize,
+    are_ending: bool,
+}
+
+impl Tasks {
+    const fn new() -> Self {
+        Self { wakers: Vec::new(), free: Vec::new(), count: 0, are_ending: false }
+    }
+
+    /// Tells them to end.
+    fn end(&mut self) {
+        self.are_ending = true;
+        self.wakers.iter().flatten().for_each(Waker::wake_by_ref);
+    }
+}
+
+/// A task's entry in [`TASKS`].
+struct Place(usize);
+
+impl Place {
+    fn take() -> Self {
+        TASKS.with_borrow_mut(|tasks| {
+            tasks.count += 1;
+            Self(tasks.free.pop().unwrap_or_else(|| {
+                tasks.wakers.push(None);
+                tasks.wakers.len() - 1
+            }))
+        })
+    }
+
+    /// Says whether the task must end; sees to it that it is woken when it must.
+    fn must_end(&self, cx: &Context<'_>) -> bool {
+        TASKS.with_borrow_mut(|tasks| {
+            let waker = &mut tasks.wakers[self.0];
+            if waker.is_none() {
+                *waker = Some(cx.waker().clone());
+            }
+            tasks.are_ending
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        TASKS.with_borrow_mut(|tasks| {
+            tasks.count -= 1;
+            tasks.wakers[self.0] = None;
+            tasks.free.push(self.0);
+        });
+    }
+}
+
+/// Counts an operation as in flight from before it is submitted until this is dropped, which must be when the
+/// kernel is done with it, whether or not anybody still waits.
+#[derive(Debug)]
+pub(crate) struct InFlight(Arc<AtomicUsize>);
+
+impl InFlight {
+    /// To be made on the thread that submits the operation.
+    pub(crate) fn new() -> Self {
+        let count = IN_FLIGHT.with(Arc::clone);
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
 }
 
 fn rethrow() {
@@ -202,8 +307,8 @@ pub struct Thread<T> {
 
 impl<T: Send + 'static> Thread<T> {
     /// Starts a thread named `name` (the kernel shows 15 bytes of it) that runs the future which `body`
-    /// makes, and ends with it. Tasks that are still running then are dropped; whoever needs them to end must
-    /// await that in the future. The driver is what [`Driver::from_environment`] says.
+    /// makes, and ends with it. Tasks that are still running then are dropped, and what the kernel does for
+    /// them is waited for; whoever needs them to end by themselves must await that in the future. The driver is what [`Driver::from_environment`] says.
     ///
     /// # Errors
     /// When the host gives no thread or no runtime.
@@ -266,13 +371,13 @@ impl<T: Send + 'static> Thread<T> {
 }
 
 /// Runs `future` on the current thread, with a runtime made for it. Tasks that are still running when it ends
-/// are dropped.
+/// are dropped, and what the kernel does for them is waited for.
 ///
 /// # Errors
 /// When the host gives no runtime.
 ///
 /// # Panics
-/// With the panic of a task on it.
+/// With the panic of a task on it; on a thread that has a runtime already.
 pub fn block_on<F: Future>(future: F) -> io::Result<F::Output> {
     block_on_with(Driver::from_environment()?, future)
 }
@@ -281,7 +386,11 @@ pub fn block_on<F: Future>(future: F) -> io::Result<F::Output> {
 ///
 /// # Errors
 /// When the host gives no runtime of that kind.
+///
+/// # Panics
+/// As [`block_on`].
 pub fn block_on_with<F: Future>(driver: Driver, future: F) -> io::Result<F::Output> {
+    assert!(Runtime::try_current().is_none(), "a thread has one runtime");
     let runtime = build(driver)?;
     Ok(run(&runtime, future))
 }
@@ -293,13 +402,20 @@ pub fn block_on_with<F: Future>(driver: Driver, future: F) -> io::Result<F::Outp
 /// # Panics
 /// Outside of a runtime's thread.
 pub fn spawn_local(future: impl Future<Output = ()> + 'static) {
-    let watched = async move {
-        if let Err(panic) = AssertUnwindSafe(future).catch_unwind().await {
+    let place = Place::take();
+    let task = async move {
+        // Dropped before the place is given up: what it drops belongs to the task.
+        let mut future = pin!(AssertUnwindSafe(future).catch_unwind());
+        let outcome = poll_fn(|cx| match place.must_end(cx) {
+            true => Poll::Ready(Ok(())),
+            false => future.as_mut().poll(cx),
+        });
+        if let Err(panic) = outcome.await {
             FALLEN.set(Some(panic));
             Runtime::with_current(Runtime::waker).wake();
         }
     };
-    Runtime::with_current(|runtime| runtime.spawn(watched)).detach();
+    Runtime::with_current(|runtime| runtime.spawn(task)).detach();
 }
 
 /// Lets every task that is ready take its turn, and returns when the thread has looked at the ring once, which it
@@ -335,8 +451,12 @@ pub async fn yield_now() {
 /// # Panics
 /// Outside of a runtime's thread, or with the panic of `work`.
 pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    let operation = Asyncify::new(move || BufResult(Ok(0), work()));
     let _permit = BLOCKING.acquire().await;
+    let in_flight = InFlight::new();
+    let operation = Asyncify::new(move || {
+        let _in_flight = in_flight;
+        BufResult(Ok(0), work())
+    });
     let BufResult(_, operation) = Runtime::with_current(|runtime| runtime.submit(operation)).await;
     operation.into_inner()
 }
@@ -349,8 +469,7 @@ pub(crate) fn run_detached(work: impl FnOnce() + Send + 'static) -> bool {
 #[cfg(test)]
 mod tests {
     use std::rc::Rc;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
     use std::time::Instant;
 
     use super::*;
@@ -378,6 +497,62 @@ mod tests {
             .unwrap();
             let panic = std::panic::catch_unwind(AssertUnwindSafe(|| thread.join())).unwrap_err();
             assert_eq!(panic.downcast_ref(), Some(&"a task fell"));
+        }
+    }
+
+    #[test]
+    fn tasks_that_are_left_are_dropped_with_what_they_hold() {
+        struct Dropped(Rc<Cell<u32>>);
+        impl Drop for Dropped {
+            fn drop(&mut self) {
+                self.0.set(self.0.get() + 1);
+            }
+        }
+        for driver in BOTH {
+            let dropped = Rc::new(Cell::new(0));
+            block_on_with(driver, async {
+                for n in 0..4 {
+                    let held = Dropped(Rc::clone(&dropped));
+                    spawn_local(async move {
+                        let _held = held;
+                        match n {
+                            0 => {}
+                            1 => std::future::pending().await,
+                            2 => RealClock::new().sleep(Duration::from_secs(3600)).await,
+                            _ => loop {
+                                yield_now().await;
+                            },
+                        }
+                    });
+                }
+                yield_now().await;
+                // One that is not polled once before the end.
+                let held = Dropped(Rc::clone(&dropped));
+                spawn_local(async move { drop(held) });
+            })
+            .unwrap();
+            assert_eq!(dropped.get(), 5);
+        }
+    }
+
+    #[test]
+    fn a_thread_does_not_end_before_what_it_started() {
+        for driver in BOTH {
+            let ended = Arc::new(AtomicBool::new(false));
+            let by_call = Arc::clone(&ended);
+            block_on_with(driver, async {
+                let (go, may_go) = mpsc::channel();
+                let mut call = Box::pin(run_blocking(move || {
+                    may_go.recv().unwrap();
+                    // Gives a thread that does not wait every chance to end first.
+                    (0..10_000).for_each(|_| std::thread::yield_now());
+                    by_call.store(true, Ordering::SeqCst);
+                }));
+                assert!(futures_util::poll!(call.as_mut()).is_pending());
+                go.send(()).unwrap();
+            })
+            .unwrap();
+            assert!(ended.load(Ordering::SeqCst));
         }
     }
 

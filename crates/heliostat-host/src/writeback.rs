@@ -127,7 +127,8 @@ impl Writeback {
         let (Ok(offset), Ok(len)) = (i64::try_from(range.offset()), i64::try_from(range.len())) else {
             return;
         };
-        // An error here is not an answer to anybody: the flush that promises durability reports its own.
+        // An error here is not an answer to anybody. The file was opened for this alone, so the flush that
+        // promises durability is told the same error.
         // SAFETY: the call takes numbers only, and the descriptor is open as long as `self` is.
         unsafe { libc::sync_file_range(self.file.as_raw_fd(), offset, len, flags) };
     }

@@ -34,7 +34,42 @@ pub(crate) struct Bench {
     /// Guests should come to their end.
     pub(crate) last_orders: AtomicBool,
     pub(crate) requests: AtomicU64,
+    /// Nothing in this run takes long, so whoever waits for long has missed a wake-up and was saved by a timer.
+    pub(crate) is_quick: bool,
+    seen: Mutex<Seen>,
 }
+
+/// What a run, or many, came across: a search that never saw a pivot says little of pivots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Guests' requests.
+    pub requests: u64,
+    /// Jobs after which guests were on the target.
+    pub pivots: u64,
+    /// Jobs that left a consistent copy.
+    pub copies: u64,
+    /// Jobs that were cancelled.
+    pub cancelled: u64,
+    /// Jobs that failed.
+    pub failed: u64,
+    /// Errors that jobs met.
+    pub errors: u64,
+}
+
+impl Seen {
+    /// Adds what another run saw.
+    pub const fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.pivots += other.pivots;
+        self.copies += other.copies;
+        self.cancelled += other.cancelled;
+        self.failed += other.failed;
+        self.errors += other.errors;
+    }
+}
+
+/// In a quick run nothing takes so long; a mirror's own timer, which would hide a missed wake-up, is longer.
+pub(crate) const QUICK: Duration = Duration::from_millis(45);
 
 /// What a guest may have to wait for. For the promise that it waits for nothing else.
 #[derive(Default)]
@@ -48,7 +83,7 @@ pub(crate) struct Waits {
 }
 
 impl Bench {
-    pub(crate) fn new(world: Arc<World>, graph: Arc<Graph>, disks: Vec<Disk>) -> Arc<Self> {
+    pub(crate) fn new(world: Arc<World>, graph: Arc<Graph>, disks: Vec<Disk>, is_quick: bool) -> Arc<Self> {
         let oracle = Mutex::new(Oracle::new(disks[0].storage.visible()));
         disks[0].storage.forgets_no_more();
         Arc::new(Self {
@@ -62,11 +97,18 @@ impl Bench {
             guests: AtomicU64::new(0),
             last_orders: AtomicBool::new(false),
             requests: AtomicU64::new(0),
+            is_quick,
+            seen: Mutex::default(),
         })
     }
 
     pub(crate) fn oracle(&self) -> MutexGuard<'_, Oracle> {
         self.oracle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What has been come across so far.
+    pub(crate) fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The number of the disk that guests use.
@@ -79,7 +121,9 @@ impl Bench {
         self.disks[self.current()].storage.may_forget();
         self.disks[to].storage.forgets_no_more();
         self.current.store(to, Ordering::SeqCst);
-        self.oracle().settle(image);
+        let mut oracle = self.oracle();
+        oracle.settle(image);
+        oracle.flushes_failed(self.disks[to].storage.flush_failures());
     }
 
     pub(crate) fn disk_of(&self, node: &Arc<Node>) -> &Disk {

@@ -20,6 +20,8 @@ mod storage;
 mod watch;
 mod world;
 
+pub use bench::Seen;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Whether a run tells what happens in it.
@@ -35,7 +37,7 @@ pub enum Trace {
 ///
 /// # Errors
 /// What went wrong first, in words.
-pub fn run(seed: u64, trace: Trace) -> Result<(), String> {
+pub fn run(seed: u64, trace: Trace) -> Result<Seen, String> {
     let ended = catch_unwind(AssertUnwindSafe(|| scenario::run(random::mix(seed), trace == Trace::On)));
     ended.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use heliostat_sim::Trace;
+use heliostat_sim::{Seen, Trace};
 
 /// Runs the core against simulated storage and time, once for each seed.
 #[derive(Parser)]
@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         passed: AtomicU64::new(0),
         failures_max: options.failures,
         failed: Mutex::new(Vec::new()),
+        seen: Mutex::default(),
         trace,
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -61,6 +62,11 @@ fn main() -> ExitCode {
         println!("seed {seed}: {what}");
         println!("  again: cargo run --profile sim -p heliostat-sim -- --seed {seed} --trace");
     }
+    let seen = *search.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    println!(
+        "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met",
+        seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors
+    );
     let skipped = count - passed - u64::try_from(failed.len()).unwrap_or(0);
     println!("{passed} passed, {} failed, {skipped} skipped", failed.len());
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -73,6 +79,7 @@ struct Search {
     failures_max: u64,
     /// In the order in which they were found.
     failed: Mutex<Vec<(u64, String)>>,
+    seen: Mutex<Seen>,
     trace: Trace,
 }
 
@@ -95,8 +102,9 @@ impl Search {
                 return;
             }
             match heliostat_sim::run(seed, self.trace) {
-                Ok(()) => {
+                Ok(seen) => {
                     self.passed.fetch_add(1, Ordering::Relaxed);
+                    self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
                 }
                 Err(what) => {
                     let mut failed = self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

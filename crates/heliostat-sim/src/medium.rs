@@ -28,6 +28,8 @@ pub(crate) struct Medium {
     status: Vec<ExtentStatus>,
     /// Counts what landed on each sector.
     version: Vec<u64>,
+    /// The version that is durable.
+    durable_version: Vec<u64>,
     /// Sectors that a crash may lose, and a flush makes durable.
     cached: BTreeSet<usize>,
     /// Sectors that a failed flush has lost: a flush does nothing for them.
@@ -45,6 +47,7 @@ impl Medium {
             visible: bytes,
             status: vec![ExtentStatus::Hole; sectors],
             version: vec![0; sectors],
+            durable_version: vec![0; sectors],
             cached: BTreeSet::new(),
             lost: BTreeSet::new(),
         };
@@ -54,10 +57,6 @@ impl Medium {
             }
         }
         medium
-    }
-
-    pub(crate) fn size(&self) -> u64 {
-        u64_from(self.visible.len())
     }
 
     pub(crate) fn visible(&self) -> &[u8] {
@@ -118,6 +117,7 @@ impl Medium {
     fn persist_sector(&mut self, sector: usize) {
         let bytes = self.bytes_of(sector);
         self.durable[bytes.clone()].copy_from_slice(&self.visible[bytes]);
+        self.durable_version[sector] = self.version[sector];
         self.cached.remove(&sector);
         self.lost.remove(&sector);
     }
@@ -142,9 +142,10 @@ impl Medium {
             }
             if version == self.version[sector] || random.chance(500) {
                 self.persist_sector(sector);
-            } else {
+            } else if version > self.durable_version[sector] {
                 let bytes = self.bytes_of(sector);
                 self.durable[bytes].copy_from_slice(&content);
+                self.durable_version[sector] = version;
             }
         }
     }

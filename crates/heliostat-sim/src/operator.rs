@@ -33,6 +33,10 @@ pub(crate) struct Errand {
     /// How many verbs are said at random, and the longest time between two.
     pub(crate) verbs: u64,
     pub(crate) verb_gap: Duration,
+    /// How long a job that is ready is left alone.
+    pub(crate) linger: Duration,
+    /// The longest time between two looks at a job that is to end.
+    pub(crate) patience: Duration,
     pub(crate) goal: Goal,
     /// The end is asked only when nothing is left to copy.
     pub(crate) patient: bool,
@@ -85,6 +89,8 @@ impl Operator {
             on_target_error: errand.mirror.on_target_error,
             since: self.bench.oracle().now(),
             deadline: errand.mirror.target_deadline,
+            auto_finalize: errand.job.auto_finalize,
+            doubles: errand.job.copy_mode == CopyMode::WriteBlocking,
             impulse: errand.impulse,
         };
         self.bench.world.trace(|| format!("operator: mirror {known:?} {:?} {:?}", errand.job, errand.mirror));
@@ -110,6 +116,7 @@ impl Operator {
             if watch.is_gone() {
                 return;
             }
+            watch.look(job);
             let verb = self.verb(job.status());
             watch.ask(job, verb);
         }
@@ -133,13 +140,20 @@ impl Operator {
     /// Brings the job to its end.
     async fn finish(&mut self, job: &Job, watch: &Watch, errand: &Errand) {
         let mut quiet_since = None;
+        let mut linger = Some(errand.linger);
         while !watch.is_gone() && self.bench.world.failure().is_none() {
+            watch.look(job);
             let now = self.bench.world.time();
             let quiet = now >= self.faults_until && self.bench.guests.load(Ordering::SeqCst) == 0;
             if quiet && now.saturating_sub(*quiet_since.get_or_insert(now)) > END_WITHIN {
                 let state = (job.status(), job.orders(), job.figures());
                 self.bench.world.fail(format!("job: does not come to its end: {state:?}"));
                 return;
+            }
+            if job.status() == JobStatus::Ready
+                && let Some(linger) = linger.take()
+            {
+                self.bench.clock.sleep(linger).await;
             }
             let verb = match job.status() {
                 JobStatus::Running | JobStatus::Ready if job.orders().speed > 0 => Some(Verb::SetSpeed(0)),
@@ -152,6 +166,10 @@ impl Operator {
                     Goal::Copy => Verb::Cancel(Force::Soft),
                     Goal::Cancel => Verb::Cancel(Force::Hard),
                 }),
+                // Its limit cannot be changed any more, and may be for hours.
+                JobStatus::Pending if job.orders().speed > 0 && self.is_long(quiet_since) => {
+                    Some(Verb::Cancel(Force::Hard))
+                }
                 JobStatus::Pending => Some(Verb::Finalize),
                 JobStatus::Concluded => Some(Verb::Dismiss),
                 _ => None,
@@ -159,8 +177,12 @@ impl Operator {
             if let Some(verb) = verb {
                 watch.ask(job, verb);
             }
-            let gap = self.random.even_time(Duration::from_millis(100));
+            let gap = self.random.even_time(errand.patience);
             self.bench.clock.sleep(gap).await;
         }
+    }
+
+    fn is_long(&self, since: Option<Duration>) -> bool {
+        since.is_some_and(|since| self.bench.world.time().saturating_sub(since) > END_WITHIN / 2)
     }
 }

@@ -15,7 +15,7 @@ use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node, NodeOptions};
 use heliostat_block::range::ByteRange;
 
-use crate::bench::{Bench, Disk};
+use crate::bench::{Bench, Disk, Seen};
 use crate::faults::Profile;
 use crate::guest::{Guest, Workload};
 use crate::operator::{Errand, Goal, Operator};
@@ -42,7 +42,7 @@ impl Settings {
         let granularity = random.pick(&[512, 512, 1024, 4096, 4096, 16 << 10, 64 << 10]);
         let granules = random.pick(&[1, 2, 3, 5, 8, 20, 40]);
         let tail = if random.chance(500) { 0 } else { random.below(u64::from(granularity)) };
-        let size = (granules * u64::from(granularity) + tail).min(1 << 20);
+        let size = (granules * u64::from(granularity) + tail).min(512 << 10);
         let delay_max = Duration::from_micros(random.pick(&[50, 500, 5_000, 50_000]));
         Self {
             size,
@@ -59,7 +59,7 @@ impl Settings {
 ///
 /// # Errors
 /// What went wrong first.
-pub(crate) fn run(seed: u64, tracing: bool) -> Result<(), String> {
+pub(crate) fn run(seed: u64, tracing: bool) -> Result<Seen, String> {
     let mut random = Random::new(seed);
     let settings = Settings::draw(&mut random);
     let world = World::new(tracing);
@@ -72,7 +72,10 @@ pub(crate) fn run(seed: u64, tracing: bool) -> Result<(), String> {
     for disk in &disks {
         graph.add(Arc::clone(&disk.node)).map_err(|error| error.to_string())?;
     }
-    let bench = Bench::new(Arc::clone(&world), graph, disks);
+    let is_quick = settings.delay_max <= Duration::from_micros(50)
+        && settings.step_cost <= Duration::from_micros(1)
+        && disks.iter().all(|disk| disk.storage.profile().hangs == 0);
+    let bench = Bench::new(Arc::clone(&world), graph, disks, is_quick);
     start_guests(&bench, &executor, &settings, &mut random)?;
     start_drainer(&bench, &executor, &settings, &mut random);
     watch_for_crashes(&bench, &executor, &settings, &mut random);
@@ -94,7 +97,7 @@ pub(crate) fn run(seed: u64, tracing: bool) -> Result<(), String> {
     world.trace(|| format!("{steps} steps, {} requests", bench.requests.load(Ordering::SeqCst)));
     world.end();
     executor.clear();
-    result
+    result.map(|()| Seen { requests: bench.requests.load(Ordering::SeqCst), ..*bench.seen() })
 }
 
 fn check_after(bench: &Bench) -> Result<(), String> {
@@ -202,14 +205,21 @@ fn start_guests(
     let hot_len = random.pick(&[512, 4096, settings.size]).min(settings.size);
     let hot = random.below(settings.size - hot_len + 1);
     let workload = Workload {
-        requests: random.pick(&[0, 10, 60, 200]).min(800 / at_once),
+        requests: random.pick(&[0, 10, 60, 200, 200]).min(800 / at_once),
         last_requests: random.below(10),
         at_once,
-        think: settings.delay_max * random.pick(&[0, 1, 5]),
+        think: settings.delay_max * random.pick(&[0, 1, 5, 20]),
         len_max: len_max.min(settings.size),
         unit: random.pick(&[1, 512, 512, 4096]),
         hot: ByteRange::from_bounds(hot, hot + hot_len),
-        reads: random.pick(&[100, 300]),
+        hot_share: random.pick(&[0, 300, 700, 950]),
+        shares: [
+            random.pick(&[0, 100, 300]),
+            random.pick(&[0, 60]),
+            random.pick(&[0, 40]),
+            random.pick(&[0, 0, 70]),
+            random.pick(&[0, 130]),
+        ],
         step_cost: settings.step_cost,
     };
     let exports = random.pick(&[1, 1, 2]);
@@ -289,6 +299,7 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
             settings.delay_max / 4,
             settings.delay_max * 3,
             Duration::from_secs(1),
+            Duration::from_secs(1),
         ]),
     };
     let verbs = [
@@ -307,13 +318,16 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
             auto_finalize: random.chance(600),
             auto_dismiss: random.chance(700),
             speed: random.pick(&[0, 0, 0, 1 << 20, 64 << 10]),
-            copy_mode: random.pick(&[CopyMode::Background, CopyMode::WriteBlocking]),
+            copy_mode: random.pick(&[CopyMode::Background, CopyMode::WriteBlocking, CopyMode::WriteBlocking]),
         },
         mirror,
         impulse: random.chance(150).then(|| (random.pick(&moments), random.pick(&verbs))),
         before: random.time(settings.delay_max * 20),
         verbs: random.pick(&[0, 0, 3, 12]),
-        verb_gap: settings.delay_max * random.pick(&[2, 20]) + Duration::from_millis(random.pick(&[0, 60])),
+        verb_gap: settings.delay_max * random.pick(&[2, 20])
+            + Duration::from_millis(random.pick(&[0, 0, 60])),
+        linger: settings.delay_max * random.pick(&[0, 50, 300]),
+        patience: settings.delay_max * random.pick(&[2, 20]) + Duration::from_millis(random.pick(&[1, 100])),
         goal: random.pick(&[Goal::Complete, Goal::Complete, Goal::Complete, Goal::Copy, Goal::Cancel]),
         patient: random.chance(200),
     }

@@ -41,6 +41,7 @@ struct State {
     in_flight: u64,
     errors: u64,
     requests: u64,
+    flush_failures: u64,
     forgets: bool,
 }
 
@@ -67,7 +68,8 @@ impl SimStorage {
         let size = u64_from(bytes.len());
         let forgets = profile.forgets;
         let medium = Medium::new(bytes);
-        let state = State { medium, random, in_flight: 0, errors: 0, requests: 0, forgets };
+        let state =
+            State { medium, random, in_flight: 0, errors: 0, requests: 0, flush_failures: 0, forgets };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)), size })
     }
 
@@ -88,6 +90,11 @@ impl SimStorage {
     /// Requests that have begun so far.
     pub(crate) fn requests(&self) -> u64 {
         lock(&self.state).requests
+    }
+
+    /// Flushes that have failed so far.
+    pub(crate) fn flush_failures(&self) -> u64 {
+        lock(&self.state).flush_failures
     }
 
     /// What is read now, everywhere.
@@ -364,6 +371,7 @@ impl Storage for SimStorage {
                 (Kind::Flush, nowhere, inline),
                 |_, _| (),
                 move |state, good| {
+                    state.flush_failures += u64::from(!good);
                     let State { medium, random, .. } = state;
                     if good { medium.flush_succeeds(start, random) } else { medium.flush_fails(random) }
                 },

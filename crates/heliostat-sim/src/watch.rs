@@ -13,7 +13,7 @@ use heliostat_block::job::{
     CopyMode, End, ErrorAction, Force, Job, JobEvent, JobStatus, OnError, Operation, Verb, may_become,
 };
 
-use crate::bench::Bench;
+use crate::bench::{Bench, QUICK};
 use crate::medium::Medium;
 
 /// What is known of a job, beside what it says itself.
@@ -28,6 +28,9 @@ pub(crate) struct Known {
     pub(crate) since: u64,
     /// How long a guest waits for the target.
     pub(crate) deadline: Duration,
+    pub(crate) auto_finalize: bool,
+    /// It begins in write-blocking mode.
+    pub(crate) doubles: bool,
     /// A verb that is said in the very moment in which a status is announced.
     pub(crate) impulse: Option<(JobStatus, Verb)>,
 }
@@ -51,11 +54,20 @@ struct Heard {
     dismissed: bool,
     impulse_done: bool,
     gate_asked: bool,
+    /// `finalize` was accepted, and no error has taken it back.
+    finalized: bool,
+    /// Requests that the target had been asked when the job said that it was paused.
+    quiet_at: Option<u64>,
+    /// Guests' writes may go to the target at any time.
+    doubles: bool,
+    /// The last figures: bytes done.
+    offset: u64,
 }
 
 impl Watch {
     pub(crate) fn new(bench: Arc<Bench>, known: Known) -> Arc<Self> {
-        Arc::new(Self { bench, known, heard: Mutex::default() })
+        let heard = Heard { doubles: known.doubles, ..Heard::default() };
+        Arc::new(Self { bench, known, heard: Mutex::new(heard) })
     }
 
     fn heard(&self) -> MutexGuard<'_, Heard> {
@@ -69,6 +81,15 @@ impl Watch {
     /// Whether the end has been said and the job is gone.
     pub(crate) fn is_gone(&self) -> bool {
         self.heard().status == Some(JobStatus::Null)
+    }
+
+    /// Looks at the job's figures.
+    pub(crate) fn look(&self, job: &Job) {
+        let figures = job.figures();
+        let before = std::mem::replace(&mut self.heard().offset, figures.offset);
+        if figures.len != figures.offset + figures.dirty || figures.offset < before {
+            self.fail(&format!("its figures make no sense: {before} bytes done before, now {figures:?}"));
+        }
     }
 
     /// Asks a verb of the job, and remembers if it was accepted.
@@ -92,7 +113,11 @@ impl Watch {
             Verb::Complete => heard.wanted = Some(End::Complete),
             Verb::Dismiss => heard.dismissed = true,
             // The way back is not counted: writes that are under way still go to both sides.
-            Verb::Change(CopyMode::WriteBlocking) => self.bench.waits.doubling_begins(self.known.deadline),
+            Verb::Change(CopyMode::WriteBlocking) => {
+                heard.doubles = true;
+                self.bench.waits.doubling_begins(self.known.deadline);
+            }
+            Verb::Finalize => heard.finalized = true,
             _ => {}
         }
     }
@@ -121,7 +146,7 @@ impl Watch {
                 }
             }
             JobEvent::Error { operation, action, errno, .. } => self.hear_error(*operation, *action, *errno),
-            JobEvent::Completed(_) | JobEvent::Cancelled => self.hear_end(event),
+            JobEvent::Completed(_) | JobEvent::Cancelled => self.hear_end(job, event),
         }
     }
 
@@ -133,7 +158,16 @@ impl Watch {
             Some(before) => may_become(before, status),
         };
         let ended = heard.end.is_some();
+        let asked = self.bench.disks[self.known.target].storage.requests();
+        let quiet_at = heard.quiet_at.take();
+        if matches!(status, JobStatus::Paused | JobStatus::Standby) {
+            heard.quiet_at = Some(asked);
+        }
+        let moved = quiet_at.is_some_and(|before| before != asked) && !heard.doubles;
         drop(heard);
+        if moved {
+            self.fail("it wrote to the target while it was paused");
+        }
         if !allowed {
             self.fail(&format!("{status:?} was announced after {before:?}"));
         }
@@ -150,14 +184,19 @@ impl Watch {
         if policy.action(errno == Some(crate::faults::ENOSPC)) != action {
             self.fail(&format!("{action:?} is not what {policy:?} means for {errno:?}"));
         }
+        self.bench.seen().errors += 1;
+        if action == ErrorAction::Stop && self.heard().status == Some(JobStatus::Pending) {
+            self.heard().finalized = false;
+        }
         self.heard().reported |= action == ErrorAction::Report;
     }
 
-    fn hear_end(&self, event: &JobEvent) {
+    fn hear_end(&self, job: &Job, event: &JobEvent) {
         let (cancelled, wanted, reported, ready, again) = {
             let mut heard = self.heard();
             let again = heard.end.replace(event.clone()).is_some();
-            (heard.cancelled, heard.wanted, heard.reported, heard.ready, again)
+            let ready = heard.ready && (heard.finalized || self.known.auto_finalize);
+            (heard.cancelled, heard.wanted, heard.reported, ready, again)
         };
         let (source, target) = (&self.bench.disks[self.known.source], &self.bench.disks[self.known.target]);
         let sizes_differ = source.node.size() != target.node.size();
@@ -169,11 +208,25 @@ impl Watch {
         if again || !fits {
             self.fail(&format!(
                 "{event:?} does not fit: cancelled {cancelled}, wanted {wanted:?}, reported {reported}, \
-                 ready {ready}, said before {again}"
+                 ready and finalized {ready}, said before {again}"
             ));
+        }
+        {
+            let mut seen = self.bench.seen();
+            let count = match (event, wanted) {
+                (JobEvent::Completed(None), Some(End::Complete)) => &mut seen.pivots,
+                (JobEvent::Completed(None), _) => &mut seen.copies,
+                (JobEvent::Completed(Some(_)), _) => &mut seen.failed,
+                _ => &mut seen.cancelled,
+            };
+            *count += 1;
         }
         if *event == JobEvent::Completed(None) {
             self.check_copy(wanted == Some(End::Complete));
+            let pause = job.figures().pause.filter(|pause| self.bench.is_quick && *pause > QUICK);
+            if let Some(pause) = pause {
+                self.fail(&format!("the gate was closed for {pause:?}, and nothing took long"));
+            }
         }
         self.check_left(*event == JobEvent::Completed(None) && wanted == Some(End::Complete));
         if std::mem::replace(&mut self.heard().gate_asked, false) {

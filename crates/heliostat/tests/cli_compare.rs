@@ -1,5 +1,7 @@
 //! `heliostat compare`: same, different and trouble, in agreement with `qemu-img compare`.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod common;
 
 use std::fs::File;

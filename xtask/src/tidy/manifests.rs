@@ -44,6 +44,7 @@ pub fn check(file: &File) -> Vec<Finding> {
             refuse(format!("`{name}` must not ship"));
         }
     }
+    findings.extend(planted_bugs(file));
     // A workspace of its own (the fuzzer's) has nobody to take them from.
     let is_member = file.text.contains("[package]") && !file.text.lines().any(|line| line == "[workspace]");
     if is_member && !inherits_lints(&file.text) {
@@ -52,6 +53,23 @@ pub fn check(file: &File) -> Vec<Finding> {
             1,
             "a crate takes the workspace's lints: `[lints] workspace = true`",
         ));
+    }
+    findings
+}
+
+/// Bugs are planted by tests only: the feature may be named where it is declared, and by dependencies of tests.
+fn planted_bugs(file: &File) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut section = "";
+    for (index, line) in file.text.lines().map(str::trim).enumerate() {
+        if line.starts_with('[') && line.ends_with(']') {
+            section = line;
+        }
+        let declared = section == "[features]" && line == "planted-bugs = []";
+        let named = line.contains("planted-bugs") && !line.starts_with('#');
+        if named && !declared && !section.contains("dev-dependencies") {
+            findings.push(Finding::new(&file.path, index + 1, "`planted-bugs` is for tests only"));
+        }
     }
     findings
 }
@@ -165,6 +183,15 @@ mod tests {
     fn what_must_not_ship_is_refused_as_a_dependency() {
         refused(PROGRAM, "[dependencies]\nheliostat-sim = { path = \"x\" }", "must not ship");
         assert!(findings(PROGRAM, "[dev-dependencies]\nheliostat-sim = { path = \"x\" }").is_empty());
+    }
+
+    #[test]
+    fn planted_bugs_outside_tests_are_refused() {
+        let uses = "heliostat-block = { workspace = true, features = [\"planted-bugs\"] }";
+        refused(PROGRAM, &format!("[dependencies]\n{uses}"), "for tests only");
+        refused(BLOCK, "[features]\ndefault = [\"planted-bugs\"]\nplanted-bugs = []", "for tests only");
+        assert!(findings(PROGRAM, &format!("[dev-dependencies]\n{uses}")).is_empty());
+        assert!(findings(BLOCK, "[features]\nplanted-bugs = []").is_empty());
     }
 
     #[test]

@@ -9,11 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Operation;
 use super::doubling::{Payload, TargetHalf};
-use super::scan::reads_zero;
+use super::scan::{Belief, reads_zero};
 use crate::buffer::BufferPool;
+use crate::clock::yield_once;
 use crate::convert::usize_from;
 use crate::error::BlockError;
+use crate::limits::COPY_LEN_MAX;
 use crate::node::Node;
+use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, ZeroEffort, ZeroSpace};
 
@@ -55,12 +58,26 @@ impl Route {
         cached(&self.source) && cached(&self.target)
     }
 
+    /// What the first pass may believe of the target.
+    pub(crate) fn belief(&self, target_is_zero: bool) -> Belief {
+        match (self.trust_target.load(Ordering::Relaxed), target_is_zero) {
+            (false, _) => Belief::Nothing,
+            (true, false) => Belief::WhatItSays,
+            (true, true) => Belief::AllZero,
+        }
+    }
+
     /// Brings `range` over.
     pub(crate) async fn copy(&self, range: ByteRange) -> Result<Copied, CopyError> {
         let mut copied = Copied::default();
         let mut from = range.offset();
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
+            if let Some(hole) = planted::old_hole(Extent { range: rest, status: ExtentStatus::Data }) {
+                self.zero(hole.range, &mut copied).await?;
+                from = hole.range.end();
+                continue;
+            }
             let extents = self.source.extents_below(rest).await.map_err(|e| (Operation::Read, e))?;
             for extent in extents.iter().filter_map(|e| Some((e.range.intersection(rest)?, e.status))) {
                 match extent {
@@ -69,8 +86,10 @@ impl Route {
                 }
                 from = extent.0.end();
             }
-            if extents.is_empty() {
-                break;
+            if from == rest.offset() {
+                // A storage that says nothing of the range has to be read.
+                self.copy_data(rest, &mut copied).await?;
+                from = rest.end();
             }
         }
         self.target.start_writeback(range);
@@ -81,9 +100,10 @@ impl Route {
     pub(crate) async fn write_half(&self, half: &TargetHalf) -> Result<(), BlockError> {
         let tracked = self.target.enter().await;
         match &half.payload {
-            Payload::Data(data) => tracked.write(half.range.offset(), data.clone(), half.durability).await,
+            Payload::Data(data) => tracked.write(half.range.offset(), data.clone(), Durability::Cached).await,
             Payload::Zeroes(space) => {
-                tracked.write_zeroes(half.range, *space, ZeroEffort::Any, half.durability).await
+                let space = if self.zero_space == ZeroSpace::Keep { ZeroSpace::Keep } else { *space };
+                tracked.write_zeroes(half.range, space, ZeroEffort::Any, Durability::Cached).await
             }
         }
     }
@@ -103,6 +123,10 @@ impl Route {
             let written = tracked.write(piece.offset(), buffer.freeze(), Durability::Cached).await;
             written.map_err(|error| (Operation::Write, error))?;
             copied.data += piece.len();
+            if range.len() > COPY_LEN_MAX {
+                // A granule this long would hold up everything else on the thread.
+                yield_once().await;
+            }
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,8 +18,9 @@ use futures_util::future::{Either, select};
 use super::range_table::{Kind, RangeTable, Ticket, Turn};
 use crate::clock::Clock;
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
-use crate::storage::{Durability, ZeroSpace};
+use crate::storage::ZeroSpace;
 
 /// What a doubled write puts into its range.
 #[derive(Clone, Debug)]
@@ -31,13 +32,13 @@ pub(crate) enum Payload {
 }
 
 /// The target's half of a doubled write, for the job to carry out. Must be given back with
-/// [`Doubling::half_ended`].
+/// [`Doubling::half_ended`]. Never a durable write: that would be told the error of an older one, which is the
+/// flush's to tell.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct TargetHalf {
     pub(crate) range: ByteRange,
     pub(crate) payload: Payload,
-    pub(crate) durability: Durability,
     ticket: Ticket,
     fate: Arc<Fate>,
 }
@@ -65,8 +66,8 @@ pub(crate) struct Doubled {
 /// What stands between a source node and its mirror.
 pub(crate) struct Doubling {
     bitmap: DirtyBitmap,
-    /// Held while bits are cleared, so that entering C and clearing is one step. No other lock is taken
-    /// under it.
+    /// Held while bits are cleared, so that entering C and clearing is one step. Under it only the bitmap's own
+    /// lock of a look at it is taken.
     table: Mutex<Table>,
     write_blocking: AtomicBool,
     /// The job sleeps and wants to hear of the next mark; of one only, so that a busy guest pays for one wake.
@@ -84,7 +85,8 @@ pub(crate) struct Doubling {
 #[derive(Default)]
 struct Table {
     ranges: RangeTable,
-    /// Halves that the job has not taken up; bounded by the permits of the clients that wait for them.
+    /// Halves that the job has not taken up; bounded by the permits of the clients that wait for them, since
+    /// none is added while one has lost its client.
     halves: VecDeque<TargetHalf>,
     closed: bool,
 }
@@ -136,7 +138,8 @@ impl Doubling {
     }
 
     fn rouse(&self, wanted: &AtomicBool) {
-        // Sequentially consistent with the job's "want, then look": one of the two sees the other.
+        // With the job's "want, then look": one of the two sees the other.
+        fence(Ordering::SeqCst);
         if wanted.load(Ordering::SeqCst) && wanted.swap(false, Ordering::SeqCst) {
             self.wake.notify(usize::MAX);
         }
@@ -151,7 +154,6 @@ impl Doubling {
         self: &Arc<Self>,
         range: ByteRange,
         payload: impl FnOnce() -> Payload,
-        durability: Durability,
     ) -> Option<Doubled> {
         if !self.is_write_blocking() || range.is_empty() {
             return None;
@@ -169,7 +171,7 @@ impl Doubling {
         waiting.has_turn = true;
         let ticket = waiting.ticket;
         let fate = Arc::new(Fate::default());
-        self.hand_over(TargetHalf { range, payload: payload(), durability, ticket, fate: Arc::clone(&fate) });
+        self.hand_over(TargetHalf { range, payload: payload(), ticket, fate: Arc::clone(&fate) });
         Some(Doubled { doubling: Arc::clone(self), ticket, range, fate, finished: false })
     }
 
@@ -205,7 +207,11 @@ impl Doubling {
     /// The target's half has surely ended. What the guest no longer waited for, or what failed, is dirty.
     pub(crate) fn half_ended(&self, half: TargetHalf, written: bool) {
         let mut table = self.table();
-        if !written || table.ranges.kind(half.ticket) == Kind::Unknown {
+        if is_planted(Bug::LateWriteForgotten) && !table.ranges.contains(half.ticket) {
+            return;
+        }
+        let failed = !written && !is_planted(Bug::FailedHalfNotMarked);
+        if failed || table.ranges.kind(half.ticket) == Kind::Unknown {
             self.bitmap.mark(half.range);
         }
         let gone = table.ranges.part_ended(half.ticket);
@@ -234,7 +240,9 @@ impl Doubling {
                     let whole_granules = ByteRange::from_bounds(dirty.offset(), end);
                     if !whole_granules.is_empty() {
                         let ticket = table.ranges.enter_copy(whole_granules);
-                        self.bitmap.clear(whole_granules);
+                        if !is_planted(Bug::ClearAfterRead) {
+                            self.bitmap.clear(whole_granules);
+                        }
                         return Some(Copying { ticket, range: whole_granules });
                     }
                     dirty.offset() + granularity
@@ -247,6 +255,9 @@ impl Doubling {
     /// A copy has ended; a failed one is dirty again.
     pub(crate) fn end_copy(&self, copying: Copying, copied: bool) {
         let mut table = self.table();
+        if is_planted(Bug::ClearAfterRead) {
+            self.bitmap.clear(copying.range);
+        }
         if !copied {
             self.bitmap.mark(copying.range);
         }
@@ -260,10 +271,19 @@ impl Doubling {
         self.table().ranges.copying_bytes()
     }
 
-    /// Doubled and unknown writes that stand in the table.
+    /// What is left: dirty or on its way.
+    pub(crate) fn left_bytes(&self) -> u64 {
+        self.bitmap.dirty_bytes() + self.copying_bytes()
+    }
+
+    /// Doubled writes that stand in the table.
     pub(crate) fn doubled_in_flight(&self) -> usize {
-        let table = self.table();
-        table.ranges.count(Kind::Doubled) + table.ranges.count(Kind::Unknown)
+        self.table().ranges.count(Kind::Doubled)
+    }
+
+    /// Target writes of unknown fate that stand in the table.
+    pub(crate) fn unknown_in_flight(&self) -> usize {
+        self.table().ranges.count(Kind::Unknown)
     }
 
     /// Takes no more doubled writes; those whose half the job has not taken up become plain.
@@ -290,6 +310,7 @@ impl Doubling {
         let wake = self.wake.listen();
         self.wants_halves.store(true, Ordering::SeqCst);
         self.wants_marks.store(marks, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         let marked = marks && !self.bitmap.is_clean();
         if !marked && self.table().halves.is_empty() {
             wake.await;
@@ -357,7 +378,7 @@ impl Doubled {
     pub(crate) async fn finish(mut self, source_written: bool) {
         self.wait_for_target().await;
         self.finished = true;
-        if !source_written {
+        if !source_written && !is_planted(Bug::FailedWriteNotMarked) {
             self.doubling.mark(self.range);
         }
         if !self.fate.told.load(Ordering::SeqCst) {
@@ -383,7 +404,11 @@ impl Doubled {
 
     fn lose_sight(&self) {
         self.doubling.mark(self.range);
-        self.doubling.table().ranges.lose_sight(self.ticket);
+        if is_planted(Bug::LateWriteForgotten) {
+            self.doubling.table().ranges.remove(self.ticket);
+        } else {
+            self.doubling.table().ranges.lose_sight(self.ticket);
+        }
         self.doubling.left.notify(usize::MAX);
     }
 }
@@ -393,5 +418,111 @@ impl Drop for Doubled {
         if !self.finished {
             self.lose_sight();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::clock::{LocalFuture, Moment};
+
+    /// A clock whose deadlines have passed, or never come.
+    struct Standing {
+        deadlines_pass: bool,
+    }
+
+    impl Clock for Standing {
+        fn now(&self) -> Moment {
+            Moment::START
+        }
+
+        fn sleep_until(&self, _: Moment) -> LocalFuture<'static, ()> {
+            if self.deadlines_pass {
+                Box::pin(std::future::ready(()))
+            } else {
+                Box::pin(std::future::pending())
+            }
+        }
+    }
+
+    fn doubling(deadlines_pass: bool) -> Arc<Doubling> {
+        let bitmap = DirtyBitmap::new(4096, 512).unwrap();
+        let doubling = Doubling::new(bitmap, Duration::ZERO, Arc::new(Standing { deadlines_pass }));
+        doubling.set_write_blocking(true);
+        doubling
+    }
+
+    fn range(offset: u64, len: u64) -> ByteRange {
+        ByteRange::new(offset, len).unwrap()
+    }
+
+    fn begin(doubling: &Arc<Doubling>, range: ByteRange) -> impl Future<Output = Option<Doubled>> {
+        doubling.begin(range, || Payload::Zeroes(ZeroSpace::Keep))
+    }
+
+    #[test]
+    fn a_dropped_wait_for_a_turn_has_left_the_table() {
+        for polls in 0..3 {
+            let doubling = doubling(false);
+            let first = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+            let mut waits = Box::pin(begin(&doubling, range(5, 10)));
+            for _ in 0..polls {
+                assert!(waits.as_mut().now_or_never().is_none());
+            }
+            drop(waits);
+            assert_eq!(doubling.doubled_in_flight(), 1);
+            assert!(doubling.next_half().is_some_and(|half| {
+                doubling.half_ended(half, true);
+                doubling.next_half().is_none()
+            }));
+            assert!(first.finish(true).now_or_never().is_some());
+            assert_eq!(doubling.doubled_in_flight(), 0);
+            assert!(doubling.bitmap().is_clean(), "both sides have it");
+        }
+    }
+
+    #[test]
+    fn who_waits_behind_one_that_was_dropped_gets_its_turn() {
+        let doubling = doubling(false);
+        let first = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+        let mut second = Box::pin(begin(&doubling, range(5, 10)));
+        let mut third = Box::pin(begin(&doubling, range(12, 10)));
+        assert!(second.as_mut().now_or_never().is_none() && third.as_mut().now_or_never().is_none());
+        drop(second);
+        assert!(third.now_or_never().flatten().is_some());
+        drop(first);
+    }
+
+    #[test]
+    fn a_doubled_write_that_is_dropped_is_dirty_and_its_half_of_unknown_fate() {
+        let doubling = doubling(false);
+        let doubled = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+        let mut finishing = Box::pin(doubled.finish(true));
+        assert!(finishing.as_mut().now_or_never().is_none(), "waits for the target");
+        drop(finishing);
+        assert!(doubling.bitmap().is_dirty(range(0, 512)));
+        assert!(doubling.begin_copy(0, 4096).is_none(), "nothing is written beside it");
+        let half = doubling.next_half().unwrap();
+        doubling.half_ended(half, true);
+        let copying = doubling.begin_copy(0, 4096).expect("afterwards it is copied");
+        doubling.end_copy(copying, true);
+        assert_eq!(doubling.unknown_in_flight(), 0);
+    }
+
+    #[test]
+    fn past_the_deadline_the_guest_is_answered_and_the_range_is_dirty() {
+        let doubling = doubling(true);
+        let doubled = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
+        assert!(doubled.finish(true).now_or_never().is_some());
+        assert_eq!(doubling.unknown_in_flight(), 1, "the half is still out");
+        assert!(
+            begin(&doubling, range(5, 10)).now_or_never().flatten().is_none(),
+            "beside it: a plain write"
+        );
+        doubling.close();
+        assert_eq!(doubling.unknown_in_flight(), 0);
+        assert!(doubling.bitmap().is_dirty(range(0, 10)));
     }
 }

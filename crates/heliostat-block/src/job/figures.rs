@@ -8,7 +8,7 @@ use super::copy::Copied;
 use super::progress::{Counted, Progress, Rates, TimeLeft};
 use crate::clock::Moment;
 use crate::latency::{Latencies, LatencySnapshot};
-use crate::limits::{PAUSE_BUDGET_FIRST, PAUSE_BUDGET_LAST, RATE_ASSUMED, TICK};
+use crate::limits::{FLUSH_SAMPLE_MIN, PAUSE_BUDGET_FIRST, PAUSE_BUDGET_LAST, RATE_ASSUMED, TICK};
 
 /// A job's figures at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +71,10 @@ pub(crate) struct Tally {
     zeroes_skipped: u64,
     errors_ignored: u64,
     capacity: Capacity,
+    /// The flush on its way: since when, and what it covers.
+    flush: Option<(Moment, u64)>,
+    /// What the medium took at the last flush, in bytes a second.
+    flush_rate: u64,
     progress: Progress,
     pause: Option<Duration>,
     guest_p99_before: Option<Duration>,
@@ -113,6 +117,8 @@ impl Tally {
             zeroes_skipped: 0,
             errors_ignored: 0,
             capacity: Capacity::default(),
+            flush: None,
+            flush_rate: RATE_ASSUMED,
             progress: Progress::default(),
             pause: None,
             guest_p99_before: before.quantile(990),
@@ -125,7 +131,7 @@ impl Tally {
     }
 
     pub(crate) fn copy_begins(&mut self, now: Moment) {
-        self.capacity.busy_since.get_or_insert((now, self.copied));
+        self.capacity.busy_since.get_or_insert((now, self.data));
     }
 
     pub(crate) fn copy_succeeded(&mut self, len: u64, copied: Copied) {
@@ -136,7 +142,7 @@ impl Tally {
 
     /// No copy is in flight any more.
     pub(crate) fn copies_end(&mut self, now: Moment) {
-        self.capacity.rest(now, self.copied);
+        self.capacity.rest(now, self.data);
     }
 
     pub(crate) const fn error_ignored(&mut self) {
@@ -155,9 +161,24 @@ impl Tally {
     /// What may be left when the gate closes: what the target takes in a few milliseconds; in more of them the
     /// longer it has been `tried`, so that a steady writer cannot put the end off for ever.
     pub(crate) fn pause_budget(&self, tried: Duration) -> u64 {
-        let pause = (PAUSE_BUDGET_FIRST + tried / 16).min(PAUSE_BUDGET_LAST);
-        let per_second = self.capacity.bytes_per_second.unwrap_or(RATE_ASSUMED);
-        u64::try_from(u128::from(per_second) * pause.as_micros() / 1_000_000).unwrap_or(u64::MAX)
+        share(self.capacity.bytes_per_second.unwrap_or(RATE_ASSUMED), pause_at(tried))
+    }
+
+    pub(crate) const fn flush_begins(&mut self, now: Moment, bytes: u64) {
+        self.flush = Some((now, bytes));
+    }
+
+    /// The flush has ended: a slow one says what the medium takes.
+    pub(crate) fn flush_ends(&mut self, now: Moment) {
+        // A flush of little takes its fixed cost, which says nothing of more.
+        if let Some((since, bytes)) = self.flush.take().filter(|(_, bytes)| *bytes >= FLUSH_SAMPLE_MIN) {
+            self.flush_rate = rate(bytes, now.since(since));
+        }
+    }
+
+    /// What may be unflushed when the gate closes; see [`Tally::pause_budget`].
+    pub(crate) fn flush_budget(&self, tried: Duration) -> u64 {
+        share(self.flush_rate, pause_at(tried))
     }
 
     /// Says whether the figures told last are old enough to be told again.
@@ -168,6 +189,7 @@ impl Tally {
     /// The figures now.
     pub(crate) fn tell(&mut self, now: Moment, standing: &Standing, guests: &Latencies) -> Figures {
         self.told_at = Some(now);
+        self.capacity.look(now, self.data);
         let done = self.copied + standing.doubled;
         let counted = Counted { copied: self.copied, left: standing.left };
         self.progress.sample(now, counted);
@@ -210,14 +232,36 @@ impl Tally {
 }
 
 impl Capacity {
-    /// Takes in how fast it went until now, the past counting for seven eighths.
-    fn rest(&mut self, now: Moment, copied: u64) {
-        let Some((since, copied_then)) = self.busy_since.take() else { return };
-        let nanos = now.since(since).as_nanos().max(1);
-        let rate = u128::from(copied - copied_then) * 1_000_000_000 / nanos;
-        let rate = u64::try_from(rate).unwrap_or(u64::MAX);
-        self.bytes_per_second = Some(self.bytes_per_second.map_or(rate, |old| old - old / 8 + rate / 8));
+    /// Takes in how fast data went until now, the past counting for seven eighths. Zeroes say nothing.
+    fn rest(&mut self, now: Moment, data: u64) {
+        let Some((since, data_then)) = self.busy_since.take() else { return };
+        if data > data_then {
+            let rate = rate(data - data_then, now.since(since));
+            self.bytes_per_second = Some(self.bytes_per_second.map_or(rate, |old| old - old / 8 + rate / 8));
+        }
     }
+
+    /// The same where copies never rest.
+    fn look(&mut self, now: Moment, data: u64) {
+        if self.busy_since.is_some_and(|(_, then)| data > then) {
+            self.rest(now, data);
+            self.busy_since = Some((now, data));
+        }
+    }
+}
+
+/// How long guests may be held after so much trying: the longer it took, the longer.
+fn pause_at(tried: Duration) -> Duration {
+    (PAUSE_BUDGET_FIRST + tried / 16).min(PAUSE_BUDGET_LAST)
+}
+
+fn rate(bytes: u64, took: Duration) -> u64 {
+    u64::try_from(u128::from(bytes) * 1_000_000_000 / took.as_nanos().max(1)).unwrap_or(u64::MAX)
+}
+
+/// What goes at `rate` in `time`.
+fn share(rate: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(rate) * time.as_micros() / 1_000_000).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -232,7 +276,7 @@ mod tests {
     fn the_pause_budget_follows_what_the_target_takes_and_grows_with_time() {
         let mut tally = Tally::new(at(0), &Latencies::default());
         tally.copy_begins(at(0));
-        tally.copy_succeeded(1_000_000, Copied::default());
+        tally.copy_succeeded(1_000_000, Copied { data: 1_000_000, ..Copied::default() });
         tally.copies_end(at(1000));
         assert_eq!(tally.pause_budget(Duration::ZERO), 4_000);
         assert_eq!(tally.pause_budget(Duration::from_millis(160)), 14_000);

@@ -11,13 +11,15 @@ use event_listener::{Event, EventListener};
 
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::Copying;
+use super::unflushed::Begun;
 
 /// A copy that has ended, on its way back to its mirror.
-pub(crate) type Ended = (Copying, Result<Copied, CopyError>);
+pub(crate) type Ended = (Begun, Copying, Result<Copied, CopyError>);
 
 /// A copy for a lane.
 pub(crate) struct Errand {
     pub(crate) route: Arc<Route>,
+    pub(crate) begun: Begun,
     pub(crate) copying: Copying,
     pub(crate) returns: Arc<Returns>,
 }
@@ -39,9 +41,9 @@ pub struct Lanes {
 
 #[derive(Default)]
 struct State {
-    /// At most one for each lane: a longer queue would only make a mirror wait for it at its end.
+    /// At most one for each idle lane: nobody waits here behind another mirror's copy, which may hang.
     waiting: VecDeque<Errand>,
-    lanes: usize,
+    idle: usize,
     closed: bool,
 }
 
@@ -51,20 +53,29 @@ impl Lanes {
     /// # Cancel safety
     /// Must not be dropped: the copy that it carries would never come back.
     pub async fn run(self: Arc<Self>) {
-        self.state().lanes += 1;
         loop {
-            let changed = self.changed.listen();
-            let (errand, closed) = {
-                let mut state = self.state();
-                (state.waiting.pop_front(), state.closed)
-            };
-            match errand {
+            match self.next_errand().await {
                 Some(errand) => errand.carry_out().await,
-                None if closed => break,
-                None => changed.await,
+                None => return,
             }
         }
-        self.state().lanes -= 1;
+    }
+
+    /// Idles until there is an errand; `None` when there will be none any more.
+    async fn next_errand(&self) -> Option<Errand> {
+        self.state().idle += 1;
+        loop {
+            let changed = self.changed.listen();
+            {
+                let mut state = self.state();
+                let errand = state.waiting.pop_front();
+                if errand.is_some() || state.closed {
+                    state.idle -= 1;
+                    return errand;
+                }
+            }
+            changed.await;
+        }
     }
 
     /// Lets the lanes end when nothing waits any more.
@@ -73,15 +84,15 @@ impl Lanes {
         self.changed.notify(usize::MAX);
     }
 
-    /// Sends an errand, or gives it back when every lane has enough to do.
+    /// Sends an errand, or gives it back when no lane is idle.
     pub(crate) fn send(&self, errand: Errand) -> Result<(), Errand> {
         let mut state = self.state();
-        if state.closed || state.waiting.len() >= state.lanes {
+        if state.closed || state.waiting.len() >= state.idle {
             return Err(errand);
         }
         state.waiting.push_back(errand);
         drop(state);
-        self.changed.notify(1);
+        self.changed.notify_additional(1);
         Ok(())
     }
 
@@ -92,9 +103,12 @@ impl Lanes {
 
 impl Errand {
     async fn carry_out(self) {
-        let copied = self.route.copy(self.copying.range()).await;
-        self.returns.ended().push((self.copying, copied));
-        self.returns.came.notify(usize::MAX);
+        let Self { route, begun, copying, returns } = self;
+        let copied = route.copy(copying.range()).await;
+        // Before it is said: who hears that the mirror has ended may want the files for himself.
+        drop(route);
+        returns.ended().push((begun, copying, copied));
+        returns.came.notify(usize::MAX);
     }
 }
 

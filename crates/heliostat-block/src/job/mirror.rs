@@ -22,7 +22,7 @@ use super::rate::{Pace, Rest};
 use super::scan::SyncMode;
 use super::source_gate::SourceGate;
 use super::underway::{Done, Underway};
-use super::unflushed::Unflushed;
+use super::unflushed::{Begun, Unflushed};
 use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::buffer::BufferPool;
 use crate::clock::{Clock, Moment};
@@ -30,7 +30,7 @@ use crate::convert::usize_from;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
-use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GATHER, TICK};
+use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
 use crate::storage::ZeroSpace;
 
 pub use super::options::MirrorOptions;
@@ -39,8 +39,8 @@ pub use super::options::MirrorOptions;
 pub struct Mirror {
     job: Arc<Job>,
     graph: Arc<Graph>,
-    /// Held so that the graph knows; let go before the end is said, so that who hears it may delete the nodes.
-    places: Vec<Arc<Place>>,
+    /// Held so that the graph knows.
+    _places: [Arc<Place>; 2],
     route: Arc<Route>,
     doubling: Arc<Doubling>,
     unflushed: Unflushed,
@@ -78,8 +78,7 @@ impl Mirror {
     ) -> Self {
         let (source_node, target_node) = (source.node(), target.node());
         let size = source_node.size();
-        let bitmap =
-            DirtyBitmap::new(size, options.granularity).expect("the caller has checked the granularity");
+        let bitmap = DirtyBitmap::new(size, options.granularity).expect("the caller has tried it");
         let doubling = Doubling::new(bitmap, options.target_deadline, Arc::clone(&clock));
         doubling.set_write_blocking(job.options().copy_mode == CopyMode::WriteBlocking);
         let now = clock.now();
@@ -99,7 +98,7 @@ impl Mirror {
             route,
             job,
             graph,
-            places: vec![source, target],
+            _places: [source, target],
             unflushed: Unflushed::new(size, options.granularity),
             doubling,
             scan: if options.sync == SyncMode::None { Scan::Over } else { Scan::Ahead },
@@ -159,15 +158,17 @@ impl Mirror {
         let now = self.clock.now();
         self.pace.set_speed(orders.speed, now);
         self.attempt.aim(orders.end.is_some(), now);
-        self.doubling.set_write_blocking(orders.copy_mode == CopyMode::WriteBlocking);
+        // A target that has just failed is left alone for a while, by guests' writes too.
+        let doubles = orders.copy_mode == CopyMode::WriteBlocking && self.rest.until(now).is_none();
+        self.doubling.set_write_blocking(doubles);
     }
 
     fn view(&mut self) -> View {
         let now = self.clock.now();
         let clean = self.doubling.bitmap().is_clean();
-        let left = self.left();
-        let budget =
-            self.tally.pause_budget(self.attempt.tried(now)).max(2 * u64::from(self.options.granularity));
+        let (left, tried) = (self.doubling.left_bytes(), self.attempt.tried(now));
+        let budget = self.tally.pause_budget(tried).max(LEFT_ALWAYS);
+        let flush_budget = self.tally.flush_budget(tried).max(LEFT_ALWAYS);
         let orders = self.job.orders();
         let gathering = self.gather_until.is_some_and(|until| until > now) && orders.end.is_none();
         let room = self.underway.copies() == 0
@@ -184,15 +185,13 @@ impl Mirror {
             nearly_clean: left == 0 || (self.first_pass_over && left <= budget),
             copies: self.underway.copies(),
             doubled: self.doubling.doubled_in_flight(),
+            unknown: self.doubling.unknown_in_flight(),
             flush: self.unflushed.state(),
-            flushed: self.attempt.is_flushed(),
+            flushed: self.attempt.is_flushed() && self.unflushed.bytes() <= flush_budget,
             gate: self.gate.view(),
+            held_too_long: self.gate.held_until().is_some_and(|until| until <= now),
             resting: self.rest.until(now).is_some(),
         }
-    }
-
-    fn left(&self) -> u64 {
-        self.doubling.bitmap().dirty_bytes() + self.doubling.copying_bytes()
     }
 
     // ------------------------------------------------------------------ act
@@ -201,11 +200,13 @@ impl Mirror {
         match step {
             Step::Scan => {
                 self.scan = Scan::Running;
-                let done = self.underway.scan(self.scanned_to, self.options.target_is_zero).await;
+                let done =
+                    self.underway.scan(self.scanned_to, self.route.belief(self.options.target_is_zero)).await;
                 self.take_in(done);
             }
             Step::Copy => self.start_copy().await,
             Step::Flush => {
+                self.tally.flush_begins(self.clock.now(), self.unflushed.bytes());
                 self.unflushed.flush_begins();
                 self.attempt.flush_begins();
                 let done = self.underway.flush().await;
@@ -257,9 +258,10 @@ impl Mirror {
     }
 
     async fn start_halves(&mut self) {
-        while let Some(half) = self.doubling.next_half() {
-            self.pace.spend(half.range.len(), self.clock.now());
-            let done = self.underway.half(half).await;
+        for _ in 0..HALVES_PER_TURN {
+            let Some(half) = self.doubling.next_half() else { return };
+            self.pace.spend_unasked(half.range.len(), self.clock.now());
+            let done = self.underway.half(self.unflushed.write_begins(), half).await;
             self.take_in(done);
         }
     }
@@ -278,7 +280,7 @@ impl Mirror {
         self.pace.spend(copying.range().len(), now);
         self.tally.copy_begins(now);
         let elsewhere = self.tally.guests_are_quiet();
-        let done = self.underway.copy(copying, elsewhere).await;
+        let done = self.underway.copy(self.unflushed.write_begins(), copying, elsewhere).await;
         self.take_in(done);
     }
 
@@ -288,24 +290,21 @@ impl Mirror {
         let Some(done) = done else { return };
         self.blocked = false;
         match done {
-            Done::Copied(copying, copied) => self.take_in_copy(copying, copied),
-            Done::Half(half, written) => {
+            Done::Copied(begun, copying, copied) => self.take_in_copy(begun, copying, copied),
+            Done::Half(begun, half, written) => {
                 self.unflushed.wrote(half.range);
-                self.doubling.half_ended(half, written.is_ok());
+                let is_there = written.is_ok() && !self.unflushed.is_lost(begun);
+                self.doubling.half_ended(half, is_there);
                 if let Err(error) = written {
                     self.meet_error(Operation::Write, &error);
                 }
             }
             Done::Flushed(Ok(())) => {
+                self.tally.flush_ends(self.clock.now());
                 self.unflushed.flush_succeeded();
                 self.attempt.flush_ended(true);
             }
-            Done::Flushed(Err(error)) => {
-                self.unflushed.flush_failed(self.doubling.bitmap());
-                self.route.trust_target.store(false, Ordering::Relaxed);
-                self.attempt.flush_ended(false);
-                self.meet_error(Operation::Write, &error);
-            }
+            Done::Flushed(Err(error)) => self.take_in_failed_flush(&error),
             Done::Scanned(Ok(scanned)) => {
                 for range in &scanned.dirty {
                     self.doubling.bitmap().mark(*range);
@@ -326,25 +325,47 @@ impl Mirror {
         }
     }
 
-    fn take_in_copy(&mut self, copying: Copying, copied: Result<Copied, CopyError>) {
+    fn take_in_copy(&mut self, begun: Begun, copying: Copying, copied: Result<Copied, CopyError>) {
         let range = copying.range();
         // Also when it failed: some of it may have reached the target.
         self.unflushed.wrote(range);
-        self.doubling.end_copy(copying, copied.is_ok());
+        self.doubling.end_copy(copying, copied.is_ok() && !self.unflushed.is_lost(begun));
         match copied {
             Ok(copied) => {
                 self.rest.shorten();
+                self.pace.give_back(range.len() - copied.data, self.clock.now());
                 self.tally.copy_succeeded(range.len(), copied);
             }
-            Err((operation, error)) => self.meet_error(operation, &error),
+            Err((operation, error)) => {
+                // What could not be copied is no guest's doing: a whole round must go well first.
+                self.first_pass_over = self.options.sync == SyncMode::None;
+                self.cursor = 0;
+                self.meet_error(operation, &error);
+            }
         }
         if self.underway.copies() == 0 {
             self.tally.copies_end(self.clock.now());
         }
     }
 
+    fn take_in_failed_flush(&mut self, error: &BlockError) {
+        self.unflushed.flush_failed(self.doubling.bitmap());
+        self.route.trust_target.store(false, Ordering::Relaxed);
+        self.attempt.flush_ended(false);
+        if !self.unflushed.has_succeeded() && self.options.sync != SyncMode::None {
+            // What the target showed as zero was perhaps never durable: looks again, and believes nothing.
+            self.scan = Scan::Ahead;
+            self.scanned_to = 0;
+            self.first_pass_over = false;
+        }
+        self.meet_error(Operation::Write, error);
+    }
+
     /// Does what the policy says about an error. The range is dirty again already.
     fn meet_error(&mut self, operation: Operation, error: &BlockError) {
+        if self.job.status() == JobStatus::Aborting {
+            return;
+        }
         let policy = match operation {
             Operation::Read => self.options.on_source_error,
             Operation::Write => self.options.on_target_error,
@@ -397,7 +418,8 @@ impl Mirror {
         let now = self.clock.now();
         let clean = self.doubling.bitmap().is_clean();
         let gathering = self.gather_until.is_some_and(|until| until > now);
-        let timers = [self.pace.wait_until(now), self.rest.until(now), self.gather_until];
+        let timers =
+            [self.pace.wait_until(now), self.rest.until(now), self.gather_until, self.gate.held_until()];
         let next = timers.into_iter().flatten().filter(|at| *at > now).min();
         let tick = now + if marks && clean { TICK * 10 } else { TICK };
         let mut timer = self.clock.sleep_until(next.map_or(tick, |at| at.min(tick)));
@@ -433,7 +455,7 @@ impl Mirror {
         let source = &self.route.source;
         let standing = Standing {
             doubled: self.doubling.doubled_bytes(),
-            left: self.left(),
+            left: self.doubling.left_bytes(),
             unscanned: if self.scan == Scan::Over { 0 } else { source.size() - self.scanned_to },
             paused: self.job.orders().paused,
             write_blocking: self.doubling.is_write_blocking(),
@@ -457,18 +479,19 @@ impl Mirror {
             self.graph.pivot(drained, &self.route.target);
         }
         self.open_gate();
-        self.tell_figures(true);
-        self.places.clear();
-        self.job.conclude(JobEvent::Completed(None));
+        self.conclude(JobEvent::Completed(None));
     }
 
     fn end_aborted(mut self) {
+        let failure = self.failure.take();
+        self.conclude(failure.map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure))));
+    }
+
+    /// Says the end when nothing is held any more: who hears it may delete the nodes and open their files.
+    fn conclude(mut self, event: JobEvent) {
         self.tell_figures(true);
-        self.places.clear();
-        let event = match self.failure.take() {
-            Some(failure) => JobEvent::Completed(Some(failure)),
-            None => JobEvent::Cancelled,
-        };
-        self.job.conclude(event);
+        let job = Arc::clone(&self.job);
+        drop(self);
+        job.conclude(event);
     }
 }

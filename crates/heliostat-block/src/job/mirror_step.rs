@@ -57,13 +57,17 @@ pub(crate) struct View {
     pub nearly_clean: bool,
     /// Copies in flight.
     pub copies: usize,
-    /// Doubled and unknown target writes.
+    /// Doubled writes.
     pub doubled: usize,
+    /// Target writes of unknown fate.
+    pub unknown: usize,
     pub flush: TargetFlush,
-    /// A flush has succeeded that began in this attempt at READY, or at the end; so that the one at the closed
-    /// gate finds little to do.
+    /// A flush has succeeded that began in this attempt at READY, or at the end, and what was written since is
+    /// little; so that the one at the closed gate is short.
     pub flushed: bool,
     pub gate: Gate,
+    /// Guests have waited at the gate long enough.
+    pub held_too_long: bool,
     /// An ignored error asks for a rest.
     pub resting: bool,
 }
@@ -107,7 +111,7 @@ pub(crate) enum Step {
 pub(crate) fn next_step(view: View) -> Step {
     if view.status == JobStatus::Aborting {
         let work_over = view.copies == 0 && view.scan != Scan::Running && view.flush != TargetFlush::Running;
-        return if work_over && view.doubled == 0 { Step::EndAborted } else { Step::Wait };
+        return if work_over && view.doubled + view.unknown == 0 { Step::EndAborted } else { Step::Wait };
     }
     if view.orders.cancelled || view.failed {
         return match (view.gate, view.status) {
@@ -160,7 +164,10 @@ fn may_copy(view: View) -> bool {
 }
 
 fn in_step(view: View) -> Step {
+    let withdrawn = view.orders.end.is_none() || !view.orders.finalize;
+    let withdrawn = withdrawn || view.resting || view.held_too_long;
     match view.gate {
+        Gate::Closing | Gate::Closed if withdrawn => return Step::OpenGate,
         Gate::Closing => return if copy_at_gate(view) { Step::Copy } else { Step::Wait },
         Gate::Closed => return behind_closed_gate(view),
         Gate::Open => {}
@@ -171,7 +178,8 @@ fn in_step(view: View) -> Step {
             (false, _) if view.flush != TargetFlush::Running => return Step::Flush,
             (false, _) => {}
             (true, JobStatus::Ready) if !view.orders.finalize => return Step::BecomePending,
-            (true, _) if !view.orders.finalize => {}
+            // What nobody can say the end of would hold guests at the gate.
+            (true, _) if !view.orders.finalize || view.unknown > 0 => {}
             (true, _) => return Step::CloseGate,
         }
     }
@@ -187,10 +195,7 @@ fn behind_closed_gate(view: View) -> Step {
     if copy_at_gate(view) {
         return Step::Copy;
     }
-    if view.resting {
-        return Step::OpenGate;
-    }
-    if !view.clean || view.copies > 0 || view.doubled > 0 {
+    if !view.clean || view.copies > 0 || view.doubled + view.unknown > 0 {
         return Step::Wait;
     }
     match (view.flush, view.orders.end) {
@@ -228,9 +233,11 @@ mod tests {
         nearly_clean: true,
         copies: 0,
         doubled: 0,
+        unknown: 0,
         flush: TargetFlush::Good,
         flushed: false,
         gate: Gate::Open,
+        held_too_long: false,
         resting: false,
     };
 
@@ -304,6 +311,7 @@ mod tests {
             ),
             ("the long flush comes before the gate", ending, Step::Flush),
             ("then the gate", flushed, Step::CloseGate),
+            ("not with a write of unknown fate", View { unknown: 1, ..flushed }, Step::WaitForMarks),
             (
                 "also with a little dirty",
                 View { clean: false, copies: 2, copyable: true, ..flushed },
@@ -340,6 +348,7 @@ mod tests {
 
     #[test]
     fn behind_the_gate() {
+        let withdrawn = Orders { finalize: false, ..COMPLETE };
         check(&[
             (
                 "copies while it closes",
@@ -353,13 +362,22 @@ mod tests {
                 Step::Copy,
             ),
             ("waits for copies", View { copies: 1, ..CLOSED }, Step::Wait),
-            ("waits for unknown writes", View { doubled: 1, ..CLOSED }, Step::Wait),
+            ("waits for doubled writes", View { doubled: 1, ..CLOSED }, Step::Wait),
+            ("waits for unknown writes", View { unknown: 1, ..CLOSED }, Step::Wait),
+            ("but not for ever", View { unknown: 1, held_too_long: true, ..CLOSED }, Step::OpenGate),
+            ("nor for a drain", View { gate: Gate::Closing, held_too_long: true, ..CLOSED }, Step::OpenGate),
             ("waits for what cannot be copied yet", View { clean: false, ..CLOSED }, Step::Wait),
             ("flushes", View { flush: TargetFlush::Needed, ..CLOSED }, Step::Flush),
             ("waits for the flush", View { flush: TargetFlush::Running, ..CLOSED }, Step::Wait),
             ("pivots", CLOSED, Step::Pivot),
             ("or leaves a copy", View { orders: SOFT_CANCEL, ..CLOSED }, Step::EndWithCopy),
             ("a withdrawn end opens it", View { orders: ORDERS, ..CLOSED }, Step::OpenGate),
+            ("a withdrawn finalize opens it", View { orders: withdrawn, ..CLOSED }, Step::OpenGate),
+            (
+                "also before the last request is out",
+                View { gate: Gate::Closing, orders: withdrawn, ..CLOSED },
+                Step::OpenGate,
+            ),
             (
                 "an error that rests opens it",
                 View { resting: true, clean: false, copyable: true, ..CLOSED },

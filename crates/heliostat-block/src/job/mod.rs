@@ -10,6 +10,8 @@ pub mod figures;
 pub mod lanes;
 pub mod mirror;
 pub(crate) mod mirror_step;
+#[cfg(test)]
+mod model_tests;
 pub mod options;
 pub mod progress;
 pub(crate) mod range_table;

@@ -4,10 +4,12 @@
 //! Pure: decides who may enter and who must wait; never waits itself. Its user holds a lock around each call
 //! and clears dirty bits in the same step. Called by `doubling`.
 
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// What stands in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(PartialOrd, Ord))]
 pub(crate) enum Kind {
     /// C: a dirty range on its way from source to target.
     Copy,
@@ -33,6 +35,7 @@ pub(crate) enum Turn {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, PartialOrd, Ord))]
 struct Entry {
     ticket: Ticket,
     range: ByteRange,
@@ -43,6 +46,7 @@ struct Entry {
 
 /// Ranges that are on their way. Short: as long as copies and guests' requests are in flight.
 #[derive(Debug, Default)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, PartialOrd, Ord))]
 pub(crate) struct RangeTable {
     /// In order of arrival.
     entries: Vec<Entry>,
@@ -53,7 +57,9 @@ impl RangeTable {
     /// The longest part at the start of `range` that a copy may take: it overlaps nothing. `None` when its
     /// first byte is taken; then `Err` of where to look on.
     pub(crate) fn free_part(&self, range: ByteRange) -> Result<ByteRange, u64> {
-        let overlapping = self.entries.iter().map(|entry| entry.range).filter(|held| held.overlaps(range));
+        let beside_doubled = is_planted(Bug::CopyBesideDoubled);
+        let entries = self.entries.iter().filter(|entry| !beside_doubled || entry.kind == Kind::Copy);
+        let overlapping = entries.map(|entry| entry.range).filter(|held| held.overlaps(range));
         let mut end = range.end();
         let mut resume = None;
         for held in overlapping {
@@ -74,10 +80,16 @@ impl RangeTable {
         self.enter(range, Kind::Copy, 1)
     }
 
-    /// Enters a doubled write, unless a copy or an unknown write overlaps: then `None`, and it is a plain
-    /// write. It has its turn when [`RangeTable::turn`] says so.
+    /// Enters a doubled write, unless a copy overlaps, or the fate of any target write is unknown: then `None`,
+    /// and it is a plain write. A target that does not answer must not be given more to hold, nor another guest
+    /// to keep waiting. It has its turn when [`RangeTable::turn`] says so.
     pub(crate) fn enter_doubled(&mut self, range: ByteRange) -> Option<Ticket> {
-        let blocked = self.entries.iter().any(|e| e.kind != Kind::Doubled && e.range.overlaps(range));
+        let beside_copy = is_planted(Bug::DoubledBesideCopy);
+        let blocked = self.entries.iter().any(|e| match e.kind {
+            Kind::Unknown => true,
+            Kind::Copy => !beside_copy && e.range.overlaps(range),
+            Kind::Doubled => false,
+        });
         (!blocked).then(|| self.enter(range, Kind::Doubled, 2))
     }
 
@@ -91,6 +103,9 @@ impl RangeTable {
     /// What a doubled write may do now. Asked until it is not [`Turn::Wait`]; never after.
     pub(crate) fn turn(&self, ticket: Ticket) -> Turn {
         let mine = self.entry(ticket).range;
+        if is_planted(Bug::DoubledWithoutTurns) || is_planted(Bug::DoubledBesideCopy) {
+            return Turn::Go;
+        }
         let mut earlier = self.entries.iter().filter(|e| e.ticket < ticket && e.range.overlaps(mine));
         earlier
             .try_fold(Turn::Go, |_, held| match held.kind {
@@ -128,6 +143,11 @@ impl RangeTable {
         self.entries.retain(|entry| entry.ticket != ticket);
     }
 
+    /// Whether anything stands at `ticket`.
+    pub(crate) fn contains(&self, ticket: Ticket) -> bool {
+        self.entries.iter().any(|entry| entry.ticket == ticket)
+    }
+
     /// What stands at `ticket`.
     pub(crate) fn kind(&self, ticket: Ticket) -> Kind {
         self.entry(ticket).kind
@@ -149,6 +169,18 @@ impl RangeTable {
 
     fn entry_mut(&mut self, ticket: Ticket) -> &mut Entry {
         self.entries.iter_mut().find(|e| e.ticket == ticket).expect("who holds a ticket stands in the table")
+    }
+}
+
+/// What the model of `model_tests` needs to look at a table, or to break its rules.
+#[cfg(test)]
+impl RangeTable {
+    pub(crate) fn enter_regardless(&mut self, range: ByteRange) -> Ticket {
+        self.enter(range, Kind::Doubled, 2)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
     }
 }
 
@@ -183,6 +215,7 @@ mod tests {
         let doubled = table.enter_doubled(range(9, 2)).unwrap();
         assert!(table.lose_sight(doubled));
         assert_eq!(table.enter_doubled(range(10, 4)), None);
+        assert_eq!(table.enter_doubled(range(100, 4)), None, "wherever it is");
     }
 
     #[test]

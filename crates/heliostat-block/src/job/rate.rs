@@ -11,6 +11,9 @@ use crate::limits::{REST_FIRST, REST_LAST};
 /// The longest time that one copy may take up under a limit. Keeps the pace even: ten steps a second.
 const STEP: Duration = Duration::from_millis(100);
 
+/// The longest time by which doubled writes hold copies back: as much as shows in the rates of a job.
+const DEBT_MAX: Duration = Duration::from_secs(1);
+
 /// A limit, and when the next copy may start.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
@@ -33,13 +36,32 @@ impl Pace {
         (self.speed > 0 && self.free_at > now).then_some(self.free_at)
     }
 
-    /// Counts `bytes` that are copied, or doubled, from `now` on.
+    /// Counts `bytes` that are doubled from `now` on. They wait for nothing, so a busy guest can go over any
+    /// limit; the copies behind them are held back for a while only, or they would never come to their end.
+    pub(crate) fn spend_unasked(&mut self, bytes: u64, now: Moment) {
+        let before = self.free_at;
+        self.spend(bytes, now);
+        self.free_at = self.free_at.min(before.max(now + DEBT_MAX));
+    }
+
+    /// Counts `bytes` that are copied from `now` on.
     pub(crate) fn spend(&mut self, bytes: u64, now: Moment) {
         if self.speed > 0 {
-            let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.speed);
-            let takes = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-            self.free_at = self.free_at.max(now) + takes;
+            self.free_at = self.free_at.max(now) + self.takes(bytes);
         }
+    }
+
+    /// Takes back what was counted for `bytes` that turned out to be no data.
+    pub(crate) fn give_back(&mut self, bytes: u64, now: Moment) {
+        if self.speed > 0 {
+            self.free_at = Moment::from_start(self.free_at.since(now).saturating_sub(self.takes(bytes)))
+                + now.since_start();
+        }
+    }
+
+    fn takes(&self, bytes: u64) -> Duration {
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.speed);
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
     /// The longest copy that keeps the pace even, at most `max`.
@@ -117,11 +139,35 @@ mod tests {
     }
 
     #[test]
+    fn what_was_no_data_is_given_back_but_never_saved_up() {
+        let mut pace = Pace::default();
+        pace.set_speed(1000, at(0));
+        pace.spend(500, at(0));
+        pace.give_back(200, at(100));
+        assert_eq!(pace.wait_until(at(100)), Some(at(300)));
+        pace.give_back(5000, at(100));
+        assert_eq!(pace.wait_until(at(100)), None);
+        pace.spend(10, at(100));
+        assert_eq!(pace.wait_until(at(100)), Some(at(110)));
+    }
+
+    #[test]
     fn idle_time_is_not_saved_up() {
         let mut pace = Pace::default();
         pace.set_speed(1000, at(0));
         pace.spend(100, at(50_000));
         assert_eq!(pace.wait_until(at(50_000)), Some(at(50_100)));
+    }
+
+    #[test]
+    fn doubled_writes_hold_copies_back_for_a_while_only() {
+        let mut pace = Pace::default();
+        pace.set_speed(1000, at(0));
+        pace.spend_unasked(1 << 30, at(0));
+        assert_eq!(pace.wait_until(at(0)), Some(at(1000)));
+        pace.spend(5000, at(1000));
+        pace.spend_unasked(1 << 30, at(1000));
+        assert_eq!(pace.wait_until(at(1000)), Some(at(6000)), "what copies cost stays");
     }
 
     #[test]

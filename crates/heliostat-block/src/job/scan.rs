@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::error::BlockError;
 use crate::node::Node;
+use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Extent, ExtentStatus};
 
@@ -20,6 +21,17 @@ pub enum SyncMode {
     Top,
     /// Nothing; only what is written from now on.
     None,
+}
+
+/// What is believed of the target before anything was copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Belief {
+    /// It may hold anything.
+    Nothing,
+    /// What it says reads as zero, does.
+    WhatItSays,
+    /// All of it reads as zero.
+    AllZero,
 }
 
 /// A piece of the source that has been looked at.
@@ -39,34 +51,45 @@ pub(crate) async fn scan(
     source: &Arc<Node>,
     target: &Arc<Node>,
     from: u64,
-    target_is_zero: bool,
+    belief: Belief,
 ) -> Result<Scanned, BlockError> {
-    let extents = source.extents_below(ByteRange::from_bounds(from, source.size())).await?;
-    let end = extents.last().map_or(source.size(), |last| last.range.end());
+    let rest = ByteRange::from_bounds(from, source.size());
+    let extents = source.extents_below(rest).await?;
+    planted::remember_holes(&extents);
     let mut dirty = Vec::new();
+    let mut end = from;
     for extent in extents {
-        match extent.status {
-            ExtentStatus::Data => dirty.push(extent.range),
-            ExtentStatus::Zero | ExtentStatus::Hole if target_is_zero => {}
-            ExtentStatus::Zero | ExtentStatus::Hole => not_zero(target, extent.range, &mut dirty).await,
+        end = extent.range.end();
+        match (extent.status, belief) {
+            (ExtentStatus::Data, _) | (_, Belief::Nothing) => dirty.push(extent.range),
+            (ExtentStatus::Zero | ExtentStatus::Hole, Belief::AllZero) => {}
+            (ExtentStatus::Zero | ExtentStatus::Hole, Belief::WhatItSays) => {
+                end = not_zero(target, extent.range, &mut dirty).await;
+                if end < extent.range.end() {
+                    break;
+                }
+            }
         }
+    }
+    if end == from {
+        // A source that says nothing has to be read.
+        dirty.push(rest);
+        end = rest.end();
     }
     Ok(Scanned { range: ByteRange::from_bounds(from, end), dirty })
 }
 
-/// Adds the parts of `range` that are not known to read as zero on the target.
-async fn not_zero(target: &Arc<Node>, range: ByteRange, dirty: &mut Vec<ByteRange>) {
-    let mut from = range.offset();
-    while from < range.end() {
-        let rest = ByteRange::from_bounds(from, range.end());
-        let Ok(extents) = target.extents_below(rest).await else {
-            dirty.push(rest);
-            return;
-        };
-        let Some(end) = extents.last().map(|last| last.range.end()) else { return };
-        dirty.extend(extents.iter().filter(|extent| !reads_zero(extent)).map(|extent| extent.range));
-        from = end;
+/// Adds the parts of `range` that are not known to read as zero on the target, as far as that answers in one go;
+/// says how far.
+async fn not_zero(target: &Arc<Node>, range: ByteRange, dirty: &mut Vec<ByteRange>) -> u64 {
+    let extents = target.extents_below(range).await.unwrap_or_default();
+    let end = extents.last().map_or(range.offset(), |last| last.range.end());
+    if end == range.offset() {
+        dirty.push(range);
+        return range.end();
     }
+    dirty.extend(extents.iter().filter(|extent| !reads_zero(extent)).map(|extent| extent.range));
+    end
 }
 
 /// Says whether an extent of a node without backing is known to read as zero.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::mirror_step::Gate;
 use crate::clock::{LocalFuture, Moment};
+use crate::limits::{PAUSE_BUDGET_LAST, PAUSE_LAST};
 use crate::node::Node;
 use crate::tracked::Drained;
 
@@ -15,6 +16,8 @@ use crate::tracked::Drained;
 pub(crate) struct SourceGate {
     state: State,
     closed_at: Moment,
+    /// How long guests may be held the next time.
+    patience: Duration,
 }
 
 enum State {
@@ -25,7 +28,7 @@ enum State {
 
 impl SourceGate {
     pub(crate) const fn open() -> Self {
-        Self { state: State::Open, closed_at: Moment::START }
+        Self { state: State::Open, closed_at: Moment::START, patience: PAUSE_BUDGET_LAST }
     }
 
     pub(crate) const fn view(&self) -> Gate {
@@ -64,8 +67,17 @@ impl SourceGate {
         }
     }
 
-    /// Opens it; says how long it was closed.
+    /// When guests have been held long enough; `None` while it is open.
+    pub(crate) fn held_until(&self) -> Option<Moment> {
+        (self.view() != Gate::Open).then(|| self.closed_at + self.patience)
+    }
+
+    /// Opens it; says how long it was closed. Held too long, guests are held for twice as long the next time,
+    /// so that a target that is slow to flush has its end too.
     pub(crate) fn reopen(&mut self, now: Moment) -> Duration {
+        if self.held_until().is_some_and(|until| until <= now) {
+            self.patience = (self.patience * 2).min(PAUSE_LAST);
+        }
         self.state = State::Open;
         now.since(self.closed_at)
     }

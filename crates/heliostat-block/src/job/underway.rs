@@ -11,14 +11,15 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, TargetHalf};
 use super::lanes::{Errand, Lanes, Returns};
-use super::scan::{Scanned, scan};
+use super::scan::{Belief, Scanned, scan};
+use super::unflushed::Begun;
 use crate::clock::{LocalFuture, yield_once};
 use crate::error::BlockError;
 
 /// Something that has ended.
 pub(crate) enum Done {
-    Copied(Copying, Result<Copied, CopyError>),
-    Half(TargetHalf, Result<(), BlockError>),
+    Copied(Begun, Copying, Result<Copied, CopyError>),
+    Half(Begun, TargetHalf, Result<(), BlockError>),
     Flushed(Result<(), BlockError>),
     Scanned(Result<Scanned, BlockError>),
 }
@@ -49,12 +50,12 @@ impl Underway {
     }
 
     /// Starts a copy; on a lane, if `elsewhere` allows it and one is free.
-    pub(crate) async fn copy(&mut self, copying: Copying, elsewhere: bool) -> Option<Done> {
+    pub(crate) async fn copy(&mut self, begun: Begun, copying: Copying, elsewhere: bool) -> Option<Done> {
         self.copies += 1;
         let mut copying = copying;
         if let Some(lanes) = self.lanes.as_ref().filter(|_| elsewhere && self.route.is_cached()) {
             let route = Arc::clone(&self.route);
-            match lanes.send(Errand { route, copying, returns: Arc::clone(&self.returns) }) {
+            match lanes.send(Errand { route, begun, copying, returns: Arc::clone(&self.returns) }) {
                 Ok(()) => return None,
                 Err(errand) => copying = errand.copying,
             }
@@ -62,26 +63,25 @@ impl Underway {
         let route = Arc::clone(&self.route);
         let copy = async move {
             let copied = route.copy(copying.range()).await;
-            Done::Copied(copying, copied)
+            Done::Copied(begun, copying, copied)
         };
         self.launch(copy).await
     }
 
     /// Starts to write the target's half of a guest's write.
-    pub(crate) async fn half(&mut self, half: TargetHalf) -> Option<Done> {
+    pub(crate) async fn half(&mut self, begun: Begun, half: TargetHalf) -> Option<Done> {
         let route = Arc::clone(&self.route);
         let write = async move {
             let written = route.write_half(&half).await;
-            Done::Half(half, written)
+            Done::Half(begun, half, written)
         };
         self.launch(write).await
     }
 
     /// Starts to look at the source from `from` on.
-    pub(crate) async fn scan(&mut self, from: u64, target_is_zero: bool) -> Option<Done> {
+    pub(crate) async fn scan(&mut self, from: u64, belief: Belief) -> Option<Done> {
         let route = Arc::clone(&self.route);
-        let look =
-            async move { Done::Scanned(scan(&route.source, &route.target, from, target_is_zero).await) };
+        let look = async move { Done::Scanned(scan(&route.source, &route.target, from, belief).await) };
         self.launch(look).await
     }
 
@@ -110,8 +110,8 @@ impl Underway {
     /// The next that has ended; `None` when nothing has. The task hears when something does, but for what comes
     /// back from lanes: for that there is [`Underway::listen`].
     pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Option<Done> {
-        if let Some((copying, copied)) = self.returns.take_one() {
-            return Some(self.seen(Done::Copied(copying, copied)));
+        if let Some((begun, copying, copied)) = self.returns.take_one() {
+            return Some(self.seen(Done::Copied(begun, copying, copied)));
         }
         match self.work.poll_next_unpin(cx) {
             Poll::Ready(Some(done)) => Some(self.seen(done)),

@@ -5,6 +5,7 @@
 
 use super::mirror_step::TargetFlush;
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// Ranges that a crash of the target could lose.
@@ -13,11 +14,32 @@ pub(crate) struct Unflushed {
     written: DirtyBitmap,
     /// Written before the flush that is on its way.
     flushing: Option<DirtyBitmap>,
+    failures: u64,
+    succeeded: bool,
 }
+
+/// The moment at which a write to the target began, told in flushes that had failed by then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Begun(u64);
 
 impl Unflushed {
     pub(crate) fn new(size: u64, granularity: u32) -> Self {
-        Self { written: fresh(size, granularity), flushing: None }
+        Self { written: fresh(size, granularity), flushing: None, failures: 0, succeeded: false }
+    }
+
+    /// Says that a write begins; see [`Unflushed::is_lost`].
+    pub(crate) const fn write_begins(&self) -> Begun {
+        Begun(self.failures)
+    }
+
+    /// Whether a flush has failed while a write was on its way: what had landed of it then may be gone.
+    pub(crate) fn is_lost(&self, begun: Begun) -> bool {
+        begun.0 != self.failures && !is_planted(Bug::FlushForgetsCopies)
+    }
+
+    /// Whether a flush has ever succeeded. Until then even what was there before the job may be lost.
+    pub(crate) const fn has_succeeded(&self) -> bool {
+        self.succeeded
     }
 
     /// Remembers a write to the target that has ended.
@@ -35,16 +57,28 @@ impl Unflushed {
     /// The flush has succeeded.
     pub(crate) fn flush_succeeded(&mut self) {
         self.flushing = None;
+        self.succeeded = true;
     }
 
     /// The flush has failed: everything since the last good one goes into `dirty`. What was written beside
     /// the failed flush too, because its error may have been told to this one.
     pub(crate) fn flush_failed(&mut self, dirty: &DirtyBitmap) {
-        if let Some(lost) = self.flushing.take() {
+        let lost = self.flushing.take();
+        if is_planted(Bug::FlushTriedAgain) {
+            lost.iter().for_each(|lost| self.written.merge(lost));
+            return;
+        }
+        if let Some(lost) = lost {
             dirty.merge(&lost);
         }
+        self.failures += 1;
         dirty.merge(&self.written);
         self.written = fresh(self.written.size(), self.written.granularity());
+    }
+
+    /// Bytes that the next flush covers.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.written.dirty_bytes()
     }
 
     pub(crate) fn state(&self) -> TargetFlush {
@@ -81,6 +115,17 @@ mod tests {
         unflushed.flush_failed(&dirty);
         assert!(!dirty.is_dirty(range(0)), "durable");
         assert!(dirty.is_dirty(range(1024)) && dirty.is_dirty(range(2048)));
+        assert!(unflushed.has_succeeded());
         assert_eq!(unflushed.state(), TargetFlush::Good, "nothing is trusted, so nothing is to be flushed");
+    }
+
+    #[test]
+    fn a_write_on_its_way_is_lost_by_a_flush_that_fails() {
+        let mut unflushed = Unflushed::new(8192, 512);
+        let begun = unflushed.write_begins();
+        unflushed.flush_begins();
+        unflushed.flush_failed(&DirtyBitmap::new(8192, 512).unwrap());
+        assert!(unflushed.is_lost(begun));
+        assert!(!unflushed.is_lost(unflushed.write_begins()));
     }
 }

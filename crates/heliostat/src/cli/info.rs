@@ -20,7 +20,7 @@ const LOOK_MAX: Duration = Duration::from_secs(5);
 
 /// Shows what an image is: size, what it takes of its host, how much of it is data, who uses it
 #[derive(Args, Debug)]
-pub struct Info {
+pub struct Inspect {
     /// The image: a file or a block device
     image: PathBuf,
 }
@@ -42,7 +42,7 @@ struct Layout {
     complete: bool,
 }
 
-impl Info {
+impl Inspect {
     /// Looks, and shows.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ mod offer;
 mod output;
 mod progress;
 mod serve;
+mod session;
 mod target;
 mod units;
 
@@ -35,7 +36,7 @@ pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
     /// Print results as JSON, with exact numbers
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 900)]
     json: bool,
 }
 
@@ -45,7 +46,7 @@ enum Verb {
     Serve(serve::Serve),
     Mirror(mirror::Mirror),
     Job(job::Job),
-    Info(info::Info),
+    Info(info::Inspect),
     Compare(compare::Compare),
     Completions(completions::Completions),
 }

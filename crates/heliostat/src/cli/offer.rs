@@ -10,13 +10,14 @@ use serde_json::{Value, json};
 
 use super::address::{Endpoint, Reach, nbd_uri};
 use crate::control::ControlServer;
-use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec};
+use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
 
 /// The name of the node that clients see, and of the export unless another was given.
 pub const NODE: &str = "disk";
 
 /// Where a disk is offered.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Who may use it")]
 pub struct Offer {
     /// Offer the disk to NBD clients at unix:PATH, a path with a slash, HOST:PORT or :PORT
     #[arg(long, value_name = "ADDRESS")]
@@ -43,15 +44,12 @@ pub fn socket_path(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Where a disk is being offered, until this is dropped.
+/// Where a disk is being offered. Clients are the daemon's; operators are served until this is closed or dropped.
 pub struct Offered {
-    /// Where NBD clients connect.
-    pub nbd: Option<Address>,
-    /// Where operators connect.
-    pub control: Option<PathBuf>,
+    nbd: Option<Address>,
+    control: Option<PathBuf>,
     export: String,
-    /// Kept to the end, so that operators hear of it.
-    _control_server: Option<ControlServer>,
+    server: Option<ControlServer>,
 }
 
 impl Offer {
@@ -82,7 +80,7 @@ impl Offer {
         self.nbd.as_ref().map(|endpoint| endpoint.resolve(reach)).transpose().context("--nbd")
     }
 
-    /// Listens, and offers the node [`NODE`] to clients.
+    /// Listens for clients, and offers them the node [`NODE`].
     ///
     /// # Errors
     /// When an address is in use, or the host refuses it.
@@ -91,13 +89,7 @@ impl Offer {
             None => None,
             Some(address) => Some(self.open_nbd(daemon, address, writable)?),
         };
-        // Last, so that an operator finds everything in its place.
-        let control_server = match &self.control {
-            Some(path) => Some(ControlServer::start(path, Arc::clone(daemon))?),
-            None => None,
-        };
-        let (control, export) = (self.control.clone(), self.name.clone());
-        Ok(Offered { nbd, control, export, _control_server: control_server })
+        Ok(Offered { nbd, control: self.control.clone(), export: self.name.clone(), server: None })
     }
 
     fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
@@ -109,7 +101,11 @@ impl Offer {
             max_connections: 0,
             handshake_time: None,
         };
-        let bound = daemon.start_nbd_server(&spec)?;
+        let bound = daemon.start_nbd_server(&spec).map_err(|error| match error {
+            // QEMU's text is for QEMU's clients; the host's says what to do.
+            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
+            other => other.into(),
+        })?;
         daemon.add_export(&ExportSpec {
             id: NODE.to_owned(),
             node: NODE.to_owned(),
@@ -125,6 +121,25 @@ impl Offer {
 }
 
 impl Offered {
+    /// Takes operators' orders from now on, where that was asked for. Comes last, so that they find everything in
+    /// its place.
+    ///
+    /// # Errors
+    /// When the socket is in use, or the host refuses it.
+    pub fn take_orders(&mut self, daemon: &Arc<Daemon>) -> Result<()> {
+        if let Some(path) = &self.control {
+            self.server = Some(ControlServer::start(path, Arc::clone(daemon)).context("--control")?);
+        }
+        Ok(())
+    }
+
+    /// Serves operators no longer. Those who are connected may read what was said last.
+    pub fn close(self) {
+        if let Some(server) = self.server {
+            server.stop();
+        }
+    }
+
     /// The URI by which clients connect.
     #[must_use]
     pub fn uri(&self) -> Option<String> {

@@ -104,7 +104,7 @@ impl MirrorSpec {
             on_target_error: self.on_target_error,
             unmap: self.unmap,
             target_is_zero: self.target_is_zero,
-            detect_zeroes: self.detect_zeroes || target.options().detect_zeroes != DetectZeroes::Off,
+            detect_zeroes: self.detect_zeroes || target.options().detect_zeroes == DetectZeroes::Unmap,
             ..MirrorOptions::default()
         }
     }

@@ -17,7 +17,7 @@ use bytes::{Buf, BytesMut};
 use futures_util::future::{Either, pending, select};
 use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::{Clock, Moment};
-use heliostat_block::convert::{u64_from, usize_from};
+use heliostat_block::convert::usize_from;
 use heliostat_block::nbd::client::{Allocation, Found, Negotiation, Wish};
 use heliostat_block::nbd::client_reply::{Answer, Answered, Conversation};
 use heliostat_block::nbd::client_request::Ask;
@@ -31,15 +31,13 @@ use heliostat_host::socket::{Address, Socket};
 use super::load::{Load, Wanted};
 use super::pattern::{BLOCK, Pattern};
 use super::record::{Change, Record};
+use super::report::{Report, Timing};
 
 /// A request that is not answered for so long counts as lost. Far beyond any pause that would be acceptable.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Received at once, at most: some answers of the longest reads.
 const RECEIVE: usize = 256 << 10;
-
-/// The most failures of one kind that are described; more are counted.
-const DESCRIBED_MAX: usize = 8;
 
 /// How a guest behaves.
 #[derive(Clone, Debug)]
@@ -56,36 +54,6 @@ pub struct Habits {
     pub depth: usize,
     /// Requests a second.
     pub per_second: u32,
-}
-
-/// A request's time, whatever it was.
-#[derive(Clone, Copy, Debug)]
-pub struct Timing {
-    /// When it was sent.
-    pub sent: Moment,
-    /// How long the answer took.
-    pub took: Duration,
-}
-
-/// What a guest has to say at the end.
-#[derive(Debug)]
-pub struct Report {
-    /// What it did.
-    pub record: Record,
-    /// Every request's time, in the order of the answers.
-    pub timings: Vec<Timing>,
-    /// Reads whose data were compared with the record.
-    pub reads: u64,
-    /// Flushes that were answered with success.
-    pub flushes: u64,
-    /// Descriptions of reads that brought something else than what had been written.
-    pub false_reads: Vec<String>,
-    /// How many such reads there were.
-    pub false_read_count: u64,
-    /// Descriptions of requests that were answered with an error.
-    pub errors: Vec<String>,
-    /// How many such requests there were.
-    pub error_count: u64,
 }
 
 /// Why a guest gave up.
@@ -221,16 +189,7 @@ impl Client {
             depth: habits.depth.max(1),
             interval: Duration::from_secs(1) / habits.per_second.max(1),
             next_due: clock.now(),
-            report: Report {
-                record,
-                timings: Vec::new(),
-                reads: 0,
-                flushes: 0,
-                false_reads: Vec::new(),
-                false_read_count: 0,
-                errors: Vec::new(),
-                error_count: 0,
-            },
+            report: Report::new(record),
         })
     }
 
@@ -351,12 +310,8 @@ impl Client {
                     }
                     What::Flush => "a flush".to_owned(),
                 };
-                self.report.error_count += 1;
-                if self.report.errors.len() < DESCRIBED_MAX {
-                    self.report
-                        .errors
-                        .push(format!("{name} failed: {:?} {}", failure.errno, failure.message));
-                }
+                let words = || format!("{name} failed: {:?} {}", failure.errno, failure.message);
+                self.report.errors.add(words);
             }
         }
         Ok(())
@@ -370,12 +325,8 @@ impl Client {
             if expected.contents().iter().any(|content| self.pattern.holds(block, *content, bytes)) {
                 continue;
             }
-            self.report.false_read_count += 1;
-            if self.report.false_reads.len() < DESCRIBED_MAX {
-                let found = self.pattern.recognise(bytes);
-                let wanted = describe(expected.contents());
-                self.report.false_reads.push(format!("block {block}: read {found}, not {wanted}"));
-            }
+            let words = || format!("block {block}: read {}, not {expected}", self.pattern.recognise(bytes));
+            self.report.false_reads.add(words);
         }
     }
 
@@ -398,11 +349,6 @@ impl Client {
             Either::Right(((), _)) => Ok(()),
         }
     }
-}
-
-/// What was expected, for people.
-pub fn describe(contents: &[super::pattern::Content]) -> String {
-    contents.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")
 }
 
 /// The bytes of a range of blocks.
@@ -470,39 +416,4 @@ async fn negotiate(socket: &Socket, export: &str, input: &mut BytesMut) -> Resul
             socket.readable().await?;
         }
     }
-}
-
-impl Report {
-    /// How long requests took that were sent in a stretch of time: the 99th percentile, and the longest.
-    #[must_use]
-    pub fn latency(&self, from: Moment, until: Moment) -> Latency {
-        let inside = self.timings.iter().filter(|timing| timing.sent >= from && timing.sent < until);
-        let mut took: Vec<Duration> = inside.map(|timing| timing.took).collect();
-        took.sort_unstable();
-        let rank = (took.len() * 99).div_ceil(100).saturating_sub(1);
-        Latency {
-            requests: u64_from(took.len()),
-            p99: took.get(rank).copied().unwrap_or_default(),
-            longest: took.last().copied().unwrap_or_default(),
-        }
-    }
-
-    /// The longest request that was under way at some moment of a stretch of time.
-    #[must_use]
-    pub fn longest_across(&self, from: Moment, until: Moment) -> Duration {
-        let across =
-            self.timings.iter().filter(|timing| timing.sent <= until && timing.sent + timing.took >= from);
-        across.map(|timing| timing.took).max().unwrap_or_default()
-    }
-}
-
-/// How long requests took.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Latency {
-    /// How many there were.
-    pub requests: u64,
-    /// 99 of 100 were answered within this.
-    pub p99: Duration,
-    /// The slowest one.
-    pub longest: Duration,
 }

@@ -4,12 +4,14 @@
 //! ordinary NBD client that knows nothing else. The proof is made after the daemon is gone, from the guest's
 //! record and the bytes of both files.
 
+mod findings;
 mod guest;
 mod load;
 mod pattern;
 mod proof;
 mod random;
 mod record;
+mod report;
 mod stage;
 mod summary;
 
@@ -39,10 +41,9 @@ const SIZE_MIN: u64 = 16 << 20;
 /// The largest: the record keeps 32 bytes for each block, and reading it twice should take seconds.
 const SIZE_MAX: u64 = 64 << 30;
 
-/// How long the guest runs alone before the mirror starts, so that there is a "before" to compare with.
-const ALONE: Duration = Duration::from_secs(2);
-/// How long it goes on after the pivot.
-const AFTERWARDS: Duration = Duration::from_secs(2);
+/// How long the guest runs alone before the mirror starts, so that there is a "before" to compare with, and how
+/// long it goes on after the pivot.
+const PHASE: Duration = Duration::from_secs(2);
 
 /// Requests of the guest a second, and in flight: a machine that is busy but not desperate.
 const PER_SECOND: u32 = 2000;
@@ -73,6 +74,9 @@ pub struct Demo {
     /// Show no progress
     #[arg(long, short)]
     quiet: bool,
+    /// How long the guest runs before the mirror and after it.
+    #[arg(skip = PHASE)]
+    phase: Duration,
 }
 
 /// What may be done to the disks between the end of the daemon and the proof. A test plants damage there, to see
@@ -104,7 +108,16 @@ impl Demo {
     /// A demo of this size that copies as fast as it goes and says little; for tests.
     #[must_use]
     pub fn quick(size: u64, folder: &Path) -> Self {
-        Self { size, seconds: 0, keep: false, folder: Some(folder.to_owned()), seed: None, quiet: true }
+        let phase = Duration::from_millis(300);
+        Self {
+            size,
+            seconds: 0,
+            keep: false,
+            folder: Some(folder.to_owned()),
+            seed: None,
+            quiet: true,
+            phase,
+        }
     }
 
     /// Runs it.
@@ -115,7 +128,8 @@ impl Demo {
         match self.run_tampered(form, &|_| ()) {
             Err(error) => match error.downcast_ref::<Interrupted>() {
                 Some(Interrupted(signal)) => {
-                    say("heliostat: interrupted; the demo's folder is removed");
+                    let end = if self.keep { "" } else { "; the demo's folder is removed" };
+                    say(format_args!("heliostat: interrupted{end}"));
                     Ok(Outcome::Interrupted(*signal))
                 }
                 None => Err(error),
@@ -240,11 +254,13 @@ impl Run<'_> {
 
     /// What happens while the guest runs: alone, with the mirror, on the target.
     fn live(&self, stage: &Stage, guest: &Guest, signals: &mut Signals) -> Result<(Moment, Mirrored)> {
-        self.watch_guest("guest alone", guest, signals, ALONE)?;
+        self.watch_guest("guest alone", guest, signals)?;
         let started = self.clock.now();
         let speed = self.speed(stage.taken().source);
         let mirrored = stage.mirror(speed, guest, signals, self.wants_progress(), self.clock)?;
-        self.watch_guest("guest on the target", guest, signals, AFTERWARDS)?;
+        let copying = units::latency(mirrored.ready.since(started));
+        self.say(format_args!("  mirror: in step after {copying}, then the guest was moved over"));
+        self.watch_guest("guest on the target", guest, signals)?;
         Ok((started, mirrored))
     }
 
@@ -279,7 +295,8 @@ impl Run<'_> {
     }
 
     /// Lets the guest run for a while, if nothing is wrong with it.
-    fn watch_guest(&self, name: &str, guest: &Guest, signals: &mut Signals, time: Duration) -> Result<()> {
+    fn watch_guest(&self, name: &str, guest: &Guest, signals: &mut Signals) -> Result<()> {
+        let time = self.demo.phase;
         let (before, until) = (guest.answered(), self.clock.now() + time);
         while self.clock.now() < until {
             check(guest, signals)?;
@@ -292,7 +309,7 @@ impl Run<'_> {
 }
 
 /// What the guest dirties a second, granules counted whole; the mirror needs that much more to come to an end.
-const GUEST_SHARE: u64 = 64 << 20;
+const GUEST_SHARE: u64 = 32 << 20;
 
 /// Fails when somebody interrupts, or the guest has given up.
 fn check(guest: &Guest, signals: &mut Signals) -> Result<()> {

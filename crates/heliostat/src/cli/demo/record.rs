@@ -5,6 +5,7 @@
 //! never a matter of opinion. Pure: times come in.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::ops::Range;
 
 use heliostat_block::clock::Moment;
@@ -101,6 +102,13 @@ impl Expected {
             Change::Write => self.or(Content::Written(request)),
             Change::Zero | Change::Trim => self.or(Content::Zeroes),
         }
+    }
+}
+
+impl fmt::Display for Expected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words: Vec<_> = self.contents().iter().map(ToString::to_string).collect();
+        f.write_str(&words.join(" or "))
     }
 }
 
@@ -252,7 +260,7 @@ mod tests {
 
     #[test]
     fn the_last_acknowledged_request_decides_what_a_block_holds() {
-        let mut record = Record::new(8, vec![0..4]);
+        let mut record = Record::new(8, vec![0..2, 2..4]);
         assert_eq!(record.expected(3), &Expected::One(Content::Written(0)));
         assert_eq!(record.expected(4), &Expected::One(Content::Zeroes));
         let first = done(&mut record, Change::Write, 2..6, 1, 2);

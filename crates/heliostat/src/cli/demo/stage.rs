@@ -205,7 +205,7 @@ impl Stage {
                 _ => {}
             }
         };
-        meter.finish("");
+        drop(meter);
         drop(watch);
         let (ready, asked) = asked.context("the mirror completed without being asked")?;
         let figures = job.figures();

@@ -6,9 +6,10 @@ use std::time::Duration;
 use heliostat_block::clock::Moment;
 use serde_json::{Value, json};
 
-use super::guest::{Latency, Report};
-use super::proof::{Findings, Proof};
+use super::findings::Findings;
+use super::proof::Proof;
 use super::record::{Counts, PivotWindow};
+use super::report::{Latency, Report};
 use super::stage::Taken;
 use crate::cli::mirror::micros;
 use crate::cli::output::{lines_of, table};
@@ -80,20 +81,20 @@ impl Facts {
         let (count, report, proof) = (units::count, &self.report, &self.proof);
         let mut claims = vec![
             Claim {
-                holds: failed == 0 && report.error_count == 0 && before > 0 && after > 0,
+                holds: failed == 0 && report.errors.count == 0 && before > 0 && after > 0,
                 text: format!(
                     "{} requests, every one answered without error; the guest never reconnected",
                     count(u64::try_from(report.timings.len()).unwrap_or(u64::MAX))
                 ),
-                against: report.errors.clone(),
+                against: described(&report.errors),
             },
             Claim {
-                holds: report.false_read_count == 0 && report.reads > 0,
+                holds: report.false_reads.count == 0 && report.reads > 0,
                 text: format!(
                     "{} reads on the way, each brought what had been written last",
                     count(report.reads)
                 ),
-                against: report.false_reads.clone(),
+                against: described(&report.false_reads),
             },
             Claim {
                 holds: proof.target.count == 0,
@@ -227,9 +228,9 @@ impl Facts {
             "seconds": self.times.ended.since(self.times.began).as_secs_f64(),
             "guest": {
                 "requests": self.report.timings.len(),
-                "errors": self.report.error_count,
+                "errors": self.report.errors.count,
                 "reads": self.report.reads,
-                "false-reads": self.report.false_read_count,
+                "false-reads": self.report.false_reads.count,
                 "flushes": self.report.flushes,
                 "changes-before-pivot": self.counts.before,
                 "changes-across-pivot": self.counts.during,

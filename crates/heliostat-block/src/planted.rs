@@ -1,0 +1,94 @@
+//! Bugs that the simulator's tests plant, to see that it finds them. Never in the program: without the feature
+//! `planted-bugs` nothing can be planted, and every question here is a constant.
+//!
+//! Each stands for a rule of MIRROR.md section 4 that is broken, at the one place that keeps it.
+
+/// A rule that is broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// A plain write is marked before it has ended, not after.
+    MarkBeforeWrite,
+    /// A copy's bits are cleared when it has ended, not before it reads.
+    ClearAfterRead,
+    /// The gate counts as quiet while requests are in flight behind it.
+    PivotWithoutDrain,
+    /// Overlapping doubled writes do not take turns.
+    DoubledWithoutTurns,
+    /// A copy takes no notice of doubled writes.
+    CopyBesideDoubled,
+    /// A target write past its deadline is forgotten.
+    LateWriteForgotten,
+    /// A failed flush of the target is tried again, and nothing is dirty for it.
+    FlushTriedAgain,
+    /// A copy believes what the first pass was told of holes.
+    OldHoleBelieved,
+    /// A write that failed is not marked.
+    FailedWriteNotMarked,
+    /// A doubled write whose target half failed is not marked.
+    FailedHalfNotMarked,
+    /// A doubled write does not become a plain one when it overlaps a copy.
+    DoubledBesideCopy,
+    /// A flush that fails takes no notice of copies on their way.
+    FlushForgetsCopies,
+}
+
+#[cfg(feature = "planted-bugs")]
+mod state {
+    use std::cell::{Cell, RefCell};
+
+    use super::Bug;
+    use crate::storage::{Extent, ExtentStatus};
+
+    thread_local! {
+        static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+        static OLD_HOLES: RefCell<Vec<Extent>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// Breaks one rule for everything that runs on this thread from now on, or none.
+    ///
+    /// What a run has left behind is forgotten, so call it before each.
+    pub fn plant(bug: Option<Bug>) {
+        PLANTED.set(bug);
+        OLD_HOLES.take();
+    }
+
+    pub(crate) fn is_planted(bug: Bug) -> bool {
+        PLANTED.get() == Some(bug)
+    }
+
+    pub(crate) fn remember_holes(extents: &[Extent]) {
+        let holes = extents.iter().filter(|extent| extent.status != ExtentStatus::Data);
+        if is_planted(Bug::OldHoleBelieved) {
+            OLD_HOLES.with_borrow_mut(|old| old.extend(holes));
+        }
+    }
+
+    pub(crate) fn old_hole(extent: Extent) -> Option<Extent> {
+        if !is_planted(Bug::OldHoleBelieved) {
+            return None;
+        }
+        OLD_HOLES.with_borrow(|old| {
+            let at = extent.range.offset();
+            let hole = old.iter().find(|hole| hole.range.offset() <= at && at < hole.range.end())?;
+            Some(Extent { range: hole.range.intersection(extent.range)?, ..*hole })
+        })
+    }
+}
+
+#[cfg(feature = "planted-bugs")]
+pub use state::plant;
+#[cfg(feature = "planted-bugs")]
+pub(crate) use state::{is_planted, old_hole, remember_holes};
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) const fn is_planted(_: Bug) -> bool {
+    false
+}
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) const fn remember_holes(_: &[crate::storage::Extent]) {}
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) const fn old_hole(_: crate::storage::Extent) -> Option<crate::storage::Extent> {
+    None
+}

@@ -1,0 +1,33 @@
+//! Every seed that failed once passes, and a seed does the same in every run.
+
+use heliostat_sim::{Trace, run};
+
+#[test]
+fn every_seed_that_failed_once_passes() {
+    let mut ran = 0;
+    for line in include_str!("seeds.txt").lines().filter(|line| !line.starts_with('#')) {
+        let seed = line.split_whitespace().next().expect("a line starts with a seed");
+        let seed = seed.parse().expect("a seed is a number");
+        if let Err(what) = run(seed, Trace::Off) {
+            panic!("seed {line}: {what}");
+        }
+        ran += 1;
+    }
+    assert!(ran > 0, "there are no seeds");
+}
+
+#[test]
+fn the_first_seeds_pass() {
+    for seed in 0..100 {
+        if let Err(what) = run(seed, Trace::Off) {
+            panic!("seed {seed}: {what}");
+        }
+    }
+}
+
+#[test]
+fn a_seed_does_the_same_every_time() {
+    for seed in 0..20 {
+        assert_eq!(run(seed, Trace::Off), run(seed, Trace::Off), "seed {seed}");
+    }
+}
