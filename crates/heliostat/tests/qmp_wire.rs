@@ -4,6 +4,8 @@ mod common;
 mod qmp;
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::wait::{self, LIMIT};
@@ -178,11 +180,24 @@ fn who_does_not_read_its_replies_is_not_obeyed_further_and_stops_nobody() {
     let mut peer = Peer::ours();
     let mut deaf = Wire::negotiated(&peer.socket());
     let before = peer.process().resident_bytes_max().unwrap();
-    // Until the socket's buffers are full in both directions. A thread, because it will block.
+    // Long replies, until the socket's buffers are full in both directions. A thread, because it will block.
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&sent);
     let flood = std::thread::spawn(move || {
-        let commands = "{'execute':'query-commands'}".repeat(1000);
-        while deaf.try_send(commands.as_bytes()).is_ok() {}
+        let command = format!("{{'execute':'query-jobs','id':'{}'}}", "x".repeat(512 << 10));
+        while deaf.try_send(command.as_bytes()).is_ok() {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
     });
+    let mut last = (0, 0);
+    let is_full = || {
+        let now = sent.load(Ordering::Relaxed);
+        let looks = if now > 0 && now == last.0 { last.1 + 1 } else { 0 };
+        last = (now, looks);
+        // Not a single one in half a second, or more than would fit.
+        (looks == 250 || now > 2 * (MEMORY_MAX >> 19)).then_some(())
+    };
+    wait::until("a full connection", LIMIT, is_full).unwrap();
     let mut other = Wire::negotiated(&peer.socket());
     for _ in 0..200 {
         assert!(other.execute("query-commands", &json!({}))["return"].is_array());
