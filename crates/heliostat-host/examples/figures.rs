@@ -29,30 +29,41 @@ fn busy_seconds() -> f64 {
     (ticks(11) + ticks(12)) / 100.0
 }
 
-fn report(what: &str, count: u32, began: Instant) {
-    let each = began.elapsed() / count;
-    println!("{what:<52} {each:>10.2?} each, {:>9.0} a second", 1.0 / each.as_secs_f64());
+/// When a measurement began, in time and in processor time.
+struct Start(Instant, f64);
+
+impl Start {
+    fn now() -> Self {
+        Self(Instant::now(), busy_seconds())
+    }
+
+    fn report(&self, what: &str, count: u32) {
+        let each = self.0.elapsed() / count;
+        let busy = (busy_seconds() - self.1) / f64::from(count) * 1e6;
+        let rate = 1.0 / each.as_secs_f64();
+        println!("{what:<44} {each:>10.2?} each, {busy:>7.2} us of processors, {rate:>9.0} a second");
+    }
 }
 
 async fn small_requests(storage: &FileStorage, what: &str, steps: u32, depth: usize) {
     let blocks = storage.size() / 4096;
     let offset = |n: u32| u64::from(n).wrapping_mul(7919) % blocks * 4096;
     let data = Bytes::from_owner(Buffer::zeroed(4096));
-    let began = Instant::now();
+    let began = Start::now();
     stream::iter(0..steps)
         .map(|n| storage.write(offset(n), data.clone(), Durability::Cached))
         .buffer_unordered(depth)
         .for_each(|result| async move { result.unwrap() })
         .await;
-    report(&format!("{what}: 4 KiB write, depth {depth}"), steps, began);
+    began.report(&format!("{what}: 4 KiB write, depth {depth}"), steps);
     let pool = BufferPool::new(4096, 64);
-    let began = Instant::now();
+    let began = Start::now();
     stream::iter(0..steps)
         .map(|n| storage.read(offset(n), pool.take(4096)))
         .buffer_unordered(depth)
         .for_each(|result| async move { drop(result.unwrap()) })
         .await;
-    report(&format!("{what}: 4 KiB read, depth {depth}"), steps, began);
+    began.report(&format!("{what}: 4 KiB read, depth {depth}"), steps);
 }
 
 /// Copies all of `source`, and returns how long that took and how much processor time it cost, in seconds.
@@ -122,20 +133,20 @@ async fn ping_pong(busy: bool) {
             other.send_now(&[std::io::IoSlice::new(b"x")]).unwrap();
         }
     });
-    let began = Instant::now();
+    let began = Start::now();
     for _ in 0..count {
         one.send_now(&[std::io::IoSlice::new(b"x")]).unwrap();
         receive(&one, busy).await;
     }
-    report(if busy { "round trip, looking busily" } else { "round trip, by the ring" }, count, began);
+    began.report(if busy { "round trip, looking busily" } else { "round trip, by the ring" }, count);
 }
 
 async fn run(directory: &Path, mib: u64) {
-    let began = Instant::now();
+    let began = Start::now();
     for _ in 0..STEPS {
         yield_now().await;
     }
-    report("look at the ring without sleeping", STEPS, began);
+    began.report("look at the ring without sleeping", STEPS);
     ping_pong(true).await;
     ping_pong(false).await;
 

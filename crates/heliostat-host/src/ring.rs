@@ -81,6 +81,7 @@ unsafe impl<R: Request> IourOpCode for Operation<R> {
         self.request.call(&self.file)
     }
 
+    // SAFETY: it asks nothing of its caller.
     unsafe fn set_result(&mut self, (): &mut (), _: &io::Result<usize>, _: &Extra) {
         self.in_flight = None;
     }
@@ -98,6 +99,7 @@ unsafe impl<R: Request> PollOpCode for Operation<R> {
         Poll::Ready(self.request.call(&self.file))
     }
 
+    // SAFETY: it asks nothing of its caller.
     unsafe fn set_result(&mut self, (): &mut (), _: &io::Result<usize>, _: &Extra) {
         self.in_flight = None;
     }

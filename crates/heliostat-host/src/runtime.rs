@@ -544,7 +544,8 @@ mod tests {
                 let (go, may_go) = mpsc::channel();
                 let mut call = Box::pin(run_blocking(move || {
                     may_go.recv().unwrap();
-                    std::thread::sleep(Duration::from_millis(20));
+                    // Gives a thread that does not wait every chance to end first.
+                    (0..10_000).for_each(|_| std::thread::yield_now());
                     by_call.store(true, Ordering::SeqCst);
                 }));
                 assert!(futures_util::poll!(call.as_mut()).is_pending());

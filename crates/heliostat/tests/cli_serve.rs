@@ -4,9 +4,9 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
@@ -192,6 +192,11 @@ fn a_live_socket_is_left_alone_and_a_stale_one_is_replaced() {
     first.child.kill().unwrap();
     first.child.wait().unwrap();
     assert!(socket.exists());
+    // The kernel lets go of what a killed process had on its ring a moment after the process has ended.
+    wait::until("the socket to be stale", wait::LIMIT, || {
+        UnixStream::connect(&socket).is_err().then_some(())
+    })
+    .unwrap();
     Server::start(&[text(&other), "--nbd", text(&socket)]).stop();
     std::fs::write(&socket, "precious").unwrap();
     refused(&[text(&other), "--nbd", text(&socket)], "not a socket");
@@ -212,6 +217,41 @@ fn what_is_no_disk_is_refused() {
     let empty = folder.path().join("empty");
     File::create(&empty).unwrap();
     Server::start(&[text(&empty), "--nbd", text(&socket)]).stop();
+}
+
+/// A command that runs the program as somebody who owns nothing. `None`, having said so, where we may not.
+fn as_nobody(folder: &Path) -> Option<Command> {
+    let setpriv = tool("setpriv")?;
+    std::fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(setpriv);
+    command.args(["--reuid", "65534", "--clear-groups", HELIOSTAT]);
+    let works = Command::new(command.get_program()).args(command.get_args()).arg("--version").output();
+    if works.is_ok_and(|output| output.status.success()) {
+        return Some(command);
+    }
+    common::skip("only root can try what others may not do");
+    None
+}
+
+#[test]
+fn what_permissions_forbid_is_said_with_what_would_help() {
+    let folder = folder();
+    let Some(mut command) = as_nobody(folder.path()) else { return };
+    let disk = disk(folder.path(), "disk");
+    let said = |mode: u32, arguments: &[&str]| {
+        std::fs::set_permissions(&disk, Permissions::from_mode(mode)).unwrap();
+        let mut whole = Command::new(command.get_program());
+        whole.args(command.get_args()).args(arguments).arg(&disk);
+        let output = whole.output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let text = said(0o400, &["info"]);
+    assert!(text.contains("may not read") && text.contains("check the permissions"), "{text}");
+    let text = said(0o444, &["serve", "--nbd", ":0"]);
+    assert!(text.contains("may not write") && text.contains("--read-only"), "{text}");
+    let server = Server::start_in(&[self::text(&disk), "--nbd", ":0", "--read-only"], &mut command);
+    server.stop();
 }
 
 #[test]

@@ -267,11 +267,12 @@ fn watch(
     let mut signals = ending::signals()?;
     let id = find(control, which)?.id;
     let mut meter = Meter::start(&id, wanted);
+    meter.hurry();
     let mut asked = None::<Instant>;
     let mut last = None;
     let end = loop {
         if let Some(signal) = signals.take() {
-            meter.finish("still running");
+            meter.say(format_args!("{id}: still running"));
             return Ok(Outcome::Interrupted(ending::number(signal)));
         }
         if asked.is_none_or(|asked| asked.elapsed() >= ASK_EVERY) {
@@ -311,7 +312,7 @@ fn watch(
             _ => {}
         }
     };
-    meter.finish("");
+    drop(meter);
     tell_end(&id, &end, form)?;
     Ok(if matches!(end.word, "completed" | "ready") { Outcome::Done } else { Outcome::No })
 }
@@ -329,5 +330,44 @@ fn tell_end(id: &str, end: &End, form: Form) -> Result<()> {
             Some(error) => format!("{id}: {}: {error}", end.word),
             None => format!("{id}: {}", end.word),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running() -> Row {
+        Row::of(json!({
+            "device": "move-db", "status": "running", "offset": 3_u64 << 30, "len": 4_u64 << 30, "unscanned": 0,
+            "copy-rate": 200 << 20, "dirty-rate": 12 << 20, "seconds-left": 6,
+        }))
+    }
+
+    #[test]
+    fn a_list_of_jobs_is_a_table() {
+        let stuck = Row::of(json!({
+            "device": "j2", "status": "running", "offset": 0, "len": 1000, "no-estimate": "not-converging",
+        }));
+        let ready = Row::of(json!({
+            "device": "j3", "status": "ready", "offset": 1000, "len": 1000, "seconds-left": 0,
+        }));
+        let lines = rows(&[running(), stuck, ready]);
+        let expected = [
+            "JOB      STATUS   DONE   LEFT    COPIED     DIRTIED   TO GO",
+            "move-db  running  75 %   1 GiB   200 MiB/s  12 MiB/s  6 s",
+            "j2       running  0 %    1000 B  0 B/s      0 B/s     no end in sight",
+            "j3       ready    100 %  0 B     0 B/s      0 B/s     0 s",
+        ];
+        assert_eq!(lines.lines().collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_daemon_that_says_less_is_understood() {
+        // What qemu-storage-daemon says.
+        let row = Row::of(json!({ "device": "j", "status": "paused", "offset": 1, "len": 4 }));
+        assert_eq!((row.look.status, row.look.percent()), (JobStatus::Paused, 25));
+        assert_eq!(row.look.time_left, TimeLeft::NoRateYet);
+        assert_eq!(Row::of(json!({})).look.len, 0);
     }
 }

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use heliostat_block::node::{DetectZeroes, Discard};
-use heliostat_host::open::{Access, Cache, OpenOptions};
+use heliostat_host::open::{Access, Attempt, Cache, OpenError, OpenOptions};
 use heliostat_host::runtime::block_on;
 use serde_json::json;
 
@@ -145,7 +145,8 @@ impl Serve {
         let mut signals = ending::signals()?;
         let daemon = Daemon::new();
         let disk = self.add_disk(&daemon)?;
-        let offered = self.offer.open(&daemon, address, !self.read_only)?;
+        let mut offered = self.offer.open(&daemon, address, !self.read_only)?;
+        offered.take_orders(&daemon)?;
         self.announce(&offered, disk, form)?;
         notify(&[sd_notify::NotifyState::Ready]);
         let cause = ending::wait(&daemon, &mut signals)?;
@@ -153,7 +154,9 @@ impl Serve {
         if matches!(cause, ending::Cause::Signal(_)) {
             say("heliostat: ending: requests in flight end first, then everything is made durable");
         }
-        ending::end(&daemon, &mut signals)
+        let outcome = ending::end(&daemon, &mut signals);
+        offered.close();
+        outcome
     }
 
     /// Opens the disk. Answers its size.
@@ -163,7 +166,13 @@ impl Serve {
             // Looked at first: its errors say what to do, and nothing has been started yet.
             let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
             let cache = self.how.host_cache();
-            let image = image::open_as(path, &OpenOptions { access, cache, ..OpenOptions::default() })?;
+            let options = OpenOptions { access, cache, ..OpenOptions::default() };
+            let image = image::open_as(path, &options).map_err(|error| match &error {
+                OpenError::Denied { attempt: Attempt::Write, .. } | OpenError::ReadOnly { .. } => {
+                    anyhow!("{error}, or add --read-only")
+                }
+                _ => error.into(),
+            })?;
             block_on(self.how.check_format(&image)).context("cannot start the I/O engine")??;
         }
         let spec = self.how.apply(NodeSpec::file(NODE, path));

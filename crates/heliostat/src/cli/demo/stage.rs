@@ -126,7 +126,11 @@ impl Stage {
         daemon.add_node(&node(SOURCE, source_path(folder)))?;
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
-        let address = match daemon.start_nbd_server(&NbdSpec { address: socket, max_connections: 0 })? {
+        let address = match daemon.start_nbd_server(&NbdSpec {
+            address: socket,
+            max_connections: 0,
+            handshake_time: None,
+        })? {
             NbdAddress::Unix(path) => Address::Unix(path),
             NbdAddress::Tcp(address) => Address::Tcp(address),
         };
@@ -201,7 +205,7 @@ impl Stage {
                 _ => {}
             }
         };
-        meter.finish("");
+        drop(meter);
         drop(watch);
         let (ready, asked) = asked.context("the mirror completed without being asked")?;
         let figures = job.figures();

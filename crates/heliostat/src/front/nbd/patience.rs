@@ -11,6 +11,10 @@ use std::time::Duration;
 /// looking for much longer than that loses more than it can win.
 const LOOK_MAX: Duration = Duration::from_micros(50);
 
+/// The look is given up after so many times the usual gap: the client is then most likely waiting for a
+/// processor itself, perhaps for this one.
+const LOOK_GAPS: u32 = 2;
+
 /// A gap counts for no more than this, so that a client which comes back from a pause is trusted again after
 /// few requests.
 const GAP_MAX: Duration = Duration::from_micros(400);
@@ -35,7 +39,7 @@ impl Patience {
 
     /// Says whether to look on, `waited` after the last answer.
     pub(super) fn looks_on(&self, waited: Duration) -> bool {
-        self.gap < LOOK_MAX && waited < LOOK_MAX
+        self.gap < LOOK_MAX && waited < (self.gap * LOOK_GAPS).min(LOOK_MAX)
     }
 }
 
@@ -55,9 +59,12 @@ mod tests {
     #[test]
     fn a_client_that_asks_at_once_is_waited_for_but_not_long() {
         let mut patience = Patience::new();
-        (0..12).for_each(|_| patience.learn(us(20)));
+        (0..20).for_each(|_| patience.learn(us(40)));
         assert!(patience.looks_on(us(49)));
         assert!(!patience.looks_on(us(50)));
+        (0..20).for_each(|_| patience.learn(us(10)));
+        assert!(patience.looks_on(us(19)));
+        assert!(!patience.looks_on(us(21)));
     }
 
     #[test]
