@@ -154,7 +154,7 @@ fn profile(settings: &Settings, random: &mut Random) -> Profile {
     let slow = random.pick(&[1, 1, 4]);
     Profile {
         block_size: random.pick(&[1, 1, 512, 4096]),
-        inline: random.pick(&[0, 0, 300, 950]),
+        inline: random.pick(&[0, 0, 0, 300, 950]),
         delay_max: settings.delay_max / slow,
         pieces_max: random.pick(&[1, 2, 4]),
         hangs,
@@ -201,14 +201,14 @@ fn start_guests(
 ) -> Result<(), String> {
     let len_max =
         random.pick(&[512, 2048, u64::from(settings.granularity), 3 * u64::from(settings.granularity)]);
-    let at_once = random.pick(&[1, 2, 4, 8]);
+    let at_once = random.pick(&[1, 3, 6, 6]);
     let hot_len = random.pick(&[512, 4096, settings.size]).min(settings.size);
     let hot = random.below(settings.size - hot_len + 1);
     let workload = Workload {
-        requests: random.pick(&[0, 10, 60, 200, 200]).min(800 / at_once),
+        requests: random.pick(&[0, 10, 60, 200, 200, 200, 200]),
         last_requests: random.below(10),
         at_once,
-        think: settings.delay_max * random.pick(&[0, 1, 5, 20]),
+        think: settings.delay_max * random.pick(&[0, 0, 1, 5]),
         len_max: len_max.min(settings.size),
         unit: random.pick(&[1, 512, 512, 4096]),
         hot: ByteRange::from_bounds(hot, hot + hot_len),
