@@ -38,6 +38,10 @@ const LAST_ANSWERS_TIME: Duration = Duration::from_secs(3);
 /// What one receive takes at most: 60 writes of 4 KiB, so that their cost is shared by many.
 const RECEIVE_LEN: usize = 256 << 10;
 
+/// What one receive takes at most after a long payload: the next one is likely long too, and what is received
+/// before its length is known must be copied into its buffer.
+const RECEIVE_LEN_AFTER_LONG: usize = 8 << 10;
+
 /// Requests of one connection in flight at once; the Linux client sends at most 128.
 const REQUESTS_MAX: usize = 128;
 
@@ -115,7 +119,7 @@ async fn send_all(socket: &Socket, output: &mut BytesMut) -> io::Result<()> {
 async fn receive(socket: &Socket, buffers: &Buffers, input: &mut Bytes) -> io::Result<()> {
     let mut buffer = None;
     loop {
-        match receive_now(socket, buffers, &mut buffer, input) {
+        match receive_now(socket, buffers, &mut buffer, RECEIVE_LEN, input) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.readable().await?,
@@ -124,17 +128,19 @@ async fn receive(socket: &Socket, buffers: &Buffers, input: &mut Bytes) -> io::R
     }
 }
 
-/// Appends what is there to `input`, which holds much less than [`RECEIVE_LEN`]. The memory is taken from
-/// `spare`, and left there when nothing came.
+/// Appends what is there, at most `len` bytes, to `input`, which holds much less than [`RECEIVE_LEN`]. The
+/// memory is taken from `spare`, and left there when nothing came.
 fn receive_now(
     socket: &Socket,
     buffers: &Buffers,
     spare: &mut Option<Buffer>,
+    len: usize,
     input: &mut Bytes,
 ) -> io::Result<usize> {
     let mut buffer = spare.take().unwrap_or_else(|| buffers.take(RECEIVE_LEN));
     let kept = input.len();
-    match socket.recv_now(&mut buffer[kept..]) {
+    let end = buffer.len().min(kept + len);
+    match socket.recv_now(&mut buffer[kept..end]) {
         Ok(received) => {
             buffer[..kept].copy_from_slice(input);
             buffer.truncate(kept + received);
@@ -243,6 +249,8 @@ struct Connection<'a, F, M> {
     input: Bytes,
     /// Memory for the next receive.
     spare: Option<Buffer>,
+    /// Whether the last receive went straight into a long payload.
+    was_long: bool,
     permits: Permits,
     start: M,
     flights: Flights<F>,
@@ -273,6 +281,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             replies,
             input,
             spare: None,
+            was_long: false,
             permits: Permits::new(REQUESTS_MAX, BYTES_MAX),
             start,
             flights: Flights::new(),
@@ -338,17 +347,23 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         if self.is_full {
             return false;
         }
+        let mut is_long = false;
         let received = match self.requests.payload_room() {
             Some(room) => {
+                is_long = true;
                 let received = self.socket.recv_now(room);
                 self.requests.payload_received(received.as_ref().copied().unwrap_or(0));
                 received
             }
-            None => receive_now(&self.socket, &self.shared.buffers, &mut self.spare, &mut self.input),
+            None => {
+                let len = if self.was_long { RECEIVE_LEN_AFTER_LONG } else { RECEIVE_LEN };
+                receive_now(&self.socket, &self.shared.buffers, &mut self.spare, len, &mut self.input)
+            }
         };
         match received {
             Ok(0) => self.stage = Stage::Ending,
             Ok(_) => {
+                self.was_long = is_long;
                 self.patience.learn(self.last_answer.elapsed());
                 self.take_requests(cx);
             }
