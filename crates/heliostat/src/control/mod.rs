@@ -110,6 +110,7 @@ impl ControlServer {
     fn end(&mut self) {
         let Some(acceptor) = self.acceptor.take() else { return };
         self.shared.stopping.store(true, Ordering::SeqCst);
+        // Said here, not left to a drop: clients' threads hold on to the socket too, and may outlive the program.
         self.shared.socket.close();
         // Its panic has been told by its thread.
         let _ = acceptor.join();

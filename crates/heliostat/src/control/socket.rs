@@ -68,8 +68,11 @@ impl ControlSocket {
         self.listener.accept().map(|(stream, _)| stream)
     }
 
-    /// Takes no more connections, and wakes who waits for one.
+    /// Takes no more connections, wakes who waits for one, and removes the file.
     pub(super) fn close(&self) {
+        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
         // Fails only where it is closed already.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
@@ -77,9 +80,7 @@ impl ControlSocket {
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.close();
     }
 }
 
@@ -165,6 +166,7 @@ mod tests {
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| socket.accept());
             socket.close();
+            assert!(!folder.path().join("control").exists());
             assert!(waiting.join().unwrap().is_err());
         });
     }

@@ -192,6 +192,9 @@ pub enum DaemonError {
     /// The NBD server refuses an export.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// Clients may write to it, and nobody may.
+    #[error("Cannot export read-only node as writable")]
+    ExportReadOnly,
     /// The id of an export is not one.
     #[error("Invalid block export id")]
     ExportId,

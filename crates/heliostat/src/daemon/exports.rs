@@ -136,7 +136,7 @@ impl Daemon {
     /// Offers a node to NBD clients.
     ///
     /// # Errors
-    /// `ExportId`, `ExportIdExists`, `NodeNotFound`, `NbdNotRunning`, `TargetReadOnly`, `PermissionConflict`,
+    /// `ExportId`, `ExportIdExists`, `NodeNotFound`, `NbdNotRunning`, `ExportReadOnly`, `PermissionConflict`,
     /// `Export` when the server refuses it.
     pub fn add_export(&self, spec: &ExportSpec) -> Result<Export, DaemonError> {
         let _change = self.begin_change()?;
@@ -152,7 +152,7 @@ impl Daemon {
             return Err(DaemonError::NbdNotRunning);
         }
         if spec.writable && node.options().read_only {
-            return Err(DaemonError::TargetReadOnly);
+            return Err(DaemonError::ExportReadOnly);
         }
         let role = Role::Export { id: spec.id.clone(), writable: spec.writable };
         let place = self.graph.attach(&node, role).map_err(|error| match error {

@@ -63,10 +63,22 @@ impl Daemon {
         if self.job(id).is_some() {
             return Err(DaemonError::JobExists(id.to_owned()));
         }
+        self.wait_for_last_words(id);
         if self.lock_jobs().list.len() >= JOBS_MAX {
             return Err(DaemonError::TooMany { what: "jobs", limit: JOBS_MAX });
         }
         Ok(())
+    }
+
+    /// Waits until a job of that id that has ended has said so to the last: what it says must not come between
+    /// the words of a new one. It is about to, and waits for nobody.
+    fn wait_for_last_words(&self, id: &str) {
+        let is_ending =
+            |running: &&mut Running| running.entry.job.id() == id && !running.entry.job.is_listed();
+        let thread = self.lock_jobs().list.iter_mut().find(is_ending).and_then(|old| old.thread.take());
+        if let Some(thread) = thread {
+            thread.join();
+        }
     }
 
     pub(super) fn is_filter_name(&self, name: &str) -> bool {

@@ -228,11 +228,11 @@ impl Daemon {
     fn check_removable(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
         let roles = self.graph.roles(node);
         let name = || node.name().clone();
-        if roles.iter().any(|role| matches!(role, Role::MirrorSource { .. })) {
-            return Err(DaemonError::NodeBusy(name()));
-        }
-        if roles.iter().any(|role| !matches!(role, Role::Child { .. })) {
-            return Err(DaemonError::NodeInUse(name()));
+        // QEMU names the user that came last, but for nodes above, of which it speaks only without others.
+        match roles.iter().rev().find(|role| !matches!(role, Role::Child { .. })) {
+            Some(Role::MirrorSource { .. }) => return Err(DaemonError::NodeBusy(name())),
+            Some(_) => return Err(DaemonError::NodeInUse(name())),
+            None => {}
         }
         if !self.lock_nodes().find(node.name().as_str()).is_some_and(|record| record.is_owned) {
             return Err(DaemonError::NodeNotOwned(name()));

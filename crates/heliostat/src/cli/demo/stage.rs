@@ -194,9 +194,11 @@ impl Stage {
             meter.show(&Look::at(&job));
             match next(&events)? {
                 Some((at, JobEvent::Ready)) => {
+                    // The limit was there so that the copying can be watched; it has been.
+                    let refused = |error| anyhow!("the mirror refused to complete: {error}");
+                    job.ask(Verb::SetSpeed(0)).map_err(refused)?;
                     let told = clock.now();
-                    job.ask(Verb::Complete)
-                        .map_err(|error| anyhow!("the mirror refused to complete: {error}"))?;
+                    job.ask(Verb::Complete).map_err(refused)?;
                     asked = Some((at, told));
                 }
                 Some((at, JobEvent::Completed(None))) => break at,
