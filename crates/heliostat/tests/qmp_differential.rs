@@ -593,3 +593,56 @@ fn quitting_cancels_jobs_and_ends_the_process_alike() {
     });
     assert_eq!(ours, theirs);
 }
+
+/// A client of an export that has written once and stays connected until it is dropped.
+struct Guest(std::process::Child);
+
+impl Guest {
+    fn of(peer: &qmp::Peer, qemu_io: &std::path::Path) -> Self {
+        use std::io::{BufRead, BufReader, Write};
+        let uri = format!("nbd+unix:///n?socket={}/nbd", peer.folder().display());
+        let mut command = std::process::Command::new(qemu_io);
+        command.args(["-f", "raw", &uri]).stdin(std::process::Stdio::piped());
+        let mut child = command.stdout(std::process::Stdio::piped()).spawn().expect("it was found");
+        let stdin = child.stdin.as_mut().expect("it is a pipe");
+        stdin.write_all(b"write 0 4k\n").expect("the guest listens");
+        let said = BufReader::new(child.stdout.as_mut().expect("it is a pipe")).lines();
+        assert!(said.map_while(Result::ok).any(|line| line.contains("wrote 4096")), "the guest has written");
+        Self(child)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn an_export_with_a_client_is_removed_by_force_only_alike() {
+    let Some(qemu_io) = common::tool("qemu-io") else { return };
+    let Some(qemu) = qmp::Peer::qemu() else { return };
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "s", "name": "n", "writable": true });
+    let before = vec![
+        file("s", "s"),
+        Do("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } })),
+        Do("block-export-add", export),
+    ];
+    let after = vec![
+        Do("block-export-del", json!({ "id": "e" })),
+        Do("block-export-del", json!({ "id": "e", "mode": "safe" })),
+        Do("query-block-exports", json!({})),
+        Do("block-export-del", json!({ "id": "e", "mode": "hard" })),
+        Await("BLOCK_EXPORT_DELETED", "e"),
+        Do("query-block-exports", json!({})),
+        delete("s"),
+    ];
+    let [theirs, ours] = [qemu, qmp::Peer::ours()].map(|peer| {
+        peer.image("s", SIZE);
+        qmp::transcript::run(&peer, &before);
+        let _guest = Guest::of(&peer, &qemu_io);
+        qmp::transcript::run(&peer, &after)
+    });
+    assert_eq!(ours, theirs);
+}
