@@ -415,6 +415,9 @@ impl Mirror {
 
     /// Waits until something is worth another look, at most for a tick.
     async fn wait(&mut self, heard: [EventListener; 3], marks: bool) {
+        if let Some(done) = self.underway.take_back().await {
+            return self.take_in(Some(done));
+        }
         let now = self.clock.now();
         let clean = self.doubling.bitmap().is_clean();
         let gathering = self.gather_until.is_some_and(|until| until > now);

@@ -60,6 +60,16 @@ impl Underway {
                 Err(errand) => copying = errand.copying,
             }
         }
+        self.copy_here(begun, copying).await
+    }
+
+    /// Does itself what waits for a lane, for want of anything better to do.
+    pub(crate) async fn take_back(&mut self) -> Option<Done> {
+        let errand = self.lanes.as_ref()?.take_back(&self.returns)?;
+        self.copy_here(errand.begun, errand.copying).await
+    }
+
+    async fn copy_here(&mut self, begun: Begun, copying: Copying) -> Option<Done> {
         let route = Arc::clone(&self.route);
         let copy = async move {
             let copied = route.copy(copying.range()).await;
