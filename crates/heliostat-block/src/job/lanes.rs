@@ -82,6 +82,11 @@ impl Lanes {
         self.changed.notify(usize::MAX);
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.state().lanes
+    }
+
     /// Sends an errand, or gives it back when enough wait.
     pub(crate) fn send(&self, errand: Errand) -> Result<(), Errand> {
         let mut state = self.state();

@@ -172,7 +172,7 @@ impl Mirror {
         let orders = self.job.orders();
         let gathering = self.gather_until.is_some_and(|until| until > now) && orders.end.is_none();
         let room = self.underway.copies() == 0
-            || (self.underway.copies() < COPIES_IN_FLIGHT_MAX
+            || (self.underway.copies() < self.underway.depth(self.tally.guests_are_quiet())
                 && self.doubling.copying_bytes() < self.options.buf_size);
         View {
             status: self.job.status(),

@@ -15,6 +15,7 @@ use super::scan::{Belief, Scanned, scan};
 use super::unflushed::Begun;
 use crate::clock::{LocalFuture, yield_once};
 use crate::error::BlockError;
+use crate::limits::COPIES_IN_FLIGHT_MAX;
 
 /// Something that has ended.
 pub(crate) enum Done {
@@ -47,6 +48,16 @@ impl Underway {
     /// Copies in flight, here and on lanes.
     pub(crate) const fn copies(&self) -> usize {
         self.copies
+    }
+
+    /// How many copies are worth having in flight. Where lanes share them, two for each core: more would all
+    /// be this thread's to do while a lane idles.
+    pub(crate) fn depth(&self, elsewhere: bool) -> usize {
+        let lanes = self.lanes.as_ref().filter(|_| elsewhere && self.route.is_cached());
+        match lanes.map_or(0, |lanes| lanes.count()) {
+            0 => COPIES_IN_FLIGHT_MAX,
+            lanes => COPIES_IN_FLIGHT_MAX.min(2 * lanes + 2),
+        }
     }
 
     /// Starts a copy; on a lane, if `elsewhere` allows it and one is free.
