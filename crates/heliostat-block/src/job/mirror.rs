@@ -172,7 +172,7 @@ impl Mirror {
         let orders = self.job.orders();
         let gathering = self.gather_until.is_some_and(|until| until > now) && orders.end.is_none();
         let room = self.underway.copies() == 0
-            || (self.underway.copies() < self.underway.depth(self.tally.guests_are_quiet())
+            || (self.underway.copies() < self.underway.depth(self.route.guests_are_quiet(now))
                 && self.doubling.copying_bytes() < self.options.buf_size);
         View {
             status: self.job.status(),
@@ -279,7 +279,7 @@ impl Mirror {
         self.cursor = copying.range().end();
         self.pace.spend(copying.range().len(), now);
         self.tally.copy_begins(now);
-        let elsewhere = self.tally.guests_are_quiet();
+        let elsewhere = self.route.guests_are_quiet(now);
         let done = self.underway.copy(self.unflushed.write_begins(), copying, elsewhere).await;
         self.take_in(done);
     }

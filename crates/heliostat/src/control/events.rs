@@ -1,6 +1,6 @@
 //! Events as clients see them.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use heliostat_block::job::{ErrorAction, JobEvent, JobStatus, Operation};
 use serde_json::{Value, json};
@@ -12,8 +12,8 @@ use crate::daemon::{Event, Happening};
 pub fn message(event: &Event) -> Value {
     let (name, data) = match &event.what {
         Happening::ExportDeleted { id } => ("BLOCK_EXPORT_DELETED", json!({ "id": id })),
-        Happening::Job { id, event, offset, len, speed } => {
-            job_event(id, event, &Counts { offset: *offset, len: *len, speed: *speed })
+        Happening::Job { id, event, offset, len, pause, speed } => {
+            job_event(id, event, &Counts { offset: *offset, len: *len, pause: *pause, speed: *speed })
         }
     };
     json!({ "timestamp": timestamp(event.at), "event": name, "data": data })
@@ -23,11 +23,12 @@ pub fn message(event: &Event) -> Value {
 struct Counts {
     offset: u64,
     len: u64,
+    pause: Option<Duration>,
     speed: u64,
 }
 
 fn job_event(id: &str, event: &JobEvent, counts: &Counts) -> (&'static str, Value) {
-    let Counts { offset, len, speed } = counts;
+    let Counts { offset, len, pause, speed } = counts;
     let with_counts = json!({ "device": id, "len": len, "offset": offset, "speed": speed, "type": "mirror" });
     match event {
         JobEvent::Status(status) => {
@@ -35,7 +36,13 @@ fn job_event(id: &str, event: &JobEvent, counts: &Counts) -> (&'static str, Valu
         }
         JobEvent::Ready => ("BLOCK_JOB_READY", with_counts),
         JobEvent::Pending => ("BLOCK_JOB_PENDING", json!({ "type": "mirror", "id": id })),
-        JobEvent::Completed(None) => ("BLOCK_JOB_COMPLETED", with_counts),
+        JobEvent::Completed(None) => {
+            let mut data = with_counts;
+            if let Some(pause) = pause {
+                data["pause-us"] = json!(u64::try_from(pause.as_micros()).unwrap_or(u64::MAX));
+            }
+            ("BLOCK_JOB_COMPLETED", data)
+        }
         JobEvent::Completed(Some(error)) => {
             let mut data = with_counts;
             data["error"] = json!(error);

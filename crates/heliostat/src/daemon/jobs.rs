@@ -99,6 +99,7 @@ impl Daemon {
                 event: event.clone(),
                 offset: figures.offset,
                 len: figures.len,
+                pause: figures.pause,
                 speed: job.orders().speed,
             });
         })

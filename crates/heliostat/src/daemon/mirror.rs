@@ -247,6 +247,7 @@ impl Daemon {
                 event: JobEvent::Status(status),
                 offset: 0,
                 len: 0,
+                pause: None,
                 speed: 0,
             });
         }

@@ -179,8 +179,9 @@ fn drop_drains(events: &mut Vec<Value>) {
 /// A message with its keys in one order.
 fn sorted(name: &Value, data: &Value) -> Value {
     let data: BTreeMap<_, _> = data.as_object().into_iter().flatten().collect();
-    let data: Map<String, Value> =
-        data.into_iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+    // How long guests were held is ours to say.
+    let data = data.into_iter().filter(|(key, _)| *key != "pause-us");
+    let data: Map<String, Value> = data.map(|(key, value)| (key.clone(), value.clone())).collect();
     json!({ "event": name, "data": data })
 }
 
