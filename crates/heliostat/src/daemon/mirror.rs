@@ -11,7 +11,7 @@ use heliostat_block::job::{CopyMode, Job, JobEvent, JobOptions, JobStatus, OnErr
 use heliostat_block::limits::{BUF_SIZE_DEFAULT, GRANULARITY_DEFAULT, GRANULARITY_MAX, GRANULARITY_MIN};
 use heliostat_block::name::{NodeName, is_wellformed_id};
 use heliostat_block::node::{DetectZeroes, Node};
-use heliostat_host::runtime::Thread;
+use heliostat_host::runtime::{Thread, give_way};
 
 use super::events::Happening;
 use super::{Daemon, DaemonError, JobEntry};
@@ -176,6 +176,7 @@ impl Daemon {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
             let Start { job, source, target, options } = start;
+            give_way();
             let mirror = Mirror::new(job, graph, source, target, options, clock).with_lanes(lanes);
             // Nobody left to hear it is no reason not to run.
             let _ = listens.send(());
