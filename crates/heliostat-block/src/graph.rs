@@ -216,6 +216,8 @@ fn conflicts(present: &Role, wanted: &Role) -> bool {
     match (present, wanted) {
         (Role::MirrorTarget { .. }, _) | (_, Role::MirrorTarget { .. }) => true,
         (Role::MirrorSource { .. }, Role::MirrorSource { .. }) => true,
+        // Windows of one node stand side by side; who attaches them sees to it that none shows another's bytes.
+        (Role::Child { .. }, Role::Child { .. }) => false,
         // What is written through the upper node passes this one by: nobody may rely on hearing of it here.
         (Role::Child { .. }, other) | (other, Role::Child { .. }) => {
             !matches!(other, Role::Export { writable: false, .. })

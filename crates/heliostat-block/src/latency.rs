@@ -5,6 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::clock::Moment;
 use crate::convert::usize_from;
 
 /// Buckets for each doubling of the time: an answer is at most an eighth too high.
@@ -17,11 +18,17 @@ const BUCKETS: usize = 8 * 35;
 pub struct Latencies {
     buckets: [AtomicU64; BUCKETS],
     longest_us: AtomicU64,
+    /// When the last one was added, in microseconds of the clock; 0 is never.
+    last_us: AtomicU64,
 }
 
 impl Default for Latencies {
     fn default() -> Self {
-        Self { buckets: [const { AtomicU64::new(0) }; BUCKETS], longest_us: AtomicU64::new(0) }
+        Self {
+            buckets: [const { AtomicU64::new(0) }; BUCKETS],
+            longest_us: AtomicU64::new(0),
+            last_us: AtomicU64::new(0),
+        }
     }
 }
 
@@ -29,6 +36,10 @@ impl Default for Latencies {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LatencySnapshot {
     buckets: Vec<u64>,
+}
+
+fn microseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn bucket_of(us: u64) -> usize {
@@ -51,13 +62,21 @@ fn upper_us(bucket: usize) -> u64 {
 }
 
 impl Latencies {
-    /// Adds one time.
-    pub fn record(&self, took: Duration) {
-        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+    /// Adds the time of a request that has ended `now`.
+    pub fn record(&self, took: Duration, now: Moment) {
+        self.last_us.store(microseconds(now.since_start()).max(1), Ordering::Relaxed);
+        let us = microseconds(took);
         self.buckets[bucket_of(us)].fetch_add(1, Ordering::Relaxed);
         if us > self.longest_us.load(Ordering::Relaxed) {
             self.longest_us.fetch_max(us, Ordering::Relaxed);
         }
+    }
+
+    /// Says whether none has been added for `quiet`.
+    #[must_use]
+    pub fn are_quiet(&self, now: Moment, quiet: Duration) -> bool {
+        let last = self.last_us.load(Ordering::Relaxed);
+        last == 0 || microseconds(now.since_start()).saturating_sub(last) >= microseconds(quiet)
     }
 
     /// The longest time so far.
@@ -119,16 +138,26 @@ mod tests {
     #[test]
     fn a_window_is_the_difference_of_two_snapshots() {
         let latencies = Latencies::default();
-        latencies.record(Duration::from_micros(3));
+        latencies.record(Duration::from_micros(3), Moment::START);
         let before = latencies.snapshot();
         for _ in 0..99 {
-            latencies.record(Duration::from_micros(100));
+            latencies.record(Duration::from_micros(100), Moment::START);
         }
-        latencies.record(Duration::from_millis(9));
+        latencies.record(Duration::from_millis(9), Moment::START);
         let window = latencies.snapshot().since(&before);
         assert_eq!(window.count(), 100);
         assert!(window.quantile(990).unwrap() < Duration::from_micros(113));
         assert!(window.quantile(1000).unwrap() >= Duration::from_millis(9));
         assert_eq!(before.since(&before).quantile(500), None);
+    }
+
+    #[test]
+    fn requests_that_ended_a_while_ago_leave_it_quiet() {
+        let latencies = Latencies::default();
+        let (at, quiet) = (|ms| Moment::from_start(Duration::from_millis(ms)), Duration::from_millis(100));
+        assert!(latencies.are_quiet(at(0), quiet), "there never was one");
+        latencies.record(Duration::ZERO, at(500));
+        assert!(!latencies.are_quiet(at(599), quiet));
+        assert!(latencies.are_quiet(at(600), quiet));
     }
 }

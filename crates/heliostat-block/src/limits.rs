@@ -83,6 +83,9 @@ pub const PAUSE_LAST: Duration = Duration::from_secs(5);
 /// guest holds.
 pub const HALVES_PER_TURN: usize = 16;
 
+/// A guest that made no request for so long does not want the other cores at this moment.
+pub const GUEST_QUIET: Duration = Duration::from_millis(100);
+
 /// How long a mirror that is in step waits after a mark before it copies, so that neighbours and repeats become
 /// one copy. A guest that writes one block again and again then costs 500 copies a second at most.
 pub const GATHER: Duration = Duration::from_millis(2);

@@ -109,7 +109,8 @@ impl Tracked {
 impl Drop for Tracked {
     fn drop(&mut self) {
         if let Some(arrived) = self.arrived {
-            self.node.latencies().record(self.node.clock().now().since(arrived));
+            let now = self.node.clock().now();
+            self.node.latencies().record(now.since(arrived), now);
         }
         self.node.leave();
     }

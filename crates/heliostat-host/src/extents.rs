@@ -3,6 +3,7 @@
 //! The calls block; [`crate::file`] makes them elsewhere than on a data-plane thread.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use heliostat_block::range::ByteRange;
@@ -16,6 +17,29 @@ use crate::probe::Shape;
 /// The most extents in one answer: as many as a caller works off in some milliseconds, and enough that a
 /// disk in pieces costs few calls.
 const EXTENTS_MAX: usize = 1024;
+
+/// How far one look at a file in memory goes: a walk over so many pages takes a fraction of a millisecond.
+const LOOK_LEN: u64 = 64 << 20;
+
+/// The longest look at a file in memory that a data-plane thread takes itself: some microseconds.
+const LOOK_NOW_LEN: u64 = 1 << 20;
+
+/// The unit in which a file in memory has data or holes.
+const PAGE: u64 = 4096;
+
+/// How many pages of a range are in the page cache; `None` where the kernel cannot say (before 6.5).
+fn cached_pages(file: &impl AsRawFd, offset: u64, len: u64) -> Option<u64> {
+    // `struct cachestat_range` and `struct cachestat` of linux/mman.h.
+    let range = [offset, len];
+    let mut counts = [0_u64; 5];
+    // SAFETY: both arrays are as long as the kernel's structures and outlive the call; the descriptor is open.
+    let result =
+        unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), counts.as_mut_ptr(), 0) };
+    (result == 0).then_some(counts[0])
+}
+
+/// The same number on every architecture.
+const SYS_CACHESTAT: libc::c_long = 451;
 
 /// Where one file has data.
 #[derive(Debug)]
@@ -52,6 +76,12 @@ impl Layout {
         if self.shape.is_device {
             return Some(vec![Extent { range, status: ExtentStatus::Data }]);
         }
+        if self.shape.in_memory
+            && range.len() <= LOOK_NOW_LEN
+            && self.all_cached(range.offset(), range.end()).is_some()
+        {
+            return Some(vec![Extent { range, status: ExtentStatus::Data }]);
+        }
         let data = self.data();
         let known = data.intersection(range).filter(|known| known.offset() == range.offset())?;
         Some(vec![Extent { range: known, status: ExtentStatus::Data }])
@@ -68,7 +98,7 @@ impl Layout {
         let mut at = range.offset();
         while at < range.end() && extents.len() < EXTENTS_MAX {
             let (status, until) =
-                if at >= end { (ExtentStatus::Data, u64::MAX) } else { self.next(at, end)? };
+                if at >= end { (ExtentStatus::Data, u64::MAX) } else { self.next(at, end, range.end())? };
             let extent = ByteRange::from_bounds(at, until.min(range.end()));
             extents.push(Extent { range: extent, status });
             if status == ExtentStatus::Data && at < end {
@@ -79,8 +109,17 @@ impl Layout {
         Ok(extents)
     }
 
-    /// The status at `at`, and where it ends at the latest. `at` lies before `end`, the file's.
-    fn next(&self, at: u64, end: u64) -> io::Result<(ExtentStatus, u64)> {
+    /// How far from `at` on every page of a file in memory is there, if that is far. To find the end of much data
+    /// such a file system holds the file's lock, and with it every writer, for as long as it walks; this does not.
+    fn all_cached(&self, at: u64, end: u64) -> Option<u64> {
+        let until = end.min(at.saturating_add(LOOK_LEN) & !(PAGE - 1));
+        let pages = until.checked_sub(at)?.div_ceil(PAGE);
+        (pages > 0 && at.is_multiple_of(PAGE) && cached_pages(&*self.file, at, until - at)? >= pages)
+            .then_some(until)
+    }
+
+    /// The status at `at`, and where it ends at the latest; nobody asks beyond `wanted`. `at` lies before `end`, the file's.
+    fn next(&self, at: u64, end: u64, wanted: u64) -> io::Result<(ExtentStatus, u64)> {
         let data = match seek(&*self.file, SeekFrom::Data(at)) {
             Ok(data) => data,
             // No data up to the end of the file.
@@ -91,6 +130,11 @@ impl Layout {
         };
         if data > at {
             return Ok((ExtentStatus::Hole, data.min(end)));
+        }
+        if self.shape.in_memory
+            && let Some(until) = self.all_cached(at, wanted.min(end))
+        {
+            return Ok((ExtentStatus::Data, until));
         }
         match seek(&*self.file, SeekFrom::Hole(at)) {
             // A hole exactly here came into being since; the data that was here is the safe answer.

@@ -29,6 +29,9 @@ use futures_util::FutureExt;
 /// hosts where io_uring is there but must not be used.
 pub const DRIVER_VARIABLE: &str = "HELIOSTAT_IO";
 
+/// How much bulk work gives way, as a nice value.
+const NICENESS: i32 = 1;
+
 /// Submissions that wait for the next look at the ring. More than a thread queues between two looks, so that
 /// a cancellation always finds room; costs 64 bytes each.
 const RING_ENTRIES: u32 = 1024;
@@ -393,6 +396,14 @@ pub fn block_on_with<F: Future>(driver: Driver, future: F) -> io::Result<F::Outp
     assert!(Runtime::try_current().is_none(), "a thread has one runtime");
     let runtime = build(driver)?;
     Ok(run(&runtime, future))
+}
+
+/// Makes the current thread give way a little to others: where they want the processor too, it gets four fifths of
+/// what they do. For work in bulk beside work that somebody waits for; not more, because guests wait for that work
+/// too at the end. A host that refuses changes nothing.
+pub fn give_way() {
+    // On Linux a nice value is a thread's own (sched(7)).
+    let _ = rustix::process::nice(NICENESS);
 }
 
 /// Starts a task on the current thread's runtime, which runs until it ends or the thread's main future does.

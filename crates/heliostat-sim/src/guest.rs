@@ -32,9 +32,12 @@ pub(crate) struct Workload {
     pub(crate) len_max: u64,
     /// What offsets and lengths are multiples of.
     pub(crate) unit: u64,
-    /// Where most requests go, so that they meet.
+    /// Where many requests go, so that they meet, and how many.
     pub(crate) hot: ByteRange,
-    pub(crate) reads: u64,
+    pub(crate) hot_share: u64,
+    /// Of reads, flushes, looks at extents, discards and zeroing; the rest are writes. Some kinds are left out
+    /// of some runs: a discard now and then keeps everything around it from ever being in step.
+    pub(crate) shares: [u64; 5],
     /// What a step of the executor may cost.
     pub(crate) step_cost: Duration,
 }
@@ -68,7 +71,11 @@ impl Guest {
     fn range(&mut self) -> ByteRange {
         let workload = &self.workload;
         let size = self.place.node().size();
-        let around = if self.random.chance(700) { workload.hot } else { ByteRange::from_bounds(0, size) };
+        let around = if self.random.chance(workload.hot_share) {
+            workload.hot
+        } else {
+            ByteRange::from_bounds(0, size)
+        };
         let unit = workload.unit;
         let offset = around.offset() + self.random.below(around.len().max(1));
         let offset = (offset / unit * unit).min(size);
@@ -85,7 +92,11 @@ impl Guest {
         self.bench.requests.fetch_add(1, Ordering::SeqCst);
         let range = self.range();
         let fua = if self.random.chance(150) { Durability::Fua } else { Durability::Cached };
-        let reads = self.workload.reads;
+        let mut sum = 0;
+        let [reads, flushes, looks, discards, zeroes] = self.workload.shares.map(|share| {
+            sum += share;
+            sum
+        });
         let draw = self.random.below(1000);
         let arrived = self.bench.world.time();
         let source = &self.bench.disks[self.bench.current()].storage;
@@ -102,10 +113,10 @@ impl Guest {
             .trace(|| format!("{} at {}: {draw} {range} {fua:?}", self.name, tracked.node().name()));
         let answer = match draw {
             _ if draw < reads => self.read(&tracked, range).await,
-            _ if draw < reads + 60 => self.flush(&tracked).await,
-            _ if draw < reads + 100 => self.extents(&tracked, range).await,
-            _ if draw < reads + 170 => self.discard(&tracked, range).await,
-            _ if draw < reads + 300 => self.zero(&tracked, range, fua).await,
+            _ if draw < flushes => self.flush(&tracked).await,
+            _ if draw < looks => self.extents(&tracked, range).await,
+            _ if draw < discards => self.discard(&tracked, range).await,
+            _ if draw < zeroes => self.zero(&tracked, range, fua).await,
             _ => self.write(&tracked, range, fua).await,
         };
         drop(tracked);

@@ -33,6 +33,10 @@ pub(crate) struct Errand {
     /// How many verbs are said at random, and the longest time between two.
     pub(crate) verbs: u64,
     pub(crate) verb_gap: Duration,
+    /// How long a job that is ready is left alone.
+    pub(crate) linger: Duration,
+    /// The longest time between two looks at a job that is to end.
+    pub(crate) patience: Duration,
     pub(crate) goal: Goal,
     /// The end is asked only when nothing is left to copy.
     pub(crate) patient: bool,
@@ -136,6 +140,7 @@ impl Operator {
     /// Brings the job to its end.
     async fn finish(&mut self, job: &Job, watch: &Watch, errand: &Errand) {
         let mut quiet_since = None;
+        let mut linger = Some(errand.linger);
         while !watch.is_gone() && self.bench.world.failure().is_none() {
             watch.look(job);
             let now = self.bench.world.time();
@@ -144,6 +149,11 @@ impl Operator {
                 let state = (job.status(), job.orders(), job.figures());
                 self.bench.world.fail(format!("job: does not come to its end: {state:?}"));
                 return;
+            }
+            if job.status() == JobStatus::Ready
+                && let Some(linger) = linger.take()
+            {
+                self.bench.clock.sleep(linger).await;
             }
             let verb = match job.status() {
                 JobStatus::Running | JobStatus::Ready if job.orders().speed > 0 => Some(Verb::SetSpeed(0)),
@@ -167,7 +177,7 @@ impl Operator {
             if let Some(verb) = verb {
                 watch.ask(job, verb);
             }
-            let gap = self.random.even_time(Duration::from_millis(100));
+            let gap = self.random.even_time(errand.patience);
             self.bench.clock.sleep(gap).await;
         }
     }

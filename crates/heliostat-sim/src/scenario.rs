@@ -154,7 +154,7 @@ fn profile(settings: &Settings, random: &mut Random) -> Profile {
     let slow = random.pick(&[1, 1, 4]);
     Profile {
         block_size: random.pick(&[1, 1, 512, 4096]),
-        inline: random.pick(&[0, 0, 300, 950]),
+        inline: random.pick(&[0, 0, 0, 300, 950]),
         delay_max: settings.delay_max / slow,
         pieces_max: random.pick(&[1, 2, 4]),
         hangs,
@@ -201,18 +201,25 @@ fn start_guests(
 ) -> Result<(), String> {
     let len_max =
         random.pick(&[512, 2048, u64::from(settings.granularity), 3 * u64::from(settings.granularity)]);
-    let at_once = random.pick(&[1, 2, 4, 8]);
+    let at_once = random.pick(&[1, 3, 6, 6]);
     let hot_len = random.pick(&[512, 4096, settings.size]).min(settings.size);
     let hot = random.below(settings.size - hot_len + 1);
     let workload = Workload {
-        requests: random.pick(&[0, 10, 60, 200]).min(800 / at_once),
+        requests: random.pick(&[0, 10, 60, 200, 200, 200, 200]),
         last_requests: random.below(10),
         at_once,
-        think: settings.delay_max * random.pick(&[0, 1, 5]),
+        think: settings.delay_max * random.pick(&[0, 0, 1, 5]),
         len_max: len_max.min(settings.size),
         unit: random.pick(&[1, 512, 512, 4096]),
         hot: ByteRange::from_bounds(hot, hot + hot_len),
-        reads: random.pick(&[100, 300]),
+        hot_share: random.pick(&[0, 300, 700, 950]),
+        shares: [
+            random.pick(&[0, 100, 300]),
+            random.pick(&[0, 60]),
+            random.pick(&[0, 40]),
+            random.pick(&[0, 0, 70]),
+            random.pick(&[0, 130]),
+        ],
         step_cost: settings.step_cost,
     };
     let exports = random.pick(&[1, 1, 2]);
@@ -292,6 +299,7 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
             settings.delay_max / 4,
             settings.delay_max * 3,
             Duration::from_secs(1),
+            Duration::from_secs(1),
         ]),
     };
     let verbs = [
@@ -310,13 +318,16 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
             auto_finalize: random.chance(600),
             auto_dismiss: random.chance(700),
             speed: random.pick(&[0, 0, 0, 1 << 20, 64 << 10]),
-            copy_mode: random.pick(&[CopyMode::Background, CopyMode::WriteBlocking]),
+            copy_mode: random.pick(&[CopyMode::Background, CopyMode::WriteBlocking, CopyMode::WriteBlocking]),
         },
         mirror,
         impulse: random.chance(150).then(|| (random.pick(&moments), random.pick(&verbs))),
         before: random.time(settings.delay_max * 20),
         verbs: random.pick(&[0, 0, 3, 12]),
-        verb_gap: settings.delay_max * random.pick(&[2, 20]) + Duration::from_millis(random.pick(&[0, 60])),
+        verb_gap: settings.delay_max * random.pick(&[2, 20])
+            + Duration::from_millis(random.pick(&[0, 0, 60])),
+        linger: settings.delay_max * random.pick(&[0, 50, 300]),
+        patience: settings.delay_max * random.pick(&[2, 20]) + Duration::from_millis(random.pick(&[1, 100])),
         goal: random.pick(&[Goal::Complete, Goal::Complete, Goal::Complete, Goal::Copy, Goal::Cancel]),
         patient: random.chance(200),
     }

@@ -2,7 +2,7 @@
 //!
 //! A request holds a [`Permit`] while it is in flight, so that a client cannot make the server hold more than
 //! its share; it is answered once. It must not be dropped once it was polled: what entered a node runs to its
-//! end (DESIGN.md, invariant 2). Called by the front ends.
+//! end (ARCHITECTURE.md, invariant 2). Called by the front ends.
 
 use std::cell::Cell;
 use std::rc::Rc;

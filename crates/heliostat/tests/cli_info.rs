@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
@@ -70,16 +71,16 @@ fn an_image_in_use_is_shown_with_its_user() {
     let folder = folder();
     let path = folder.path().join("disk");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
-    // It waits for commands, with the image open for writing, and ends with its standard input.
     let mut command = Command::new(qemu_io);
-    command.args(["-f", "raw"]).arg(&path).stdin(Stdio::piped()).stdout(Stdio::null());
+    command.args(["-f", "raw"]).arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut writer = command.spawn().unwrap();
-    let in_use = common::wait::until("the image to be in use", common::wait::LIMIT, || {
-        info(&path)["in-use-by"].as_str().map(str::to_owned)
-    });
+    // It has the image open when it answers its first command.
+    writer.stdin.as_mut().unwrap().write_all(b"read 0 512\n").unwrap();
+    let mut line = String::new();
+    BufReader::new(writer.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let in_use = info(&path)["in-use-by"].as_str().unwrap_or("nobody").to_owned();
     drop(writer.stdin.take());
     writer.wait().unwrap();
-    let in_use = in_use.unwrap();
     assert!(in_use.contains("qemu-io") && in_use.contains(&writer.id().to_string()), "{in_use}");
 }
 

@@ -202,7 +202,6 @@ fn an_nbd_socket_is_no_control_socket() {
     let arguments = ["serve".as_ref(), disk.as_os_str(), "--nbd".as_ref(), socket.as_os_str()];
     let mut daemon = start_heliostat(arguments);
     daemon.listens(&socket).unwrap();
-    // The NBD server waits for a client that never speaks; that must not take longer than the client's patience.
     let output = job(&socket, &["list"]);
     refused(&output, "control socket");
     daemon.stop().unwrap();
@@ -254,4 +253,49 @@ fn a_daemon_of_qemu_is_steered_as_well() {
     done(&job(&["watch", "--until-ready", "--quiet"]));
     assert!(String::from_utf8(job(&["list"]).stdout).unwrap().contains("ready"));
     done(&job(&["complete"]));
+}
+
+#[test]
+fn fio_verifies_its_writes_while_a_mirror_starts_runs_and_completes() {
+    let Some(fio) = tool("fio") else { return };
+    let folder = folder();
+    let [source, target, nbd, control] =
+        ["source", "target", "nbd", "control"].map(|name| folder.path().join(name));
+    for path in [&source, &target] {
+        File::create(path).unwrap().set_len(64 << 20).unwrap();
+    }
+    let mut serve = Command::new(HELIOSTAT);
+    serve.arg("serve").arg(&source).arg("--nbd").arg(&nbd).arg("--control").arg(&control);
+    let daemon = Daemon::start(&mut serve).unwrap();
+    let mut qmp = Qmp::connect(&control).unwrap();
+    qmp.execute("blockdev-add", json!({ "driver": "file", "filename": target, "node-name": "target" }))
+        .unwrap();
+
+    let work = |engine: &[&str]| {
+        let mut command = Command::new(&fio);
+        command.args(["--name=w", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--size=16M"]);
+        command.args(["--verify=crc32c", "--randseed=3", "--output-format=terse"]).args(engine);
+        command.current_dir(folder.path()).stdout(Stdio::null());
+        command
+    };
+    let uri = format!("--uri=nbd+unix:///disk?socket={}", nbd.display());
+    let mut guest = work(&["--ioengine=nbd", "--rate_iops=1500", &uri]).spawn().unwrap();
+    wait::until("the guest's first writes", wait::LIMIT, || {
+        std::fs::metadata(&source)
+            .is_ok_and(|it| std::os::unix::fs::MetadataExt::blocks(&it) > 0)
+            .then_some(())
+    })
+    .unwrap();
+    let mirror = json!({
+        "job-id": "j", "device": "disk", "target": "target", "sync": "full", "granularity": 4096,
+    });
+    qmp.execute("blockdev-mirror", mirror).unwrap();
+    done(&job(&control, &["watch", "--until-ready", "--quiet"]));
+    done(&job(&control, &["complete"]));
+    qmp.wait_event("BLOCK_JOB_COMPLETED", wait::LIMIT).unwrap();
+    assert!(guest.try_wait().unwrap().is_none(), "the guest has work left when the disk has moved");
+    assert!(guest.wait().unwrap().success());
+    assert!(daemon.stop().unwrap().success());
+    let target = format!("--filename={}", target.display());
+    assert!(work(&["--ioengine=psync", "--verify_only", &target]).status().unwrap().success());
 }

@@ -6,7 +6,7 @@
 mod common;
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -199,15 +199,15 @@ fn an_image_that_another_program_writes_to_is_not_copied() {
     let source = image(folder.path(), "source", 1 << 20);
     let target = folder.path().join("target");
     let mut command = Command::new(qemu_io);
-    command.args(["-f", "raw"]).arg(&source).stdin(Stdio::piped()).stdout(Stdio::null());
+    command.args(["-f", "raw"]).arg(&source).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut writer = command.spawn().unwrap();
-    let output = wait::until("the source to be locked", wait::LIMIT, || {
-        let output = mirror(&source, &target, &["--force"]);
-        (!output.status.success()).then_some(output)
-    });
+    // It has the image open when it answers its first command.
+    writer.stdin.as_mut().unwrap().write_all(b"read 0 512\n").unwrap();
+    let mut line = String::new();
+    BufReader::new(writer.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let output = mirror(&source, &target, &["--force"]);
     drop(writer.stdin.take());
     writer.wait().unwrap();
-    let output = output.unwrap();
     refused(&output, "lock");
     assert!(said(&output).contains("qemu-io"), "{}", said(&output));
 }

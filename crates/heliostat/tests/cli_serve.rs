@@ -192,6 +192,11 @@ fn a_live_socket_is_left_alone_and_a_stale_one_is_replaced() {
     first.child.kill().unwrap();
     first.child.wait().unwrap();
     assert!(socket.exists());
+    // The kernel lets go of what a killed process had on its ring a moment after the process has ended.
+    wait::until("the socket to be stale", wait::LIMIT, || {
+        UnixStream::connect(&socket).is_err().then_some(())
+    })
+    .unwrap();
     Server::start(&[text(&other), "--nbd", text(&socket)]).stop();
     std::fs::write(&socket, "precious").unwrap();
     refused(&[text(&other), "--nbd", text(&socket)], "not a socket");

@@ -7,10 +7,11 @@ mod common;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 
 use serde_json::Value;
 
-use common::{folder, folder_on_disk, heliostat, start_heliostat, wait};
+use common::{HELIOSTAT, folder, folder_on_disk, heliostat, start_heliostat, tool, wait};
 use heliostat::cli::demo::{Demo, Disks};
 
 const SIZE: u64 = 48 << 20;
@@ -126,4 +127,23 @@ fn a_size_or_a_place_that_cannot_be_is_refused() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(said.contains(why), "{said}");
     }
+}
+
+#[test]
+fn a_disk_without_space_is_said_and_nothing_is_left() {
+    let Some(unshare) = tool("unshare") else { return };
+    let folder = folder();
+    let script =
+        "mount -t tmpfs -o size=2m none \"$0\" || exit 99; \"$@\"; status=$?; ls -A \"$0\"; exit $status";
+    let mut command = Command::new(unshare);
+    command.args(["--map-root-user", "--mount", "sh", "-c", script]).arg(folder.path());
+    command.args([HELIOSTAT, "demo", "--size", "64M", "--folder"]).arg(folder.path());
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    if output.status.code() == Some(99) || said.contains("unshare") {
+        return common::skip("this machine gives no mount of our own");
+    }
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("--size takes a smaller one") && said.contains("no space"), "{said}");
+    assert!(output.stdout.is_empty(), "the folder is removed");
 }

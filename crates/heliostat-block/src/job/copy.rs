@@ -11,10 +11,10 @@ use super::Operation;
 use super::doubling::{Payload, TargetHalf};
 use super::scan::{Belief, reads_zero};
 use crate::buffer::BufferPool;
-use crate::clock::yield_once;
+use crate::clock::{Moment, yield_once};
 use crate::convert::usize_from;
 use crate::error::BlockError;
-use crate::limits::COPY_LEN_MAX;
+use crate::limits::{COPY_LEN_MAX, GUEST_QUIET};
 use crate::node::Node;
 use crate::planted;
 use crate::range::ByteRange;
@@ -56,6 +56,11 @@ impl Route {
     pub(crate) fn is_cached(&self) -> bool {
         let cached = |node: &Node| node.traits().block_size == 1 && !node.traits().remote;
         cached(&self.source) && cached(&self.target)
+    }
+
+    /// Whether no guest wants the other cores at this moment.
+    pub(crate) fn guests_are_quiet(&self, now: Moment) -> bool {
+        self.source.latencies().are_quiet(now, GUEST_QUIET)
     }
 
     /// What the first pass may believe of the target.

@@ -508,7 +508,7 @@ mod tests {
         doubling.half_ended(half, true);
         let copying = doubling.begin_copy(0, 4096).expect("afterwards it is copied");
         doubling.end_copy(copying, true);
-        assert_eq!(doubling.doubled_in_flight(), 0);
+        assert_eq!(doubling.unknown_in_flight(), 0);
     }
 
     #[test]
@@ -517,7 +517,10 @@ mod tests {
         let doubled = begin(&doubling, range(0, 10)).now_or_never().flatten().unwrap();
         assert!(doubled.finish(true).now_or_never().is_some());
         assert_eq!(doubling.unknown_in_flight(), 1, "the half is still out");
-        assert!(begin(&doubling, range(5, 10)).now_or_never().flatten().is_none(), "a plain write");
+        assert!(
+            begin(&doubling, range(5, 10)).now_or_never().flatten().is_none(),
+            "beside it: a plain write"
+        );
         doubling.close();
         assert_eq!(doubling.unknown_in_flight(), 0);
         assert!(doubling.bitmap().is_dirty(range(0, 10)));

@@ -82,9 +82,6 @@ pub(crate) struct Tally {
     /// When the window of guests' latencies began, and what had been recorded then.
     window: (Moment, LatencySnapshot),
     told_at: Option<Moment>,
-    /// How many requests guests had made at the last look, and whether that had changed since the one before.
-    guests_seen: u64,
-    guests_quiet: bool,
 }
 
 /// What a mirror knows of itself when it tells its figures.
@@ -123,8 +120,6 @@ impl Tally {
             pause: None,
             guest_p99_before: before.quantile(990),
             guest_p99_now: None,
-            guests_seen: before.count(),
-            guests_quiet: true,
             window: (now, before),
             told_at: None,
         }
@@ -213,16 +208,8 @@ impl Tally {
         }
     }
 
-    /// Whether guests made no request between the last two looks.
-    pub(crate) const fn guests_are_quiet(&self) -> bool {
-        self.guests_quiet
-    }
-
     /// Once a second, takes what guests' requests took in that second.
     fn look_at_guests(&mut self, now: Moment, guests: &Latencies) {
-        let seen = guests.snapshot().count();
-        self.guests_quiet = seen == self.guests_seen;
-        self.guests_seen = seen;
         if now.since(self.window.0) >= Duration::from_secs(1) {
             let snapshot = guests.snapshot();
             self.guest_p99_now = snapshot.since(&self.window.1).quantile(990);

@@ -41,9 +41,10 @@ pub struct Lanes {
 
 #[derive(Default)]
 struct State {
-    /// At most one for each idle lane: nobody waits here behind another mirror's copy, which may hang.
+    /// At most one for each lane, so that none idles while a mirror is busy with a copy of its own. Who has
+    /// nothing else to do takes his back: nobody waits here behind another mirror's copy, which may hang.
     waiting: VecDeque<Errand>,
-    idle: usize,
+    lanes: usize,
     closed: bool,
 }
 
@@ -53,24 +54,21 @@ impl Lanes {
     /// # Cancel safety
     /// Must not be dropped: the copy that it carries would never come back.
     pub async fn run(self: Arc<Self>) {
-        loop {
-            match self.next_errand().await {
-                Some(errand) => errand.carry_out().await,
-                None => return,
-            }
+        self.state().lanes += 1;
+        while let Some(errand) = self.next_errand().await {
+            errand.carry_out().await;
         }
+        self.state().lanes -= 1;
     }
 
     /// Idles until there is an errand; `None` when there will be none any more.
     async fn next_errand(&self) -> Option<Errand> {
-        self.state().idle += 1;
         loop {
             let changed = self.changed.listen();
             {
                 let mut state = self.state();
                 let errand = state.waiting.pop_front();
                 if errand.is_some() || state.closed {
-                    state.idle -= 1;
                     return errand;
                 }
             }
@@ -84,16 +82,28 @@ impl Lanes {
         self.changed.notify(usize::MAX);
     }
 
-    /// Sends an errand, or gives it back when no lane is idle.
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.state().lanes
+    }
+
+    /// Sends an errand, or gives it back when enough wait.
     pub(crate) fn send(&self, errand: Errand) -> Result<(), Errand> {
         let mut state = self.state();
-        if state.closed || state.waiting.len() >= state.idle {
+        if state.closed || state.waiting.len() >= state.lanes {
             return Err(errand);
         }
         state.waiting.push_back(errand);
         drop(state);
         self.changed.notify_additional(1);
         Ok(())
+    }
+
+    /// Takes back an errand that no lane has begun, of whoever waits for `returns`.
+    pub(crate) fn take_back(&self, returns: &Arc<Returns>) -> Option<Errand> {
+        let mut state = self.state();
+        let mine = state.waiting.iter().position(|errand| Arc::ptr_eq(&errand.returns, returns))?;
+        state.waiting.remove(mine)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -172,7 +172,7 @@ impl Mirror {
         let orders = self.job.orders();
         let gathering = self.gather_until.is_some_and(|until| until > now) && orders.end.is_none();
         let room = self.underway.copies() == 0
-            || (self.underway.copies() < COPIES_IN_FLIGHT_MAX
+            || (self.underway.copies() < self.underway.depth(self.route.guests_are_quiet(now))
                 && self.doubling.copying_bytes() < self.options.buf_size);
         View {
             status: self.job.status(),
@@ -279,7 +279,7 @@ impl Mirror {
         self.cursor = copying.range().end();
         self.pace.spend(copying.range().len(), now);
         self.tally.copy_begins(now);
-        let elsewhere = self.tally.guests_are_quiet();
+        let elsewhere = self.route.guests_are_quiet(now);
         let done = self.underway.copy(self.unflushed.write_begins(), copying, elsewhere).await;
         self.take_in(done);
     }
@@ -415,6 +415,9 @@ impl Mirror {
 
     /// Waits until something is worth another look, at most for a tick.
     async fn wait(&mut self, heard: [EventListener; 3], marks: bool) {
+        if let Some(done) = self.underway.take_back().await {
+            return self.take_in(Some(done));
+        }
         let now = self.clock.now();
         let clean = self.doubling.bitmap().is_clean();
         let gathering = self.gather_until.is_some_and(|until| until > now);

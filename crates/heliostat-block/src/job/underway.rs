@@ -15,6 +15,7 @@ use super::scan::{Belief, Scanned, scan};
 use super::unflushed::Begun;
 use crate::clock::{LocalFuture, yield_once};
 use crate::error::BlockError;
+use crate::limits::COPIES_IN_FLIGHT_MAX;
 
 /// Something that has ended.
 pub(crate) enum Done {
@@ -49,6 +50,16 @@ impl Underway {
         self.copies
     }
 
+    /// How many copies are worth having in flight. Where lanes share them, two for each core: more would all
+    /// be this thread's to do while a lane idles.
+    pub(crate) fn depth(&self, elsewhere: bool) -> usize {
+        let lanes = self.lanes.as_ref().filter(|_| elsewhere && self.route.is_cached());
+        match lanes.map_or(0, |lanes| lanes.count()) {
+            0 => COPIES_IN_FLIGHT_MAX,
+            lanes => COPIES_IN_FLIGHT_MAX.min(2 * lanes + 2),
+        }
+    }
+
     /// Starts a copy; on a lane, if `elsewhere` allows it and one is free.
     pub(crate) async fn copy(&mut self, begun: Begun, copying: Copying, elsewhere: bool) -> Option<Done> {
         self.copies += 1;
@@ -60,6 +71,16 @@ impl Underway {
                 Err(errand) => copying = errand.copying,
             }
         }
+        self.copy_here(begun, copying).await
+    }
+
+    /// Does itself what waits for a lane, for want of anything better to do.
+    pub(crate) async fn take_back(&mut self) -> Option<Done> {
+        let errand = self.lanes.as_ref()?.take_back(&self.returns)?;
+        self.copy_here(errand.begun, errand.copying).await
+    }
+
+    async fn copy_here(&mut self, begun: Begun, copying: Copying) -> Option<Done> {
         let route = Arc::clone(&self.route);
         let copy = async move {
             let copied = route.copy(copying.range()).await;

@@ -53,7 +53,7 @@ impl Control {
     pub fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).map_err(|error| explain(socket, &error))?;
         let mut control = Self { stream, unread: Vec::new(), events: VecDeque::new(), next_id: 0 };
-        let greeting = control.message(PATIENCE).with_context(|| said_nothing(socket))?;
+        let greeting = control.message(PATIENCE).with_context(|| no_greeting(socket))?;
         if greeting.get("QMP").is_none() {
             bail!("{} is no control socket: who listens there does not speak QMP", socket.display());
         }
@@ -117,8 +117,10 @@ impl Control {
                 let line: Vec<u8> = self.unread.drain(..=end).collect();
                 return serde_json::from_slice(&line).map_err(io::Error::from);
             }
-            if self.unread.len() > MESSAGE_MAX {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a message without end"));
+            let is_message =
+                self.unread.first().is_none_or(|byte| matches!(byte, b'{' | b'\r' | b'\n' | b' '));
+            if !is_message || self.unread.len() > MESSAGE_MAX {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "what it sends is no message"));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             // A timeout of zero would mean none.
@@ -166,6 +168,6 @@ fn explain(socket: &Path, error: &io::Error) -> anyhow::Error {
     }
 }
 
-fn said_nothing(socket: &Path) -> String {
-    format!("{} sent no greeting; is it a control socket?", socket.display())
+fn no_greeting(socket: &Path) -> String {
+    format!("{} did not greet as a daemon does; is it a control socket?", socket.display())
 }

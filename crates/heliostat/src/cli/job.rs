@@ -272,7 +272,7 @@ fn watch(
     let mut last = None;
     let end = loop {
         if let Some(signal) = signals.take() {
-            meter.finish("still running");
+            meter.say(format_args!("{id}: still running"));
             return Ok(Outcome::Interrupted(ending::number(signal)));
         }
         if asked.is_none_or(|asked| asked.elapsed() >= ASK_EVERY) {
@@ -312,7 +312,7 @@ fn watch(
             _ => {}
         }
     };
-    meter.finish("");
+    drop(meter);
     tell_end(&id, &end, form)?;
     Ok(if matches!(end.word, "completed" | "ready") { Outcome::Done } else { Outcome::No })
 }

@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use heliostat_block::job::scan::SyncMode;
-use heliostat_block::job::{CopyMode, End, Force, Job, JobEvent, JobStatus, OnError, Verb};
+use heliostat_block::job::{CopyMode, Job, OnError};
 use heliostat_host::open::{Access, Locking, OpenOptions};
 use heliostat_host::runtime::block_on;
-use heliostat_host::signal::Signals;
 use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
@@ -18,11 +17,12 @@ use super::ending;
 use super::image::{self, Image};
 use super::offer::{NODE, Offer, Offered};
 use super::output::{self, Form, Outcome, say};
-use super::progress::{self, Look, Meter};
+use super::progress::Wanted;
 use super::serve::{How, notify};
+use super::session::{AtReady, Ended, Session};
 use super::target::{Permission, Plan, Target};
 use super::units;
-use crate::daemon::{Daemon, Happening, MirrorSpec, NodeSpec, Subscription};
+use crate::daemon::{Daemon, MirrorSpec, NodeSpec, Subscription};
 
 /// The id of the one job.
 const JOB: &str = "mirror";
@@ -100,6 +100,16 @@ enum OnReady {
     Wait,
 }
 
+impl From<OnReady> for AtReady {
+    fn from(on_ready: OnReady) -> Self {
+        match on_ready {
+            OnReady::Complete => Self::Complete,
+            OnReady::Cancel => Self::Copy,
+            OnReady::Wait => Self::Wait,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Mode {
     /// Copied later
@@ -131,31 +141,6 @@ impl From<ErrorPolicy> for OnError {
     }
 }
 
-/// How the job ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Ended {
-    /// The target has taken the source's place.
-    Completed,
-    /// The target is a consistent copy.
-    Copied,
-    /// It failed.
-    Failed(String),
-    /// It was cancelled.
-    Cancelled,
-}
-
-/// A mirror that has been started.
-struct Session {
-    daemon: Arc<Daemon>,
-    events: Subscription,
-    signals: Signals,
-    job: Arc<Job>,
-    started: Instant,
-    /// The last signal that came.
-    signal: Option<u8>,
-    ending_twice: bool,
-}
-
 impl Mirror {
     /// Mirrors, and ends as asked.
     ///
@@ -165,6 +150,12 @@ impl Mirror {
         let address = self.offer.resolve()?;
         if self.on_ready == OnReady::Wait && !self.offer.is_reachable() {
             bail!("nobody could change the source while it waits; add --nbd ADDRESS or --control SOCKET");
+        }
+        if self.sync == Sync::None && self.on_ready == OnReady::Complete && !self.existing {
+            bail!(
+                "--sync none copies nothing that is there already, so the target would lack it; add --existing for a \
+                 target that has it, or --on-ready wait or cancel to collect what is written from now on"
+            );
         }
         let granularity = self.granularity()?;
         let source = self.look_at_source()?;
@@ -179,13 +170,40 @@ impl Mirror {
             target.keep();
         }
         let daemon = Daemon::new();
-        let offered = self.add_disks(&daemon, address)?;
-        self.announce(&offered);
-        let events = daemon.subscribe();
-        let job = daemon.start_mirror(&self.spec(granularity, &target)?)?;
+        let started = self.start(&daemon, address, granularity, &target);
+        let (offered, events, job) = started.inspect_err(|_| {
+            // A client may have found the socket already. The error that is told is the first one.
+            let _ = daemon.shutdown();
+        })?;
         let started = Instant::now();
-        let session = Session { daemon, events, signals, job, started, signal: None, ending_twice: false };
-        self.carry_through(session, source, target, &offered, form)
+        let session = Session {
+            daemon,
+            events,
+            signals,
+            job,
+            started,
+            at_ready: self.on_ready.into(),
+            wanted: if self.quiet { Wanted::No } else { Wanted::Yes },
+            control: self.offer.control().map(Path::to_owned),
+            signal: None,
+            quit: false,
+        };
+        self.carry_through(session, source, target, offered, form)
+    }
+
+    fn start(
+        &self,
+        daemon: &Arc<Daemon>,
+        address: Option<Address>,
+        granularity: Option<u32>,
+        target: &Target,
+    ) -> Result<(Offered, Subscription, Arc<Job>)> {
+        let mut offered = self.add_disks(daemon, address)?;
+        let events = daemon.subscribe();
+        let job = daemon.start_mirror(&self.spec(granularity, target)?)?;
+        offered.take_orders(daemon)?;
+        self.announce(&offered);
+        Ok((offered, events, job))
     }
 
     fn permission(&self) -> Permission {
@@ -262,94 +280,38 @@ impl Mirror {
         mut session: Session,
         source: Option<Image>,
         mut target: Target,
-        offered: &Offered,
+        offered: Offered,
         form: Form,
     ) -> Result<Outcome> {
         notify(&[sd_notify::NotifyState::Ready]);
-        let mut ended = self.follow(&mut session)?;
+        let (mut ended, took) = session.follow();
         if let Some(text) = source.as_ref().and_then(|source| grown(&self.source, source)) {
             ended = Ended::Failed(text);
         }
-        let took = session.started.elapsed();
         let succeeded = matches!(ended, Ended::Completed | Ended::Copied);
         if succeeded {
             target.keep();
         }
-        self.tell(&session, &ended, took, form)?;
-        let serves_on = self.offer.has_clients() && !self.exit && session.signal.is_none();
+        // A result that cannot be written is no reason to cut clients off.
+        let told = self.tell(&session, &ended, took, form);
+        let serves_on = self.offer.has_clients() && !self.exit && session.signal.is_none() && !session.quit;
         if serves_on {
-            say(self.words_of_serving(&ended, offered));
+            say(self.words_of_serving(&ended, &offered));
             ending::wait(&session.daemon, &mut session.signals)?;
         }
         notify(&[sd_notify::NotifyState::Stopping]);
-        let outcome = ending::end(&session.daemon, &mut session.signals)?;
+        let outcome = ending::end(&session.daemon, &mut session.signals);
+        offered.close();
+        let outcome = outcome?;
         if !succeeded {
             target.give_up();
         }
+        told?;
         Ok(match (outcome, session.signal) {
             (Outcome::Done, Some(signal)) if ended == Ended::Cancelled => Outcome::Interrupted(signal),
             (Outcome::Done, _) if !succeeded => Outcome::No,
             (outcome, _) => outcome,
         })
-    }
-
-    /// Shows progress, says what must be said, and does what was asked for when the job is ready.
-    fn follow(&self, session: &mut Session) -> Result<Ended> {
-        let wanted = if self.quiet { progress::Wanted::No } else { progress::Wanted::Yes };
-        let mut meter = Meter::start("mirror", wanted);
-        loop {
-            while let Some(signal) = session.signals.take() {
-                session.interrupted(ending::number(signal));
-            }
-            let event = session.events.next(ending::LOOK_EVERY);
-            let look = Look::at(&session.job);
-            meter.show(&look);
-            let Some(Happening::Job { event, .. }) = event.as_ref().map(|event| &event.what) else {
-                continue;
-            };
-            match event {
-                JobEvent::Ready => self.ready(session),
-                JobEvent::Error { .. } => say(format_args!("mirror: {}", words_of_error(event))),
-                JobEvent::Status(JobStatus::Paused | JobStatus::Standby) => say(self.words_of_pause()),
-                JobEvent::Completed(error) => {
-                    meter.finish("");
-                    return Ok(match (error, session.job.orders().end) {
-                        (Some(error), _) => Ended::Failed(error.clone()),
-                        (None, Some(End::Complete)) => Ended::Completed,
-                        (None, _) => Ended::Copied,
-                    });
-                }
-                JobEvent::Cancelled => {
-                    meter.finish("");
-                    return Ok(Ended::Cancelled);
-                }
-                JobEvent::Status(_) | JobEvent::Pending => {}
-            }
-        }
-    }
-
-    fn ready(&self, session: &Session) {
-        let verb = match self.on_ready {
-            OnReady::Complete => Verb::Complete,
-            OnReady::Cancel => Verb::Cancel(Force::Soft),
-            OnReady::Wait => {
-                if !self.quiet {
-                    say("mirror: in step with the source; Ctrl-C ends it and leaves a consistent copy");
-                }
-                return;
-            }
-        };
-        // Refused only when an operator or a signal was faster; then theirs holds.
-        let _ = session.job.ask(verb);
-    }
-
-    fn words_of_pause(&self) -> String {
-        match &self.offer.control() {
-            Some(control) => {
-                format!("mirror: paused; `heliostat job resume {JOB} --control {}`", control.display())
-            }
-            None => "mirror: paused, and nobody can resume it without --control; Ctrl-C ends it".to_owned(),
-        }
     }
 
     fn words_of_serving(&self, ended: &Ended, offered: &Offered) -> String {
@@ -421,27 +383,6 @@ impl Mirror {
     }
 }
 
-impl Session {
-    /// Before READY the first signal cancels. In READY it ends with a consistent copy, the second one at once.
-    fn interrupted(&mut self, signal: u8) {
-        self.signal = Some(signal);
-        let is_ready = matches!(self.job.status(), JobStatus::Ready | JobStatus::Standby);
-        let asked = self.job.orders().end;
-        let verb = match (is_ready, self.ending_twice) {
-            (true, false) if asked.is_none() => Verb::Cancel(Force::Soft),
-            (true, false) => {
-                say("heliostat: the mirror is ending; once more cancels it");
-                self.ending_twice = true;
-                return;
-            }
-            _ => Verb::Cancel(Force::Hard),
-        };
-        self.ending_twice = true;
-        // Refused only by a job that is ending already.
-        let _ = self.job.ask(verb);
-    }
-}
-
 /// A time as programs get it.
 #[must_use]
 pub fn micros(time: Duration) -> u64 {
@@ -461,21 +402,4 @@ fn grown(path: &Path, image: &Image) -> Option<String> {
             units::count(now)
         )
     })
-}
-
-fn words_of_error(event: &JobEvent) -> String {
-    let JobEvent::Error { operation, action, node, range, errno } = event else { return String::new() };
-    let side = match operation {
-        heliostat_block::job::Operation::Read => "reading the source",
-        heliostat_block::job::Operation::Write => "writing the target",
-    };
-    let place = range.map_or_else(String::new, |range| format!(" at {range}"));
-    let why =
-        errno.map_or_else(String::new, |errno| format!(": {}", std::io::Error::from_raw_os_error(errno)));
-    let next = match action {
-        heliostat_block::job::ErrorAction::Report => "",
-        heliostat_block::job::ErrorAction::Ignore => "; it will be tried again",
-        heliostat_block::job::ErrorAction::Stop => "; the mirror pauses",
-    };
-    format!("{side} (node {node}) failed{place}{why}{next}")
 }

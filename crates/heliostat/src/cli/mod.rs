@@ -17,6 +17,7 @@ mod offer;
 mod output;
 mod progress;
 mod serve;
+mod session;
 mod target;
 mod units;
 

@@ -9,7 +9,8 @@ use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
 use super::address::{Endpoint, Reach, nbd_uri};
-use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec};
+use crate::control::ControlServer;
+use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
 
 /// The name of the node that clients see, and of the export unless another was given.
 pub const NODE: &str = "disk";
@@ -43,14 +44,12 @@ pub fn socket_path(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Where a disk is being offered.
-#[derive(Clone, Debug)]
+/// Where a disk is being offered. Clients are the daemon's; operators are served until this is closed or dropped.
 pub struct Offered {
-    /// Where NBD clients connect.
-    pub nbd: Option<Address>,
-    /// Where operators connect.
-    pub control: Option<PathBuf>,
+    nbd: Option<Address>,
+    control: Option<PathBuf>,
     export: String,
+    server: Option<ControlServer>,
 }
 
 impl Offer {
@@ -81,7 +80,7 @@ impl Offer {
         self.nbd.as_ref().map(|endpoint| endpoint.resolve(reach)).transpose().context("--nbd")
     }
 
-    /// Listens, and offers the node [`NODE`] to clients.
+    /// Listens for clients, and offers them the node [`NODE`].
     ///
     /// # Errors
     /// When an address is in use, or the host refuses it.
@@ -90,7 +89,7 @@ impl Offer {
             None => None,
             Some(address) => Some(self.open_nbd(daemon, address, writable)?),
         };
-        Ok(Offered { nbd, control: self.control.clone(), export: self.name.clone() })
+        Ok(Offered { nbd, control: self.control.clone(), export: self.name.clone(), server: None })
     }
 
     fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
@@ -100,8 +99,13 @@ impl Offer {
                 Address::Tcp(address) => NbdAddress::Tcp(address),
             },
             max_connections: 0,
+            handshake_time: None,
         };
-        let bound = daemon.start_nbd_server(&spec)?;
+        let bound = daemon.start_nbd_server(&spec).map_err(|error| match error {
+            // QEMU's text is for QEMU's clients; the host's says what to do.
+            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
+            other => other.into(),
+        })?;
         daemon.add_export(&ExportSpec {
             id: NODE.to_owned(),
             node: NODE.to_owned(),
@@ -117,6 +121,25 @@ impl Offer {
 }
 
 impl Offered {
+    /// Takes operators' orders from now on, where that was asked for. Comes last, so that they find everything in
+    /// its place.
+    ///
+    /// # Errors
+    /// When the socket is in use, or the host refuses it.
+    pub fn take_orders(&mut self, daemon: &Arc<Daemon>) -> Result<()> {
+        if let Some(path) = &self.control {
+            self.server = Some(ControlServer::start(path, Arc::clone(daemon)).context("--control")?);
+        }
+        Ok(())
+    }
+
+    /// Serves operators no longer. Those who are connected may read what was said last.
+    pub fn close(self) {
+        if let Some(server) = self.server {
+            server.stop();
+        }
+    }
+
     /// The URI by which clients connect.
     #[must_use]
     pub fn uri(&self) -> Option<String> {

@@ -3,6 +3,7 @@
 //! On a terminal one line redraws itself; elsewhere a plain line comes now and then, so that a log stays short.
 //! Turning figures into words is pure.
 
+use std::fmt;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::output::say;
 use super::units;
 
-/// Where there is no terminal: long enough that an hour's job fits on a few screens, short enough to see that
-/// something happens.
-const LINE_EVERY: Duration = Duration::from_secs(2);
+/// Where there is no terminal: the time until the first line, short enough to see that something happens. Each
+/// pause is half as long again as the one before, so that a long job fits on a few screens.
+const LINE_FIRST: Duration = Duration::from_secs(2);
+/// The longest pause between two lines.
+const LINE_LAST: Duration = Duration::from_secs(60);
 
 /// A job's figures at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,7 +155,7 @@ pub struct Meter {
 
 enum Place {
     Terminal(ProgressBar),
-    Lines { due: Instant, words: String },
+    Lines { due: Instant, pause: Duration, words: String },
     Nowhere,
 }
 
@@ -163,7 +166,9 @@ impl Meter {
         let place = match wanted {
             Wanted::No => Place::Nowhere,
             Wanted::Yes if std::io::stderr().is_terminal() => Place::Terminal(bar(name)),
-            Wanted::Yes => Place::Lines { due: Instant::now() + LINE_EVERY, words: String::new() },
+            Wanted::Yes => {
+                Place::Lines { due: Instant::now() + LINE_FIRST, pause: LINE_FIRST, words: String::new() }
+            }
         };
         Self { place, name: name.to_owned() }
     }
@@ -184,7 +189,7 @@ impl Meter {
                 bar.set_position(look.percent());
                 bar.set_message(look.words());
             }
-            Place::Lines { due, words } => {
+            Place::Lines { due, pause, words } => {
                 if Instant::now() < *due {
                     return;
                 }
@@ -194,18 +199,25 @@ impl Meter {
                     say(&now);
                     *words = now;
                 }
-                *due = Instant::now() + LINE_EVERY;
+                *pause = (*pause * 3 / 2).min(LINE_LAST);
+                *due = Instant::now() + *pause;
             }
         }
     }
 
-    /// Ends it, and says how it ended.
-    pub fn finish(self, words: &str) {
+    /// Says something beside it.
+    pub fn say(&self, text: impl fmt::Display) {
+        match &self.place {
+            Place::Terminal(bar) => bar.suspend(|| say(text)),
+            Place::Lines { .. } | Place::Nowhere => say(text),
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
         if let Place::Terminal(bar) = &self.place {
             bar.finish_and_clear();
-        }
-        if !matches!(self.place, Place::Nowhere) && !words.is_empty() {
-            say(format_args!("{}: {words}", self.name));
         }
     }
 }

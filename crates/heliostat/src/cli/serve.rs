@@ -145,7 +145,8 @@ impl Serve {
         let mut signals = ending::signals()?;
         let daemon = Daemon::new();
         let disk = self.add_disk(&daemon)?;
-        let offered = self.offer.open(&daemon, address, !self.read_only)?;
+        let mut offered = self.offer.open(&daemon, address, !self.read_only)?;
+        offered.take_orders(&daemon)?;
         self.announce(&offered, disk, form)?;
         notify(&[sd_notify::NotifyState::Ready]);
         let cause = ending::wait(&daemon, &mut signals)?;
@@ -153,7 +154,9 @@ impl Serve {
         if matches!(cause, ending::Cause::Signal(_)) {
             say("heliostat: ending: requests in flight end first, then everything is made durable");
         }
-        ending::end(&daemon, &mut signals)
+        let outcome = ending::end(&daemon, &mut signals);
+        offered.close();
+        outcome
     }
 
     /// Opens the disk. Answers its size.

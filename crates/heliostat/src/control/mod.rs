@@ -1,4 +1,273 @@
-//! Control: QMP on a Unix socket.
+//! Control: QMP on a Unix socket, for any number of operators at once.
+//!
+//! One thread takes connections; each client has one that reads and obeys and one that sends. Commands may
+//! block, so a client that waits for one holds nobody else up. Bounded everywhere: clients, message length,
+//! nesting, what waits to be sent. Touches no image and decides nothing; that is the daemon's.
 
+mod arguments;
+mod commands;
+mod events;
 pub mod json;
+mod outbox;
+mod refusal;
+pub mod schema;
+mod session;
+mod socket;
 pub mod splitter;
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::daemon::{Daemon, Watch};
+use outbox::{Outbox, Overflow};
+use session::Session;
+use socket::ControlSocket;
+use splitter::Splitter;
+
+/// Clients at once. Each costs two threads; more is a client that forgets to close its connections.
+pub const CLIENTS_MAX: usize = 64;
+
+/// How long the end waits for clients to read what was said last.
+const FAREWELL_TIME: Duration = Duration::from_secs(2);
+
+/// How long a client that says no more may take to read what it was sent.
+const PARTING_TIME: Duration = Duration::from_secs(10);
+
+/// How long to wait when the host has no descriptor left for a new connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How much is read at once: a few dozen commands.
+const READ_LEN: usize = 16 << 10;
+
+/// QMP on a Unix socket. Ends when it is stopped or dropped.
+pub struct ControlServer {
+    shared: Arc<Shared>,
+    _watch: Watch,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    daemon: Arc<Daemon>,
+    socket: ControlSocket,
+    stopping: AtomicBool,
+    clients: Mutex<Clients>,
+    /// A client has gone.
+    fewer: Condvar,
+}
+
+#[derive(Default)]
+struct Clients {
+    list: BTreeMap<u64, Arc<Client>>,
+    next: u64,
+}
+
+struct Client {
+    stream: UnixStream,
+    outbox: Outbox,
+}
+
+impl ControlServer {
+    /// Listens at `path` and takes commands for `daemon` from now on. The file is its owner's alone.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody listens there already; any other of the host's. The message names the path.
+    pub fn start(path: &Path, daemon: Arc<Daemon>) -> io::Result<Self> {
+        let socket = ControlSocket::bind(path)?;
+        let shared = Arc::new(Shared {
+            daemon: Arc::clone(&daemon),
+            socket,
+            stopping: AtomicBool::new(false),
+            clients: Mutex::default(),
+            fewer: Condvar::new(),
+        });
+        let listeners = Arc::downgrade(&shared);
+        let watch = daemon.watch(move |event| {
+            if let Some(shared) = Weak::upgrade(&listeners) {
+                shared.tell(&line(&events::message(event)));
+            }
+        });
+        let accepting = Arc::clone(&shared);
+        let acceptor =
+            thread::Builder::new().name("qmp-accept".to_owned()).spawn(move || accepting.accept())?;
+        Ok(Self { shared, _watch: watch, acceptor: Some(acceptor) })
+    }
+
+    /// Takes no more commands, lets those under way end, lets clients read what was said last, closes their
+    /// connections and removes the socket. Waits a few seconds at most for clients that do not read.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let Some(acceptor) = self.acceptor.take() else { return };
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        // Said here, not left to a drop: clients' threads hold on to the socket too, and may outlive the program.
+        self.shared.socket.close();
+        // Its panic has been told by its thread.
+        let _ = acceptor.join();
+        self.shared.say_farewell();
+    }
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn accept(self: &Arc<Self>) {
+        loop {
+            let accepted = self.socket.accept();
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            match accepted {
+                Ok(stream) => self.take_on(stream),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => thread::sleep(ACCEPT_PAUSE),
+            }
+        }
+    }
+
+    fn take_on(self: &Arc<Self>, stream: UnixStream) {
+        let Ok(ours) = stream.try_clone() else { return };
+        let client = Arc::new(Client { stream: ours, outbox: Outbox::default() });
+        let number = {
+            let mut clients = self.lock();
+            if clients.list.len() >= CLIENTS_MAX {
+                drop(clients);
+                turn_away(stream);
+                return;
+            }
+            clients.next += 1;
+            let number = clients.next;
+            clients.list.insert(number, Arc::clone(&client));
+            number
+        };
+        client.outbox.send(line(&session::greeting()));
+        let (sender, shared) = (Arc::clone(&client), Arc::clone(self));
+        let sending = thread::Builder::new().name(format!("qmp-out-{number}"));
+        let reading = thread::Builder::new().name(format!("qmp-{number}"));
+        let sending = sending.spawn(move || {
+            sender.send_all();
+            shared.let_go(number);
+        });
+        if sending.is_err() {
+            self.let_go(number);
+            return;
+        }
+        let (daemon, reader) = (Arc::clone(&self.daemon), Arc::clone(&client));
+        if reading.spawn(move || reader.obey_all(daemon)).is_err() {
+            client.outbox.break_off();
+        }
+    }
+
+    fn tell(&self, line: &Arc<[u8]>) {
+        for client in self.lock().list.values() {
+            if client.outbox.event(line) == Err(Overflow) {
+                client.hang_up();
+            }
+        }
+    }
+
+    fn let_go(&self, number: u64) {
+        self.lock().list.remove(&number);
+        self.fewer.notify_all();
+    }
+
+    fn say_farewell(&self) {
+        let deadline = Instant::now() + FAREWELL_TIME;
+        let mut clients = self.lock();
+        for client in clients.list.values() {
+            // Its reader finds the end, and leaves after the command that it is carrying out.
+            let _ = client.stream.shutdown(Shutdown::Read);
+        }
+        while !clients.list.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                clients.list.values().for_each(|client| client.hang_up());
+                return;
+            }
+            clients = self.fewer.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Client {
+    /// Reads, obeys and replies until the client has nothing more to say.
+    fn obey_all(&self, daemon: Arc<Daemon>) {
+        let mut session = Session::new(daemon);
+        let mut splitter = Splitter::default();
+        let mut buffer = vec![0; READ_LEN];
+        while self.outbox.wait_for_room() && !splitter.is_closed() {
+            let count = match (&self.stream).read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => break,
+            };
+            let mut rest = &buffer[..count];
+            while let Some(piece) = splitter.next(&mut rest) {
+                if !self.outbox.wait_for_room() {
+                    break;
+                }
+                let order = session.read(piece);
+                if order.is_change() {
+                    self.outbox.begin_command();
+                }
+                let reply = session.obey(order);
+                if session.wants_events() {
+                    self.outbox.want_events();
+                }
+                self.outbox.reply(line(&reply));
+            }
+        }
+        self.outbox.finish();
+        // It has nothing more to say, and may not be reading either.
+        self.outbox.wait_until_sent(PARTING_TIME);
+        self.hang_up();
+    }
+
+    /// Sends until there is nothing more to send or nobody to send it to, and closes the connection.
+    fn send_all(&self) {
+        while let Some(batch) = self.outbox.take() {
+            if (&self.stream).write_all(&batch).is_err() {
+                self.outbox.break_off();
+            }
+        }
+        self.hang_up();
+    }
+
+    fn hang_up(&self) {
+        // Fails only where the client has hung up already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn line(message: &Value) -> Arc<[u8]> {
+    let mut text = json::write(message);
+    text.push_str("\r\n");
+    text.into_bytes().into()
+}
+
+/// Tells one client too many why it is not served.
+fn turn_away(mut stream: UnixStream) {
+    let text = format!("there are {CLIENTS_MAX} clients already, which is the most");
+    let refusal = refusal::Refusal::new(text).to_json();
+    // A fresh connection takes so little at once; who cannot be told is turned away all the same.
+    let _ = stream.write_all(&line(&serde_json::json!({ "error": refusal })));
+}

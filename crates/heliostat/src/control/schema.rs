@@ -11,7 +11,7 @@ pub struct Command {
     /// What it does.
     pub about: &'static str,
     /// What it takes.
-    pub takes: Record,
+    pub takes: &'static Record,
 }
 
 /// An object with known members.
@@ -110,13 +110,7 @@ const fn record(members: &'static [Member]) -> Record {
     Record { members, cases: None }
 }
 
-const NOTHING: Record = record(&[]);
-
-/// What becomes of a job that may end.
-const ENDS: [Member; 2] = [
-    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
-    optional("auto-dismiss", Kind::Flag, "be forgotten when it has ended, without `job-dismiss`; default true"),
-];
+static NOTHING: Record = record(&[]);
 
 const ON_ERROR: Kind = Kind::Word(&["report", "ignore", "enospc", "stop", "auto"]);
 const COPY_MODE: Kind = Kind::Word(&["background", "write-blocking"]);
@@ -240,7 +234,7 @@ const NBD_EXPORT: &[Member] = &[
     optional("allocation-depth", Kind::Flag, "only false"),
 ];
 
-const EXPORT: Record = Record {
+static EXPORT: Record = Record {
     members: &[
         required("type", Kind::Word(&["nbd"]), "the front end"),
         required("id", Kind::Text, "the export's id"),
@@ -254,7 +248,7 @@ const EXPORT: Record = Record {
     cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
 
-const MIRROR: Record = record(&[
+static MIRROR: Record = record(&[
     optional("job-id", Kind::Text, "the job's id; required unless the device has a name"),
     required("device", Kind::Text, "the source: a node's name"),
     required("target", Kind::Text, "the target: a node's name"),
@@ -265,14 +259,129 @@ const MIRROR: Record = record(&[
         "what the first pass copies; incremental and bitmap are refused",
     ),
     optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
-    optional("granularity", Kind::Uint32, "bytes a dirty bit; a power of two, 512 B to 64 MiB; default 64 KiB"),
+    optional(
+        "granularity",
+        Kind::Uint32,
+        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default 64 KiB",
+    ),
     optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
     optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
     optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
     optional("filter-node-name", Kind::Text, "a name to keep free; there is no filter node"),
     optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
-    Member { ..ENDS_FINALIZE },
-    Member { ..ENDS_DISMISS },
+    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
+    optional(
+        "auto-dismiss",
+        Kind::Flag,
+        "be forgotten when it has ended, without `job-dismiss`; default true",
+    ),
     later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
     ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
 ]);
+
+static BY_DEVICE: Record = record(&[required("device", Kind::Text, "the job's id")]);
+static BY_ID: Record = record(&[required("id", Kind::Text, "the job's id")]);
+
+const fn command(name: &'static str, about: &'static str, takes: &'static Record) -> Command {
+    Command { name, about, takes }
+}
+
+/// Every command, in the order in which `query-commands` lists them.
+pub static COMMANDS: &[Command] = &[
+    command(
+        "qmp_capabilities",
+        "Ends the greeting: from now on commands are taken and events are sent.",
+        &record(&[optional("enable", Kind::List(&Kind::Word(&["oob"])), "what of the greeting to use")]),
+    ),
+    command("query-version", "Says which QEMU we behave as, and who we are.", &NOTHING),
+    command("query-commands", "Lists the commands.", &NOTHING),
+    command("quit", "Ends the program in order: jobs are cancelled, everything is flushed.", &NOTHING),
+    command("blockdev-add", "Opens a node.", &NODE),
+    command(
+        "blockdev-del",
+        "Flushes and closes a node that nobody uses.",
+        &record(&[required("node-name", Kind::Text, "the node")]),
+    ),
+    command(
+        "query-named-block-nodes",
+        "Lists the nodes, newest first.",
+        &record(&[optional("flat", Kind::Flag, "leave out the nodes below in each; they always are")]),
+    ),
+    command("query-block", "Lists devices of a guest. There are none: always empty.", &NOTHING),
+    command(
+        "nbd-server-start",
+        "Starts the NBD server.",
+        &record(&[
+            optional("handshake-max-seconds", Kind::Uint32, "accepted; we have our own bound"),
+            optional("tls-creds", Kind::Text, "not supported yet"),
+            optional("tls-authz", Kind::Text, "not supported yet"),
+            optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
+            required("addr", Kind::Object(&SOCKET_ADDRESS), "where it listens"),
+        ]),
+    ),
+    command("nbd-server-stop", "Stops the NBD server and removes its exports.", &NOTHING),
+    command("block-export-add", "Offers a node to clients.", &EXPORT),
+    command(
+        "block-export-del",
+        "Removes an export.",
+        &record(&[
+            required("id", Kind::Text, "the export's id"),
+            optional(
+                "mode",
+                Kind::Word(&["safe", "hard"]),
+                "safe: only without clients; hard: disconnect them; default safe",
+            ),
+        ]),
+    ),
+    command("query-block-exports", "Lists the exports, newest first.", &NOTHING),
+    command("blockdev-mirror", "Starts a mirror.", &MIRROR),
+    command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
+    command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
+    command(
+        "block-job-cancel",
+        "Ends a job; a mirror that is ready leaves a consistent copy unless forced.",
+        &record(&[
+            required("device", Kind::Text, "the job's id"),
+            optional("force", Kind::Flag, "end at once, the target promising nothing; default false"),
+        ]),
+    ),
+    command("block-job-complete", "Lets a mirror's target take the source's place.", &BY_DEVICE),
+    command(
+        "block-job-set-speed",
+        "Changes a job's limit.",
+        &record(&[
+            required("device", Kind::Text, "the job's id"),
+            required("speed", Kind::Int, "bytes a second; 0: no limit"),
+        ]),
+    ),
+    command("block-job-finalize", "Ends a pending job.", &BY_ID),
+    command("block-job-dismiss", "Forgets a job that has ended.", &BY_ID),
+    command(
+        "block-job-change",
+        "Changes a running mirror's copy mode.",
+        &Record {
+            members: &[
+                required("id", Kind::Text, "the job's id"),
+                required("type", JOB_TYPE, "the job's type"),
+            ],
+            cases: Some(Cases {
+                tag: "type",
+                by_word: &[("mirror", &[required("copy-mode", COPY_MODE, "the new copy mode")])],
+            }),
+        },
+    ),
+    command("job-pause", "As block-job-pause.", &BY_ID),
+    command("job-resume", "As block-job-resume.", &BY_ID),
+    command("job-cancel", "As block-job-cancel with force.", &BY_ID),
+    command("job-complete", "As block-job-complete.", &BY_ID),
+    command("job-finalize", "As block-job-finalize.", &BY_ID),
+    command("job-dismiss", "As block-job-dismiss.", &BY_ID),
+    command("query-block-jobs", "Lists the jobs, newest first, with their figures.", &NOTHING),
+    command("query-jobs", "Lists the jobs, newest first.", &NOTHING),
+];
+
+/// Finds a command.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Command> {
+    COMMANDS.iter().find(|command| command.name == name)
+}

@@ -76,6 +76,9 @@ impl Splitter {
     /// Takes bytes off the front of `input`, up to the end of the next piece. `None` when all were taken and
     /// there is no whole piece yet.
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Piece> {
+        if self.state == State::Closed {
+            *input = &[];
+        }
         while let Some((&byte, rest)) = input.split_first() {
             if self.state == State::Word && ends_word(byte) {
                 // The byte belongs to what follows.
@@ -97,7 +100,6 @@ impl Splitter {
 
     fn take(&mut self, byte: u8) -> Option<Piece> {
         match self.state {
-            State::Closed => return None,
             State::Skipping => {
                 // A client that has lost its way says so with a byte that no JSON has (QMP's specification).
                 if byte == b'\n' || is_lost(byte) {

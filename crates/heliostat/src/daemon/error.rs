@@ -3,11 +3,12 @@
 
 use std::path::PathBuf;
 
-use heliostat_block::dirty_bitmap::InvalidGranularity;
 use heliostat_block::driver::raw::WindowError;
 use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_host::open::OpenError;
+
+use crate::front::nbd::ExportError;
 
 /// Why the daemon refuses something. Nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +64,9 @@ pub enum DaemonError {
     /// Locks are to be ignored for a file that is to be written.
     #[error("force-share=on can only be used with read-only images")]
     ForceShare,
+    /// A disk of a size that no file could have.
+    #[error("Could not refresh total sector count: File too large")]
+    SizeTooLarge,
     /// Zeroes are to become holes where no holes may be made.
     #[error("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")]
     DetectZeroes,
@@ -119,17 +123,19 @@ pub enum DaemonError {
     /// The target may not be written.
     #[error("Block node is read-only")]
     TargetReadOnly,
-    /// Somebody else uses the target.
+    /// Somebody else uses the node in a way that leaves no room for this one.
     #[error(
-        "Permission conflict on node '{node}': permissions 'write' are both required by {user} (uses node \
-         '{node}' as 'root' child) and unshared by {other} (uses node '{node}' as 'root' child)."
+        "Permission conflict on node '{node}': permissions '{permissions}' are both required by {user} and \
+         unshared by {other}."
     )]
     PermissionConflict {
         /// The node.
         node: NodeName,
-        /// Who has it.
-        user: String,
+        /// What both want, or one wants and the other refuses.
+        permissions: &'static str,
         /// Who wants it.
+        user: String,
+        /// Who refuses it.
         other: String,
     },
     /// Only the source itself can be replaced.
@@ -149,9 +155,23 @@ pub enum DaemonError {
     /// Not a power of two.
     #[error("Parameter 'granularity' expects a power of 2")]
     GranularityPower,
-    /// The disk is too large for so fine a granularity.
-    #[error("Parameter 'granularity' is too small for the disk: {0}")]
-    NoBitmap(InvalidGranularity),
+    /// Its bitmap would take too much memory.
+    #[error("Parameter 'granularity': {bytes} bytes are too few for a disk of {size} bytes")]
+    GranularityTooFine {
+        /// The granularity.
+        bytes: u32,
+        /// The disk's size.
+        size: u64,
+    },
+    /// No granularity makes a bitmap that fits in memory.
+    #[error("the disk is too large to be mirrored")]
+    TooLarge,
+    /// A sync mode that is not there.
+    #[error("Sync mode '{0}' not supported")]
+    SyncMode(&'static str),
+    /// A buffer size below zero.
+    #[error("Invalid parameter 'buf-size'")]
+    BufSize,
     /// A speed below zero.
     #[error("Parameter 'speed' expects a non-negative value")]
     Speed,
@@ -161,9 +181,26 @@ pub enum DaemonError {
     /// There is an NBD server.
     #[error("NBD server already running")]
     NbdRunning,
-    /// The NBD server could not be started.
-    #[error("{0}")]
-    Nbd(String),
+    /// The host refuses the NBD server's address. The text is QEMU's.
+    #[error("{text}")]
+    NbdListen {
+        /// QEMU's text.
+        text: String,
+        /// What happened.
+        source: std::io::Error,
+    },
+    /// The NBD server refuses an export.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    /// Clients may write to it, and nobody may.
+    #[error("Cannot export read-only node as writable")]
+    ExportReadOnly,
+    /// The id of an export is not one.
+    #[error("Invalid block export id")]
+    ExportId,
+    /// There is no such node to be exported.
+    #[error("Cannot find device='' nor node-name='{0}'")]
+    ExportNodeNotFound(String),
     /// An export of that id is there.
     #[error("Block export id '{0}' is already in use")]
     ExportIdExists(String),

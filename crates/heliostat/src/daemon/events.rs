@@ -34,6 +34,8 @@ pub enum Happening {
         offset: u64,
         /// Bytes done and left at that moment.
         len: u64,
+        /// How long guests were held at the last attempt to end, if there was one.
+        pause: Option<Duration>,
         /// Its limit in bytes a second; 0 is none.
         speed: u64,
     },

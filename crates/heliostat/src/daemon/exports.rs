@@ -1,16 +1,24 @@
 //! The exports of a daemon, and the one NBD server that offers them.
+//!
+//! An export is listed until its last client has left, and only then said to be deleted. Waiting for that
+//! holds up nobody but who asked for it.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use heliostat_block::convert::usize_from;
 use heliostat_block::graph::{GraphError, Place, Role};
-use heliostat_block::node::Node;
-
-use super::{Daemon, DaemonError};
-use crate::front::nbd::{ExportSettings, NbdServer, Reach, ServerSettings};
+use heliostat_block::name::is_wellformed_id;
 use heliostat_block::nbd::Access;
+use heliostat_block::node::Node;
 use heliostat_host::socket::Address;
+
+use super::events::Happening;
+use super::{Daemon, DaemonError};
+use crate::front::nbd::{self, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings};
 
 /// Where an NBD server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,10 +32,12 @@ pub enum NbdAddress {
 /// What an NBD server is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NbdSpec {
-    /// Where it listens.
+    /// Where it listens. Whether other hosts may reach it has been settled by whoever chose this.
     pub address: NbdAddress,
-    /// Connections at once; 0 is as many as the program's own bound allows.
+    /// Connections at once; 0 is no bound.
     pub max_connections: u32,
+    /// How long a client may take until it has chosen its export; where nothing is said, some seconds.
+    pub handshake_time: Option<Duration>,
 }
 
 /// What an export is to be.
@@ -63,6 +73,8 @@ pub struct Export {
     pub name: String,
     /// Where it stands in the graph.
     pub place: Arc<Place>,
+    /// It is no longer offered; its last clients are leaving.
+    pub is_leaving: bool,
 }
 
 impl Export {
@@ -84,7 +96,7 @@ impl Daemon {
     /// Starts the NBD server. Returns the address at which it listens, with the port where none was said.
     ///
     /// # Errors
-    /// `NbdRunning`; `Nbd` when the host refuses the address.
+    /// `NbdRunning`; `NbdListen` when the host refuses the address.
     pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<NbdAddress, DaemonError> {
         let _change = self.begin_change()?;
         let mut serving = self.lock_serving();
@@ -95,8 +107,11 @@ impl Daemon {
             NbdAddress::Unix(path) => Address::Unix(path),
             NbdAddress::Tcp(address) => Address::Tcp(address),
         };
-        let settings = ServerSettings { reach: Reach::Anywhere, ..ServerSettings::default() };
-        let server = NbdServer::start(&address, settings).map_err(|e| DaemonError::Nbd(e.to_string()))?;
+        let connections_max = usize_from(u64::from(spec.max_connections));
+        let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
+        let settings = ServerSettings { reach: Reach::Anywhere, connections_max, handshake_time };
+        let server = NbdServer::start(&address, settings)
+            .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
         let bound = match server.address().clone() {
             Address::Unix(path) => NbdAddress::Unix(path),
             Address::Tcp(address) => NbdAddress::Tcp(address),
@@ -110,57 +125,80 @@ impl Daemon {
     /// # Errors
     /// `NbdNotRunning`.
     pub fn stop_nbd_server(&self) -> Result<(), DaemonError> {
-        let _change = self.begin_change()?;
-        Err(DaemonError::NbdNotRunning)
+        let change = self.begin_change()?;
+        let server = self.lock_serving().server.take().ok_or(DaemonError::NbdNotRunning)?;
+        // A client's request may take long; others may make changes meanwhile.
+        drop(change);
+        self.stop(server);
+        Ok(())
     }
 
     /// Offers a node to NBD clients.
     ///
     /// # Errors
-    /// `NbdNotRunning`, `ExportIdExists`, `NodeNotFound`, `PermissionConflict`, `TargetReadOnly`.
+    /// `ExportId`, `ExportIdExists`, `NodeNotFound`, `NbdNotRunning`, `ExportReadOnly`, `PermissionConflict`,
+    /// `Export` when the server refuses it.
     pub fn add_export(&self, spec: &ExportSpec) -> Result<Export, DaemonError> {
         let _change = self.begin_change()?;
+        if !is_wellformed_id(&spec.id) {
+            return Err(DaemonError::ExportId);
+        }
         if self.exports().iter().any(|export| export.id == spec.id) {
             return Err(DaemonError::ExportIdExists(spec.id.clone()));
         }
-        let node =
-            self.graph.node(&spec.node).map_err(|_| DaemonError::NodeNameNotFound(spec.node.clone()))?;
+        let node = self.graph.node(&spec.node);
+        let node = node.map_err(|_| DaemonError::ExportNodeNotFound(spec.node.clone()))?;
+        if self.lock_serving().server.is_none() {
+            return Err(DaemonError::NbdNotRunning);
+        }
         if spec.writable && node.options().read_only {
-            return Err(DaemonError::TargetReadOnly);
+            return Err(DaemonError::ExportReadOnly);
         }
         let role = Role::Export { id: spec.id.clone(), writable: spec.writable };
         let place = self.graph.attach(&node, role).map_err(|error| match error {
-            GraphError::InUse { node, .. } => DaemonError::NodeInUse(node),
+            GraphError::InUse { node, role } => super::mirror::conflict(node, &role, spec.writable),
             _ => DaemonError::NodeNotFound(spec.node.clone()),
         })?;
         let name = spec.name.clone().unwrap_or_else(|| spec.node.clone());
-        let export = Export { id: spec.id.clone(), name, place };
+        let export = Export { id: spec.id.clone(), name, place, is_leaving: false };
         let mut serving = self.lock_serving();
         let server = serving.server.as_ref().ok_or(DaemonError::NbdNotRunning)?;
-        server
-            .add_export(ExportSettings {
-                name: export.name.clone(),
-                description: spec.description.clone().unwrap_or_default(),
-                place: Arc::clone(&export.place),
-                access: if spec.writable { Access::Writable } else { Access::ReadOnly },
-                is_default: false,
-            })
-            .map_err(|error| DaemonError::Nbd(error.to_string()))?;
+        server.add_export(ExportSettings {
+            name: export.name.clone(),
+            description: spec.description.clone().unwrap_or_default(),
+            place: Arc::clone(&export.place),
+            access: if spec.writable { Access::Writable } else { Access::ReadOnly },
+            is_default: false,
+        })?;
         serving.exports.push(export.clone());
         Ok(export)
     }
 
-    /// Removes an export.
+    /// Offers an export no longer. With [`Removal::Hard`] it is listed as leaving until its clients are gone.
     ///
     /// # Errors
     /// `ExportNotFound`, `ExportInUse`.
-    pub fn remove_export(&self, id: &str, removal: Removal) -> Result<(), DaemonError> {
+    pub fn remove_export(self: &Arc<Self>, id: &str, removal: Removal) -> Result<(), DaemonError> {
         let _change = self.begin_change()?;
-        let _ = removal;
-        let mut serving = self.lock_serving();
-        let found = serving.exports.iter().position(|export| export.id == id);
-        let index = found.ok_or_else(|| DaemonError::ExportNotFound(id.to_owned()))?;
-        serving.exports.remove(index);
+        let removed = {
+            let mut serving = self.lock_serving();
+            let Serving { server, exports } = &mut *serving;
+            let found = exports.iter_mut().find(|export| export.id == id && !export.is_leaving);
+            let (Some(export), Some(server)) = (found, server) else {
+                return Err(DaemonError::ExportNotFound(id.to_owned()));
+            };
+            let removal = match removal {
+                Removal::Safe => nbd::Removal::Safe,
+                Removal::Hard => nbd::Removal::Hard,
+            };
+            let removed = server.remove_export(&export.name, removal).map_err(|error| match error {
+                ExportError::InUse(_) => DaemonError::ExportInUse(id.to_owned()),
+                other => other.into(),
+            })?;
+            export.is_leaving = true;
+            removed
+        };
+        self.see_off(id, removed, removal);
         Ok(())
     }
 
@@ -174,12 +212,74 @@ impl Daemon {
     pub(super) fn end_serving(&self) {
         let server = self.lock_serving().server.take();
         if let Some(server) = server {
-            server.stop();
+            self.stop(server);
         }
-        self.lock_serving().exports.clear();
+    }
+
+    fn stop(&self, server: NbdServer) {
+        let mut ids = Vec::new();
+        for export in self.lock_serving().exports.iter_mut().rev() {
+            // One that is leaving already is another's to see off.
+            if !std::mem::replace(&mut export.is_leaving, true) {
+                ids.push(export.id.clone());
+            }
+        }
+        server.stop();
+        for id in ids {
+            self.delete(&id);
+        }
+    }
+
+    /// Waits until the last client has left, beside the caller where that may take long.
+    fn see_off(self: &Arc<Self>, id: &str, removed: Removed, removal: Removal) {
+        let (daemon, name) = (Arc::downgrade(self), id.to_owned());
+        let waiting = move || {
+            removed.wait();
+            drop(removed);
+            if let Some(daemon) = daemon.upgrade() {
+                daemon.delete(&name);
+            }
+        };
+        match removal {
+            // It has no clients.
+            Removal::Safe => waiting(),
+            Removal::Hard => {
+                // Bounded by the number of exports.
+                let thread = std::thread::Builder::new().name("export-end".to_owned());
+                // Without a thread it stays listed as leaving until the server is stopped.
+                let _ = thread.spawn(waiting);
+            }
+        }
+    }
+
+    fn delete(&self, id: &str) {
+        let export = {
+            let mut serving = self.lock_serving();
+            let found = serving.exports.iter().position(|export| export.id == id);
+            found.map(|index| serving.exports.remove(index))
+        };
+        if export.is_some() {
+            drop(export);
+            self.events.say(Happening::ExportDeleted { id: id.to_owned() });
+        }
     }
 
     fn lock_serving(&self) -> MutexGuard<'_, Serving> {
         self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// QEMU's text for an address that cannot be had.
+fn bind_text(address: &Address, error: &io::Error) -> String {
+    let reason = match error.kind() {
+        io::ErrorKind::NotFound => "No such file or directory".to_owned(),
+        io::ErrorKind::AddrInUse => "Address already in use".to_owned(),
+        io::ErrorKind::AddrNotAvailable => "Cannot assign requested address".to_owned(),
+        io::ErrorKind::PermissionDenied => "Permission denied".to_owned(),
+        _ => error.to_string(),
+    };
+    match address {
+        Address::Unix(path) => format!("Failed to bind socket to {}: {reason}", path.display()),
+        Address::Tcp(_) => format!("Failed to bind socket: {reason}"),
     }
 }

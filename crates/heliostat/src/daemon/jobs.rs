@@ -18,6 +18,8 @@ pub struct JobEntry {
     pub source: String,
     /// The name of the node that it is mirrored to.
     pub target: String,
+    /// A node's name that is kept free as long as the job lives.
+    pub filter_node_name: Option<String>,
 }
 
 /// The jobs, oldest first.
@@ -61,10 +63,26 @@ impl Daemon {
         if self.job(id).is_some() {
             return Err(DaemonError::JobExists(id.to_owned()));
         }
+        self.wait_for_last_words(id);
         if self.lock_jobs().list.len() >= JOBS_MAX {
             return Err(DaemonError::TooMany { what: "jobs", limit: JOBS_MAX });
         }
         Ok(())
+    }
+
+    /// Waits until a job of that id that has ended has said so to the last: what it says must not come between
+    /// the words of a new one. It is about to, and waits for nobody.
+    fn wait_for_last_words(&self, id: &str) {
+        let is_ending =
+            |running: &&mut Running| running.entry.job.id() == id && !running.entry.job.is_listed();
+        let thread = self.lock_jobs().list.iter_mut().find(is_ending).and_then(|old| old.thread.take());
+        if let Some(thread) = thread {
+            thread.join();
+        }
+    }
+
+    pub(super) fn is_filter_name(&self, name: &str) -> bool {
+        self.jobs().iter().any(|entry| entry.filter_node_name.as_deref() == Some(name))
     }
 
     pub(super) fn keep_job(&self, entry: JobEntry, thread: Thread<()>) {
@@ -81,6 +99,7 @@ impl Daemon {
                 event: event.clone(),
                 offset: figures.offset,
                 len: figures.len,
+                pause: figures.pause,
                 speed: job.orders().speed,
             });
         })

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::available_parallelism;
 
 use heliostat_block::job::lanes::Lanes;
-use heliostat_host::runtime::Thread;
+use heliostat_host::runtime::{Thread, give_way};
 
 /// More threads than this only fight over the memory bus: each copies some gigabytes a second.
 const LANES_MAX: usize = 3;
@@ -32,7 +32,11 @@ impl LaneThreads {
             let cores = available_parallelism().map_or(1, std::num::NonZero::get);
             let threads = (1..cores.min(LANES_MAX + 1)).filter_map(|number| {
                 let body = Arc::clone(&lanes);
-                Thread::spawn(&format!("lane-{number}"), move || body.run()).ok()
+                Thread::spawn(&format!("lane-{number}"), move || {
+                    give_way();
+                    body.run()
+                })
+                .ok()
             });
             let threads = threads.collect();
             Started { lanes, threads }

@@ -3,7 +3,6 @@
 
 use std::sync::{Arc, mpsc};
 
-use heliostat_block::dirty_bitmap::DirtyBitmap;
 use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::job::mirror::Mirror;
 use heliostat_block::job::options::MirrorOptions;
@@ -12,7 +11,7 @@ use heliostat_block::job::{CopyMode, Job, JobEvent, JobOptions, JobStatus, OnErr
 use heliostat_block::limits::{BUF_SIZE_DEFAULT, GRANULARITY_DEFAULT, GRANULARITY_MAX, GRANULARITY_MIN};
 use heliostat_block::name::{NodeName, is_wellformed_id};
 use heliostat_block::node::{DetectZeroes, Node};
-use heliostat_host::runtime::Thread;
+use heliostat_host::runtime::{Thread, give_way};
 
 use super::events::Happening;
 use super::{Daemon, DaemonError, JobEntry};
@@ -32,12 +31,14 @@ pub struct MirrorSpec {
     pub filter_node_name: Option<String>,
     /// What the first pass copies.
     pub sync: SyncMode,
+    /// The name of a sync mode that is known and not there yet; refused at the moment at which QEMU does.
+    pub sync_not_there: Option<&'static str>,
     /// Bytes a second; 0 is no limit. Negative is refused as QEMU refuses it.
     pub speed: i64,
     /// Bytes a dirty bit; `None` or 0 is the default.
     pub granularity: Option<u32>,
-    /// Bytes of copies in flight; `None` or 0 is the default.
-    pub buf_size: Option<u64>,
+    /// Bytes of copies in flight; `None` or 0 is the default. Negative is refused as QEMU refuses it.
+    pub buf_size: Option<i64>,
     /// What to do when the source cannot be read.
     pub on_source_error: OnError,
     /// What to do when the target cannot be written.
@@ -69,6 +70,7 @@ impl MirrorSpec {
             replaces: None,
             filter_node_name: None,
             sync: options.sync,
+            sync_not_there: None,
             speed: 0,
             granularity: None,
             buf_size: None,
@@ -92,12 +94,12 @@ impl MirrorSpec {
         }
     }
 
-    fn options(&self, target: &Node) -> MirrorOptions {
-        let granularity = self.granularity.filter(|bytes| *bytes > 0).unwrap_or(GRANULARITY_DEFAULT);
+    fn options(&self, granularity: u32, target: &Node) -> MirrorOptions {
+        let buf_size = self.buf_size.and_then(|bytes| u64::try_from(bytes).ok());
         MirrorOptions {
             sync: self.sync,
             granularity,
-            buf_size: self.buf_size.filter(|bytes| *bytes > 0).unwrap_or(BUF_SIZE_DEFAULT),
+            buf_size: buf_size.filter(|bytes| *bytes > 0).unwrap_or(BUF_SIZE_DEFAULT),
             on_source_error: self.on_source_error,
             on_target_error: self.on_target_error,
             unmap: self.unmap,
@@ -107,6 +109,10 @@ impl MirrorSpec {
         }
     }
 }
+
+/// The most granules of a mirror's bitmap: 256 MiB of them, of which a mirror may have three. At the default
+/// granularity that is a disk of 128 TiB.
+const GRANULES_MAX: u64 = 1 << 31;
 
 /// What the job's thread is given when everything is ready.
 struct Start {
@@ -126,27 +132,31 @@ impl Daemon {
     /// [`DaemonError`] for each argument that cannot be used, in the order in which QEMU says them.
     pub fn start_mirror(&self, spec: &MirrorSpec) -> Result<Arc<Job>, DaemonError> {
         let _change = self.begin_change()?;
-        check_granularity(spec.granularity)?;
         let source = self.node(&spec.source)?;
-        let target = self.node(&spec.target)?;
         self.check_source(&source)?;
-        self.check_target(&source, &target)?;
-        self.check_names(spec, &source)?;
+        let target = self.node(&spec.target)?;
+        let granularity = granularity(spec.granularity, source.size())?;
+        self.check_target(&target)?;
+        self.check_replaces(spec, &source)?;
+        check_options(spec)?;
+        if Arc::ptr_eq(&source, &target) {
+            return Err(DaemonError::MirrorIntoItself);
+        }
+        self.check_filter_name(spec)?;
         if !is_wellformed_id(&spec.job_id) {
             return Err(DaemonError::JobId(spec.job_id.clone()));
         }
         self.check_new_job(&spec.job_id)?;
-        let options = spec.options(&target);
-        // The job makes its own; this one shows that there is memory for it.
-        DirtyBitmap::new(source.size(), options.granularity).map_err(DaemonError::NoBitmap)?;
         let attached = self.attach(spec, &source, &target);
         let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
+        let options = spec.options(granularity, &target);
         let (sender, listening, thread) = self.make_thread(&spec.job_id)?;
         let job = Job::start(spec.job_id.clone(), spec.job_options(), self.job_observer());
         let entry = JobEntry {
             job: Arc::clone(&job),
             source: source.name().to_string(),
             target: target.name().to_string(),
+            filter_node_name: spec.filter_node_name.clone(),
         };
         self.keep_job(entry, thread);
         let start = Start { job: Arc::clone(&job), source: source_place, target: target_place, options };
@@ -166,6 +176,7 @@ impl Daemon {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
             let Start { job, source, target, options } = start;
+            give_way();
             let mirror = Mirror::new(job, graph, source, target, options, clock).with_lanes(lanes);
             // Nobody left to hear it is no reason not to run.
             let _ = listens.send(());
@@ -177,20 +188,11 @@ impl Daemon {
     }
 
     fn check_source(&self, source: &Arc<Node>) -> Result<(), DaemonError> {
-        for role in self.graph.roles(source) {
-            match role {
-                Role::Child { .. } | Role::MirrorSource { .. } => return Err(DaemonError::NotRoot),
-                Role::MirrorTarget { .. } => return Err(DaemonError::NodeBusy(source.name().clone())),
-                Role::Export { .. } => {}
-            }
-        }
-        Ok(())
+        let is_root = |role: &Role| matches!(role, Role::Export { .. });
+        if self.graph.roles(source).iter().all(is_root) { Ok(()) } else { Err(DaemonError::NotRoot) }
     }
 
-    fn check_target(&self, source: &Arc<Node>, target: &Arc<Node>) -> Result<(), DaemonError> {
-        if Arc::ptr_eq(source, target) {
-            return Err(DaemonError::MirrorIntoItself);
-        }
+    fn check_target(&self, target: &Arc<Node>) -> Result<(), DaemonError> {
         let is_a_jobs = |role: &Role| matches!(role, Role::MirrorSource { .. } | Role::MirrorTarget { .. });
         if self.graph.roles(target).iter().any(is_a_jobs) {
             return Err(DaemonError::NodeBusy(target.name().clone()));
@@ -198,22 +200,20 @@ impl Daemon {
         Ok(())
     }
 
-    fn check_names(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<(), DaemonError> {
-        if let Some(replaces) = &spec.replaces {
-            let node =
-                self.graph.node(replaces).map_err(|_| DaemonError::NodeNameNotFound(replaces.clone()))?;
-            if !Arc::ptr_eq(&node, source) {
-                return Err(DaemonError::CannotReplace {
-                    replaces: node.name().clone(),
-                    source_node: source.name().clone(),
-                });
-            }
+    fn check_replaces(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<(), DaemonError> {
+        let Some(replaces) = &spec.replaces else { return Ok(()) };
+        let node = self.graph.node(replaces).map_err(|_| DaemonError::NodeNameNotFound(replaces.clone()))?;
+        if Arc::ptr_eq(&node, source) {
+            return Ok(());
         }
-        if let Some(filter) = &spec.filter_node_name {
-            let name = NodeName::new(filter)?;
-            if self.graph.node(name.as_str()).is_ok() {
-                return Err(DaemonError::NodeExists(name.to_string()));
-            }
+        Err(DaemonError::CannotReplace { replaces: node.name().clone(), source_node: source.name().clone() })
+    }
+
+    fn check_filter_name(&self, spec: &MirrorSpec) -> Result<(), DaemonError> {
+        let Some(filter) = &spec.filter_node_name else { return Ok(()) };
+        let name = NodeName::new(filter)?;
+        if self.graph.node(name.as_str()).is_ok() || self.is_filter_name(name.as_str()) {
+            return Err(DaemonError::NodeExists(name.to_string()));
         }
         Ok(())
     }
@@ -232,7 +232,7 @@ impl Daemon {
         }
         let job = || spec.job_id.clone();
         let in_use = |error| match error {
-            GraphError::InUse { node, role } => conflict(node, &role),
+            GraphError::InUse { node, role } => conflict(node, &role, false),
             GraphError::NotFound(name) | GraphError::Duplicate(name) => DaemonError::NodeNotFound(name),
         };
         let target = self.graph.attach(target, Role::MirrorTarget { job: job() }).map_err(in_use)?;
@@ -248,27 +248,63 @@ impl Daemon {
                 event: JobEvent::Status(status),
                 offset: 0,
                 len: 0,
+                pause: None,
                 speed: 0,
             });
         }
     }
 }
 
-fn check_granularity(granularity: Option<u32>) -> Result<(), DaemonError> {
-    match granularity {
-        None | Some(0) => Ok(()),
+fn check_options(spec: &MirrorSpec) -> Result<(), DaemonError> {
+    if let Some(sync) = spec.sync_not_there {
+        return Err(DaemonError::SyncMode(sync));
+    }
+    if spec.buf_size.is_some_and(|bytes| bytes < 0) {
+        return Err(DaemonError::BufSize);
+    }
+    Ok(())
+}
+
+/// The granularity for a disk of `size` bytes, given what was asked for.
+fn granularity(asked: Option<u32>, size: u64) -> Result<u32, DaemonError> {
+    let is_too_fine = |bytes: u32| size / u64::from(bytes) > GRANULES_MAX;
+    match asked {
+        None | Some(0) => {
+            let powers = (GRANULARITY_DEFAULT.trailing_zeros()..).map(|power| 1_u32 << power);
+            let mut allowed = powers.take_while(|bytes| *bytes <= GRANULARITY_MAX);
+            allowed.find(|bytes| !is_too_fine(*bytes)).ok_or(DaemonError::TooLarge)
+        }
         Some(bytes) if !(GRANULARITY_MIN..=GRANULARITY_MAX).contains(&bytes) => {
             Err(DaemonError::GranularityRange)
         }
         Some(bytes) if !bytes.is_power_of_two() => Err(DaemonError::GranularityPower),
-        Some(_) => Ok(()),
+        Some(bytes) if is_too_fine(bytes) => Err(DaemonError::GranularityTooFine { bytes, size }),
+        Some(bytes) => Ok(bytes),
     }
 }
 
-fn conflict(node: NodeName, present: &Role) -> DaemonError {
-    let user = match present {
-        Role::Child { of } => format!("node '{of}'"),
-        _ => "an unnamed block device".to_owned(),
+/// QEMU's words for a use that another use leaves no room for.
+pub(super) fn conflict(node: NodeName, present: &Role, writes: bool) -> DaemonError {
+    let unnamed = format!("an unnamed block device (uses node '{node}' as 'root' child)");
+    let (user, user_writes) = match present {
+        Role::Child { of } => (format!("node '{of}' (uses node '{node}' as 'file' child)"), true),
+        Role::Export { writable, .. } => (unnamed.clone(), *writable),
+        Role::MirrorSource { .. } | Role::MirrorTarget { .. } => (unnamed.clone(), writes),
     };
-    DaemonError::PermissionConflict { node, user, other: "an unnamed block device".to_owned() }
+    let permissions = if user_writes { "consistent read, write" } else { "consistent read" };
+    DaemonError::PermissionConflict { node, permissions, user, other: unnamed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_granularity_grows_with_the_disk_so_that_memory_does_not() {
+        assert_eq!(granularity(None, 1 << 40).unwrap(), 64 << 10);
+        assert_eq!(granularity(None, 64 << 40).unwrap(), 64 << 10);
+        assert_eq!(granularity(Some(0), 1 << 50).unwrap(), 512 << 10);
+        assert!(matches!(granularity(Some(512), 64 << 40), Err(DaemonError::GranularityTooFine { .. })));
+        assert!(matches!(granularity(None, 1 << 62), Err(DaemonError::TooLarge)));
+    }
 }

@@ -11,6 +11,7 @@ mod jobs;
 mod lanes;
 mod mirror;
 mod nodes;
+mod open;
 mod shutdown;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -195,6 +196,25 @@ mod tests {
     }
 
     #[test]
+    fn nodes_that_may_be_written_never_share_bytes() {
+        let daemon = with_two_nodes();
+        let raw = |name: &str, offset, size, read_only| {
+            let driver =
+                DriverSpec::Raw { file: Child::Named("source".to_owned()), offset, size: Some(size) };
+            NodeSpec { read_only, ..NodeSpec::new(Some(name.to_owned()), driver) }
+        };
+        daemon.add_node(&raw("first", 0, 4096, false)).unwrap();
+        daemon.add_node(&raw("beside", 4096, 4096, false)).unwrap();
+        let in_use = |spec| matches!(daemon.add_node(&spec), Err(DaemonError::NodeInUse(_)));
+        assert!(in_use(raw("over", 2048, 4096, false)));
+        assert!(in_use(raw("reader", 0, 512, true)));
+        daemon.remove_node("first").unwrap();
+        daemon.remove_node("beside").unwrap();
+        let _job = daemon.start_mirror(&MirrorSpec::new("j", "source", "target")).unwrap();
+        assert!(in_use(raw("late", 0, 512, false)), "its writes would pass the mirror by");
+    }
+
+    #[test]
     fn a_window_of_a_window_starts_where_the_first_one_does() {
         let daemon = Daemon::new();
         let raw = |name: &str, file, offset, size| {
@@ -205,7 +225,7 @@ mod tests {
         assert_eq!(node.size(), (1 << 20) - 65536);
         let second = raw("second", Child::Named("first".to_owned()), 0, Some(1 << 20));
         assert!(matches!(daemon.add_node(&second), Err(DaemonError::Outside { .. })));
-        assert!(matches!(daemon.remove_node("disk"), Err(DaemonError::NodeIsChild(_))));
+        assert!(matches!(daemon.remove_node("disk"), Err(DaemonError::NodeNotOwned(_))));
         daemon.remove_node("first").unwrap();
         assert!(daemon.nodes().is_empty(), "the child goes with the node that it was made for");
     }

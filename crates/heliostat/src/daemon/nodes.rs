@@ -3,8 +3,7 @@
 //! A node whose child it made shares the child's storage: there is one open file, one lock, one path for the
 //! bytes. The child is a node too, so that it can be named and seen, and has a place that keeps it.
 
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use heliostat_block::driver::null::{NullStorage, ReadsZero};
@@ -12,11 +11,11 @@ use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::graph::{Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node, NodeOptions};
+use heliostat_block::range::ByteRange;
 use heliostat_block::storage::Storage;
-use heliostat_host::file::FileStorage;
-use heliostat_host::open::{self, Access, Cache, Flush, Locking, OpenError, OpenOptions};
 use heliostat_host::runtime;
 
+use super::open::{is_device, open_file};
 use super::{Daemon, DaemonError};
 
 /// The most nodes in one daemon. Each holds an open file; a host gives a process 1,024 of them by default.
@@ -25,6 +24,9 @@ const NODES_MAX: usize = 512;
 /// The most nodes on top of each other in one order: more than any chain that makes sense, far less than what
 /// would exhaust a stack.
 const DEPTH_MAX: usize = 32;
+
+/// The largest disk: whole sectors, as many as the host's file offsets can count.
+const SIZE_MAX: u64 = (1 << 63) - 512;
 
 /// What a node is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -201,10 +203,7 @@ impl Daemon {
     pub fn remove_node(&self, name: &str) -> Result<(), DaemonError> {
         let _change = self.begin_change()?;
         let node = self.graph.node(name).map_err(|_| DaemonError::NodeNameNotFound(name.to_owned()))?;
-        self.check_unused(&node)?;
-        if !self.lock_nodes().find(name).is_some_and(|record| record.is_owned) {
-            return Err(DaemonError::NodeNotOwned(node.name().clone()));
-        }
+        self.check_removable(&node)?;
         // As closing a file does: an error has nobody to go to, the operator was told at each flush.
         let _ = flush(std::slice::from_ref(&node));
         drop(self.forget(name));
@@ -226,17 +225,19 @@ impl Daemon {
         self.graph.node(name).map_err(|_| DaemonError::NodeNotFound(name.to_owned()))
     }
 
-    fn check_unused(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
+    fn check_removable(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
         let roles = self.graph.roles(node);
         let name = || node.name().clone();
-        if roles.iter().any(|role| matches!(role, Role::MirrorSource { .. })) {
-            return Err(DaemonError::NodeBusy(name()));
+        // QEMU names the user that came last, but for nodes above, of which it speaks only without others.
+        match roles.iter().rev().find(|role| !matches!(role, Role::Child { .. })) {
+            Some(Role::MirrorSource { .. }) => return Err(DaemonError::NodeBusy(name())),
+            Some(_) => return Err(DaemonError::NodeInUse(name())),
+            None => {}
         }
-        match roles.first() {
-            None => Ok(()),
-            Some(Role::Child { .. }) => Err(DaemonError::NodeIsChild(name())),
-            Some(_) => Err(DaemonError::NodeInUse(name())),
+        if !self.lock_nodes().find(node.name().as_str()).is_some_and(|record| record.is_owned) {
+            return Err(DaemonError::NodeNotOwned(name()));
         }
+        if roles.is_empty() { Ok(()) } else { Err(DaemonError::NodeIsChild(name())) }
     }
 
     fn make_node(&self, spec: &NodeSpec, depth: usize, is_owned: bool) -> Result<Below, DaemonError> {
@@ -247,7 +248,7 @@ impl Daemon {
             Some(name) => NodeName::new(name)?,
             None => self.graph.generate_name(),
         };
-        if self.graph.node(name.as_str()).is_ok() {
+        if self.graph.node(name.as_str()).is_ok() || self.is_filter_name(name.as_str()) {
             return Err(DaemonError::NodeExists(name.to_string()));
         }
         if depth == 0 || self.lock_nodes().list.len() >= NODES_MAX {
@@ -259,6 +260,7 @@ impl Daemon {
             DriverSpec::HostDevice(file) => {
                 (open_file(file, spec, "host_device")?, "host_device", file.path.clone())
             }
+            DriverSpec::NullCo { size, .. } if *size > SIZE_MAX => return Err(DaemonError::SizeTooLarge),
             DriverSpec::NullCo { size, read_zeroes } => {
                 let reads_zero = if *read_zeroes { ReadsZero::Promised } else { ReadsZero::Unsaid };
                 let storage: Arc<dyn Storage> = Arc::new(NullStorage::new(*size, reads_zero));
@@ -281,7 +283,7 @@ impl Daemon {
         };
         let node = Node::new(name, Driver::Raw(raw), spec.options(), Arc::clone(&self.clock));
         let place = match &child {
-            Some(below) => Some(self.attach_child(&below.entry.node, &node)?),
+            Some(below) => Some(self.attach_child(&below.entry.node, &node, start)?),
             None => None,
         };
         let child = child.map(|below| below.entry.node.name().clone());
@@ -298,9 +300,28 @@ impl Daemon {
         Ok(Below { storage, start: record.start, entry: record.entry.clone() })
     }
 
-    fn attach_child(&self, child: &Arc<Node>, of: &Arc<Node>) -> Result<Arc<Place>, DaemonError> {
+    /// Puts `of`, which shows the part of its storage that begins at `start`, on top of `child`.
+    ///
+    /// What a node above another writes passes the lower one by, and the other way round. So no two nodes may
+    /// see each other's bytes where one of them may be written: a bitmap on the one would miss the other's writes.
+    fn attach_child(&self, child: &Arc<Node>, of: &Arc<Node>, start: u64) -> Result<Arc<Place>, DaemonError> {
+        let in_use = || DaemonError::NodeInUse(child.name().clone());
+        let is_bystander =
+            |role: &Role| matches!(role, Role::Child { .. } | Role::Export { writable: false, .. });
+        if !self.graph.roles(child).iter().all(is_bystander) {
+            return Err(in_use());
+        }
+        let shown = ByteRange::from_bounds(start, start + of.size());
+        let overlaps = self.lock_nodes().list.iter().any(|other| {
+            let is_sibling = other.entry.child.as_ref() == Some(child.name());
+            let is_read_only = other.entry.node.options().read_only && of.options().read_only;
+            is_sibling && !is_read_only && other.shown().overlaps(shown)
+        });
+        if overlaps {
+            return Err(in_use());
+        }
         let role = Role::Child { of: of.name().clone() };
-        self.graph.attach(child, role).map_err(|_| DaemonError::NodeInUse(child.name().clone()))
+        self.graph.attach(child, role).map_err(|_| in_use())
     }
 
     fn keep(&self, record: Record) -> Result<(), DaemonError> {
@@ -362,6 +383,11 @@ impl Record {
     fn name(&self) -> NodeName {
         self.entry.node.name().clone()
     }
+
+    /// The part of its storage that it shows.
+    fn shown(&self) -> ByteRange {
+        ByteRange::from_bounds(self.start, self.start + self.entry.node.size())
+    }
 }
 
 /// The part of the node below that starts at `offset`, and where that is in their common storage.
@@ -379,48 +405,6 @@ fn window(below: &Below, offset: u64, size: Option<u64>) -> Result<(u64, Raw), D
     }
     let start = below.start + offset;
     Ok((start, Raw::window(Arc::clone(&below.storage), start, Some(len))?))
-}
-
-/// Opens the storage of a file node.
-fn open_file(
-    file: &FileSpec,
-    spec: &NodeSpec,
-    driver: &'static str,
-) -> Result<Arc<dyn Storage>, DaemonError> {
-    let wants_device = driver == "host_device";
-    let wrong_kind = || {
-        let wanted = if wants_device { "either a character or block device" } else { "a regular file" };
-        DaemonError::WrongKind { driver, path: file.path.clone(), wanted }
-    };
-    let access = match (spec.read_only, spec.auto_read_only) {
-        (true, _) => Access::ReadOnly,
-        (false, true) => Access::ReadWriteIfAllowed,
-        (false, false) => Access::ReadWrite,
-    };
-    let options = OpenOptions {
-        access,
-        cache: if spec.cache.direct { Cache::Direct } else { Cache::Page },
-        flush: if spec.cache.no_flush { Flush::Ignore } else { Flush::Honor },
-        discard: match spec.discard {
-            Discard::Unmap => open::Discard::Unmap,
-            Discard::Ignore | Discard::ZeroesOnly => open::Discard::Ignore,
-        },
-        locking: match file.sharing {
-            Sharing::Locked => Locking::Auto,
-            Sharing::Anything => Locking::Off,
-        },
-    };
-    let storage = FileStorage::open(&file.path, &options).map_err(|error| match error {
-        OpenError::NotADisk { .. } if error.errno() != rustix::io::Errno::ISDIR.raw_os_error() => {
-            wrong_kind()
-        }
-        error => error.into(),
-    })?;
-    if storage.is_device() == wants_device { Ok(Arc::new(storage)) } else { Err(wrong_kind()) }
-}
-
-fn is_device(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
 /// Makes durable what has been written to `nodes`.

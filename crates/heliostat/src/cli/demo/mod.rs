@@ -128,7 +128,8 @@ impl Demo {
         match self.run_tampered(form, &|_| ()) {
             Err(error) => match error.downcast_ref::<Interrupted>() {
                 Some(Interrupted(signal)) => {
-                    say("heliostat: interrupted; the demo's folder is removed");
+                    let end = if self.keep { "" } else { "; the demo's folder is removed" };
+                    say(format_args!("heliostat: interrupted{end}"));
                     Ok(Outcome::Interrupted(*signal))
                 }
                 None => Err(error),
@@ -257,6 +258,8 @@ impl Run<'_> {
         let started = self.clock.now();
         let speed = self.speed(stage.taken().source);
         let mirrored = stage.mirror(speed, guest, signals, self.wants_progress(), self.clock)?;
+        let copying = units::latency(mirrored.ready.since(started));
+        self.say(format_args!("  mirror: in step after {copying}, then the guest was moved over"));
         self.watch_guest("guest on the target", guest, signals)?;
         Ok((started, mirrored))
     }

@@ -126,7 +126,11 @@ impl Stage {
         daemon.add_node(&node(SOURCE, source_path(folder)))?;
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
-        let address = match daemon.start_nbd_server(&NbdSpec { address: socket, max_connections: 0 })? {
+        let address = match daemon.start_nbd_server(&NbdSpec {
+            address: socket,
+            max_connections: 0,
+            handshake_time: None,
+        })? {
             NbdAddress::Unix(path) => Address::Unix(path),
             NbdAddress::Tcp(address) => Address::Tcp(address),
         };
@@ -190,9 +194,11 @@ impl Stage {
             meter.show(&Look::at(&job));
             match next(&events)? {
                 Some((at, JobEvent::Ready)) => {
+                    // The limit was there so that the copying can be watched; it has been.
+                    let refused = |error| anyhow!("the mirror refused to complete: {error}");
+                    job.ask(Verb::SetSpeed(0)).map_err(refused)?;
                     let told = clock.now();
-                    job.ask(Verb::Complete)
-                        .map_err(|error| anyhow!("the mirror refused to complete: {error}"))?;
+                    job.ask(Verb::Complete).map_err(refused)?;
                     asked = Some((at, told));
                 }
                 Some((at, JobEvent::Completed(None))) => break at,
@@ -201,7 +207,7 @@ impl Stage {
                 _ => {}
             }
         };
-        meter.finish("");
+        drop(meter);
         drop(watch);
         let (ready, asked) = asked.context("the mirror completed without being asked")?;
         let figures = job.figures();

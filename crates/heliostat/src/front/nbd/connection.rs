@@ -5,9 +5,11 @@
 //! never drops a request that it started: when the client is gone or the server stops, it takes no more and
 //! waits for those in flight. Called by the server's thread.
 
+use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -36,6 +38,10 @@ const LAST_ANSWERS_TIME: Duration = Duration::from_secs(3);
 /// What one receive takes at most: 60 writes of 4 KiB, so that their cost is shared by many.
 const RECEIVE_LEN: usize = 256 << 10;
 
+/// What one receive takes at most after a long payload: the next one is likely long too, and what is received
+/// before its length is known must be copied into its buffer.
+const RECEIVE_LEN_AFTER_LONG: usize = 8 << 10;
+
 /// Requests of one connection in flight at once; the Linux client sends at most 128.
 const REQUESTS_MAX: usize = 128;
 
@@ -51,6 +57,10 @@ const PINNING_MAX: usize = 16;
 
 /// A payload that fills less than this of its receive buffer counts as short.
 const PINNING_LEN: usize = RECEIVE_LEN / 4;
+
+/// How long a connection may go on while others sleep: so long, the thread looks neither at its ring nor at
+/// other sockets. Short beside a disk's request, long beside the cost of that look.
+const TURN_MAX: Duration = Duration::from_micros(50);
 
 /// Serves a client from its first byte to its last answer.
 pub(super) async fn serve(socket: Socket, shared: &Shared) {
@@ -109,7 +119,7 @@ async fn send_all(socket: &Socket, output: &mut BytesMut) -> io::Result<()> {
 async fn receive(socket: &Socket, buffers: &Buffers, input: &mut Bytes) -> io::Result<()> {
     let mut buffer = None;
     loop {
-        match receive_now(socket, buffers, &mut buffer, input) {
+        match receive_now(socket, buffers, &mut buffer, RECEIVE_LEN, input) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.readable().await?,
@@ -118,17 +128,19 @@ async fn receive(socket: &Socket, buffers: &Buffers, input: &mut Bytes) -> io::R
     }
 }
 
-/// Appends what is there to `input`, which holds much less than [`RECEIVE_LEN`]. The memory is taken from
-/// `spare`, and left there when nothing came.
+/// Appends what is there, at most `len` bytes, to `input`, which holds much less than [`RECEIVE_LEN`]. The
+/// memory is taken from `spare`, and left there when nothing came.
 fn receive_now(
     socket: &Socket,
     buffers: &Buffers,
     spare: &mut Option<Buffer>,
+    len: usize,
     input: &mut Bytes,
 ) -> io::Result<usize> {
     let mut buffer = spare.take().unwrap_or_else(|| buffers.take(RECEIVE_LEN));
     let kept = input.len();
-    match socket.recv_now(&mut buffer[kept..]) {
+    let end = buffer.len().min(kept + len);
+    match socket.recv_now(&mut buffer[kept..end]) {
         Ok(received) => {
             buffer[..kept].copy_from_slice(input);
             buffer.truncate(kept + received);
@@ -180,6 +192,39 @@ impl<F: Future<Output = ()>> Flights<F> {
     }
 }
 
+/// Whether a connection sleeps; counted together with the thread's other connections.
+struct Awake {
+    count: Rc<Cell<usize>>,
+    is_awake: bool,
+}
+
+impl Awake {
+    fn new(count: &Rc<Cell<usize>>) -> Self {
+        Self { count: Rc::clone(count), is_awake: false }
+    }
+
+    fn wake(&mut self) {
+        self.count.set(self.count.get() + usize::from(!self.is_awake));
+        self.is_awake = true;
+    }
+
+    fn sleep(&mut self) {
+        self.count.set(self.count.get() - usize::from(self.is_awake));
+        self.is_awake = false;
+    }
+
+    /// Says whether no other connection of this thread has anything to do.
+    fn is_alone(&self) -> bool {
+        self.count.get() == usize::from(self.is_awake)
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        self.sleep();
+    }
+}
+
 /// Whether a connection takes requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -196,6 +241,7 @@ struct Connection<'a, F, M> {
     socket: Socket,
     client: &'a Client,
     shared: &'a Shared,
+    awake: Awake,
     stage: Stage,
     requests: Requests,
     replies: Replies,
@@ -203,6 +249,8 @@ struct Connection<'a, F, M> {
     input: Bytes,
     /// Memory for the next receive.
     spare: Option<Buffer>,
+    /// Whether the last receive went straight into a long payload.
+    was_long: bool,
     permits: Permits,
     start: M,
     flights: Flights<F>,
@@ -227,11 +275,13 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             socket,
             client,
             shared,
+            awake: Awake::new(&shared.awake),
             stage: Stage::Serving,
             requests: Requests::new(terms, shared.buffers.for_payloads(), replies.clone()),
             replies,
             input,
             spare: None,
+            was_long: false,
             permits: Permits::new(REQUESTS_MAX, BYTES_MAX),
             start,
             flights: Flights::new(),
@@ -245,6 +295,43 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
 
     /// Does what can be done now. Ready when the connection is over.
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.awake.wake();
+        let began = Instant::now();
+        let mut now = began;
+        loop {
+            let has_moved = self.step(cx);
+            let before = std::mem::replace(&mut now, Instant::now());
+            self.patience.took(before, now);
+            if self.stage != Stage::Serving && self.flights.running.is_empty() && self.is_through(cx) {
+                return Poll::Ready(());
+            }
+            if !has_moved && !self.looks_on(now) {
+                break;
+            }
+            // Giving way costs a look at the ring, so it is done for others' sake, and for the ring's now and
+            // then.
+            if !self.awake.is_alone() || now.duration_since(began) >= TURN_MAX {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            if !has_moved {
+                std::hint::spin_loop();
+            }
+        }
+        if self.has_news(cx) {
+            cx.waker().wake_by_ref();
+        } else {
+            // Asleep, a connection keeps no more memory than it must.
+            self.spare = None;
+            if self.flights.running.is_empty() {
+                self.awake.sleep();
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Gets on with what is in flight, takes requests, sends answers. Says whether anything has changed.
+    fn step(&mut self, cx: &mut Context<'_>) -> bool {
         if self.stage == Stage::Serving && (self.shared.exports.is_stopping() || self.client.is_closing()) {
             self.stage = Stage::Ending;
         }
@@ -255,18 +342,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             }
             has_moved |= self.receive(cx);
         }
-        has_moved |= self.send();
-        if self.stage != Stage::Serving && self.flights.running.is_empty() && self.is_through(cx) {
-            return Poll::Ready(());
-        }
-        if has_moved || self.looks_on() || self.has_news(cx) {
-            // Another turn, after other connections had theirs.
-            cx.waker().wake_by_ref();
-        } else {
-            // Asleep, a connection keeps no more memory than it must.
-            self.spare = None;
-        }
-        Poll::Pending
+        has_moved | self.send()
     }
 
     /// Receives what is there and starts what is in it. Says whether anything came.
@@ -274,17 +350,23 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         if self.is_full {
             return false;
         }
+        let mut is_long = false;
         let received = match self.requests.payload_room() {
             Some(room) => {
+                is_long = true;
                 let received = self.socket.recv_now(room);
                 self.requests.payload_received(received.as_ref().copied().unwrap_or(0));
                 received
             }
-            None => receive_now(&self.socket, &self.shared.buffers, &mut self.spare, &mut self.input),
+            None => {
+                let len = if self.was_long { RECEIVE_LEN_AFTER_LONG } else { RECEIVE_LEN };
+                receive_now(&self.socket, &self.shared.buffers, &mut self.spare, len, &mut self.input)
+            }
         };
         match received {
             Ok(0) => self.stage = Stage::Ending,
             Ok(_) => {
+                self.was_long = is_long;
                 self.patience.learn(self.last_answer.elapsed());
                 self.take_requests(cx);
             }
@@ -372,11 +454,11 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     }
 
     /// Says whether to look at the socket once more before sleeping.
-    fn looks_on(&self) -> bool {
+    fn looks_on(&self, now: Instant) -> bool {
         self.stage == Stage::Serving
             && self.flights.running.is_empty()
             && self.replies.is_empty()
-            && self.patience.looks_on(self.last_answer.elapsed())
+            && self.patience.looks_on(self.last_answer, now)
     }
 
     /// Asks to be woken by whatever can go on. Says whether something can already.

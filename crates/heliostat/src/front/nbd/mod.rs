@@ -156,6 +156,8 @@ struct Shared {
     buffers: Buffers,
     clock: RealClock,
     handshake_time: Duration,
+    /// Connections that have something to do.
+    awake: Rc<Cell<usize>>,
 }
 
 /// Connections that have not ended. Counted on the server's thread.
@@ -196,6 +198,7 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
         buffers: Buffers::new(),
         clock: RealClock::new(),
         handshake_time: settings.handshake_time,
+        awake: Rc::default(),
     };
     let shared = Rc::new(shared);
     let tally = Rc::new(Tally::default());

@@ -1,0 +1,99 @@
+//! Events as clients see them.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use heliostat_block::job::{ErrorAction, JobEvent, JobStatus, Operation};
+use serde_json::{Value, json};
+
+use crate::daemon::{Event, Happening};
+
+/// The message for an event.
+#[must_use]
+pub fn message(event: &Event) -> Value {
+    let (name, data) = match &event.what {
+        Happening::ExportDeleted { id } => ("BLOCK_EXPORT_DELETED", json!({ "id": id })),
+        Happening::Job { id, event, offset, len, pause, speed } => {
+            job_event(id, event, &Counts { offset: *offset, len: *len, pause: *pause, speed: *speed })
+        }
+    };
+    json!({ "timestamp": timestamp(event.at), "event": name, "data": data })
+}
+
+/// A job's numbers at the moment of an event.
+struct Counts {
+    offset: u64,
+    len: u64,
+    pause: Option<Duration>,
+    speed: u64,
+}
+
+fn job_event(id: &str, event: &JobEvent, counts: &Counts) -> (&'static str, Value) {
+    let Counts { offset, len, pause, speed } = counts;
+    let with_counts = json!({ "device": id, "len": len, "offset": offset, "speed": speed, "type": "mirror" });
+    match event {
+        JobEvent::Status(status) => {
+            ("JOB_STATUS_CHANGE", json!({ "status": status_word(*status), "id": id }))
+        }
+        JobEvent::Ready => ("BLOCK_JOB_READY", with_counts),
+        JobEvent::Pending => ("BLOCK_JOB_PENDING", json!({ "type": "mirror", "id": id })),
+        JobEvent::Completed(None) => {
+            let mut data = with_counts;
+            if let Some(pause) = pause {
+                data["pause-us"] = json!(u64::try_from(pause.as_micros()).unwrap_or(u64::MAX));
+            }
+            ("BLOCK_JOB_COMPLETED", data)
+        }
+        JobEvent::Completed(Some(error)) => {
+            let mut data = with_counts;
+            data["error"] = json!(error);
+            ("BLOCK_JOB_COMPLETED", data)
+        }
+        JobEvent::Cancelled => ("BLOCK_JOB_CANCELLED", with_counts),
+        JobEvent::Error { operation, action, node, range, errno } => {
+            let mut data = json!({
+                "device": id,
+                "operation": match operation {
+                    Operation::Read => "read",
+                    Operation::Write => "write",
+                },
+                "action": match action {
+                    ErrorAction::Report => "report",
+                    ErrorAction::Ignore => "ignore",
+                    ErrorAction::Stop => "stop",
+                },
+                "node-name": node,
+            });
+            if let Some(range) = range {
+                data["offset"] = json!(range.offset());
+                data["length"] = json!(range.len());
+            }
+            if let Some(errno) = errno {
+                data["errno"] = json!(errno);
+            }
+            ("BLOCK_JOB_ERROR", data)
+        }
+    }
+}
+
+fn timestamp(at: SystemTime) -> Value {
+    // A clock that stands before 1970 is shown as standing there.
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    json!({ "seconds": since.as_secs(), "microseconds": since.subsec_micros() })
+}
+
+/// QEMU's word for a job's status.
+#[must_use]
+pub const fn status_word(status: JobStatus) -> &'static str {
+    match status {
+        JobStatus::Created => "created",
+        JobStatus::Running => "running",
+        JobStatus::Paused => "paused",
+        JobStatus::Ready => "ready",
+        JobStatus::Standby => "standby",
+        JobStatus::Waiting => "waiting",
+        JobStatus::Pending => "pending",
+        JobStatus::Aborting => "aborting",
+        JobStatus::Concluded => "concluded",
+        JobStatus::Null => "null",
+    }
+}

@@ -1,0 +1,173 @@
+//! [`ControlSocket`]: the file at which operators connect: ours alone, and gone when we are.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::linux::fs::MetadataExt;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// Connections that wait to be accepted: more than clients that start at once.
+const BACKLOG: i32 = 64;
+
+/// A socket that takes connections of this user. Its file is removed when it is dropped.
+pub(super) struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file, so that another's at the same path is left alone.
+    identity: (u64, u64),
+}
+
+impl ControlSocket {
+    /// Listens at `path`. A socket there that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody does, or something else is there; any other of the host's. The message names
+    /// the path.
+    pub(super) fn bind(path: &Path) -> io::Result<Self> {
+        Self::bind_at(path).map_err(|error| {
+            let text = format!("cannot take commands at {}: {error}", path.display());
+            io::Error::new(error.kind(), text)
+        })
+    }
+
+    fn bind_at(path: &Path) -> io::Result<Self> {
+        let address = SocketAddrUnix::new(path).map_err(|_| {
+            let text = "the path is too long for a socket (107 bytes at most)";
+            io::Error::new(io::ErrorKind::InvalidFilename, text)
+        })?;
+        let flags = SocketFlags::CLOEXEC;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // The file gets the mode that the socket has when it is bound: there is no moment at which others
+        // could connect, and the mask of the process, which other threads use, is left alone.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        let turn = Turn::take(path);
+        match rustix::net::bind(&socket, &address) {
+            Err(Errno::ADDRINUSE) => {
+                remove_stale(path)?;
+                rustix::net::bind(&socket, &address)?;
+            }
+            result => result?,
+        }
+        rustix::net::listen(&socket, BACKLOG)?;
+        drop(turn);
+        let identity = identity(path)?;
+        Ok(Self { listener: UnixListener::from(socket), path: path.to_owned(), identity })
+    }
+
+    /// Takes the next connection; waits for it.
+    ///
+    /// # Errors
+    /// Any of the host's; every call fails after [`ControlSocket::close`].
+    pub(super) fn accept(&self) -> io::Result<UnixStream> {
+        self.listener.accept().map(|(stream, _)| stream)
+    }
+
+    /// Takes no more connections, wakes who waits for one, and removes the file.
+    pub(super) fn close(&self) {
+        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+        // Fails only where it is closed already.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok((metadata.st_dev(), metadata.st_ino()))
+}
+
+/// Removes a socket's file if nobody listens there.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let in_use = |text: &str| Err(io::Error::new(io::ErrorKind::AddrInUse, text.to_owned()));
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return in_use("something that is not a socket is there");
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        _ => in_use("another program listens there"),
+    }
+}
+
+/// A lock on the directory: of two programs that start at once, the second must not take the first one's new
+/// socket for a stale one. Released when it is dropped.
+struct Turn(#[expect(dead_code, reason = "held for what closing it does")] Option<OwnedFd>);
+
+impl Turn {
+    fn take(path: &Path) -> Self {
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        // Where there are no such locks it goes without: what is lost is the second program's refusal.
+        let locked = File::open(directory).and_then(|directory| {
+            rustix::fs::flock(&directory, FlockOperation::LockExclusive)?;
+            Ok(OwnedFd::from(directory))
+        });
+        Self(locked.ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_socket_is_its_owners_alone_and_goes_when_it_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let socket = ControlSocket::bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_live_socket_is_not_replaced_and_a_stale_one_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let live = ControlSocket::bind(&path).unwrap();
+        assert_eq!(ControlSocket::bind(&path).err().unwrap().kind(), io::ErrorKind::AddrInUse);
+        assert!(path.exists());
+        drop(live);
+        // What a crash leaves behind: a file without a listener.
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        drop(ControlSocket::bind(&path).unwrap());
+    }
+
+    #[test]
+    fn a_file_at_the_path_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(ControlSocket::bind(&path).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[test]
+    fn closing_wakes_who_waits_for_a_connection() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = ControlSocket::bind(&folder.path().join("control")).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| socket.accept());
+            socket.close();
+            assert!(!folder.path().join("control").exists());
+            assert!(waiting.join().unwrap().is_err());
+        });
+    }
+}

@@ -1,0 +1,216 @@
+//! [`Script`]: what is said to both daemons; [`Transcript`]: what one of them answered, made comparable.
+//!
+//! Made comparable means: the folder's name, timestamps and generated names are replaced; our further fields are
+//! taken away (and looked at elsewhere); pairs of status changes that QEMU says when it drains a node inside
+//! another command are dropped, as MIRROR.md section 7 has it. Replies and events are compared as two
+//! sequences, each in order: when an event of a job comes between two replies is a matter of threads.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::wire::Wire;
+use super::{Peer, Whose};
+
+/// One thing to do.
+pub enum Step {
+    /// Execute a command. `DIR` in its arguments is the daemon's folder.
+    Do(&'static str, Value),
+    /// As `Do`, where both are known to answer differently, and why.
+    Differs(&'static str, Value, &'static str),
+    /// Wait for an event: its name, and where it is a status change, the status; and of whom.
+    Await(&'static str, &'static str),
+}
+
+/// What is said to both.
+pub type Script = Vec<Step>;
+
+/// What one answered.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Transcript {
+    /// Each command with its reply.
+    pub replies: Vec<(String, String)>,
+    /// What was said of each job and export, in order.
+    pub events: BTreeMap<String, Vec<String>>,
+}
+
+/// Fields of a job that QEMU has, in its order.
+const JOB_FIELDS: [&str; 14] = [
+    "auto-finalize",
+    "io-status",
+    "device",
+    "auto-dismiss",
+    "busy",
+    "len",
+    "offset",
+    "status",
+    "paused",
+    "speed",
+    "ready",
+    "type",
+    "actively-synced",
+    "error",
+];
+
+/// Goes through `script` with one daemon.
+pub fn run(peer: &Peer, script: &Script) -> Transcript {
+    let mut reader = Reader {
+        wire: Wire::negotiated(&peer.socket()),
+        whose: peer.whose(),
+        folder: peer.folder().to_string_lossy().into_owned(),
+        events: Vec::new(),
+        awaited: 0,
+    };
+    let mut replies = Vec::new();
+    for step in script {
+        match step {
+            Step::Do(command, arguments) | Step::Differs(command, arguments, _) => {
+                let said = format!("{command} {arguments}");
+                replies.push((said, reader.execute(command, arguments)));
+            }
+            Step::Await(name, of) => reader.wait(name, of),
+        }
+    }
+    let mut events = BTreeMap::<_, Vec<_>>::new();
+    for event in &reader.events {
+        let data = &event["data"];
+        let of = data["id"].as_str().or(data["device"].as_str()).unwrap_or_default();
+        events.entry(of.to_owned()).or_default().push(reader.plain(&sorted(&event["event"], data)));
+    }
+    Transcript { replies, events }
+}
+
+/// Goes through `script` with both daemons and fails where they differ, unless that is intended; and where they
+/// do not differ although that is said.
+pub fn compare(images: &[(&str, usize)], script: &Script) {
+    let Some(qemu) = Peer::qemu() else { return };
+    let ours = Peer::ours();
+    let [theirs, ours] = [&qemu, &ours].map(|peer| {
+        for (name, size) in images {
+            peer.image(name, *size);
+        }
+        run(peer, script)
+    });
+    let steps = script.iter().filter(|step| !matches!(step, Step::Await(..)));
+    let mut wrong = Vec::new();
+    for ((step, theirs), ours) in steps.zip(&theirs.replies).zip(&ours.replies) {
+        let is_intended = matches!(step, Step::Differs(..));
+        if (theirs == ours) == is_intended {
+            let what = if is_intended { "no difference" } else { "a difference" };
+            wrong.push(format!("{what} at {}\n  qemu: {}\n  ours: {}", ours.0, theirs.1, ours.1));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert_eq!(ours.events, theirs.events, "left: ours, right: qemu");
+}
+
+struct Reader {
+    wire: Wire,
+    whose: Whose,
+    folder: String,
+    events: Vec<Value>,
+    /// Events before this have been waited for.
+    awaited: usize,
+}
+
+impl Reader {
+    fn execute(&mut self, command: &str, arguments: &Value) -> String {
+        let arguments = arguments.to_string().replace("DIR", &self.folder);
+        self.wire.send(format!("{{\"execute\": \"{command}\", \"arguments\": {arguments}}}\n").as_bytes());
+        let mut before = Vec::new();
+        let reply = loop {
+            let message = self.wire.next();
+            if message.get("event").is_none() {
+                break message;
+            }
+            before.push(message);
+        };
+        if self.whose == Whose::Qemu {
+            drop_drains(&mut before);
+        }
+        self.events.append(&mut before);
+        self.plain(&comparable(command, reply))
+    }
+
+    fn wait(&mut self, name: &str, of: &str) {
+        loop {
+            while self.awaited < self.events.len() {
+                self.awaited += 1;
+                if is_it(&self.events[self.awaited - 1], name, of) {
+                    return;
+                }
+            }
+            let message = self.wire.next();
+            assert!(message.get("event").is_some(), "a reply to nothing: {message}");
+            self.events.push(message);
+        }
+    }
+
+    fn plain(&self, value: &Value) -> String {
+        let text = value.to_string().replace(&self.folder, "DIR");
+        // Generated names differ from run to run.
+        let mut parts = text.split("#block");
+        let first = parts.next().unwrap_or_default().to_owned();
+        parts
+            .fold(first, |text, part| text + "#block" + part.trim_start_matches(|c: char| c.is_ascii_digit()))
+    }
+}
+
+fn is_it(event: &Value, name: &str, of: &str) -> bool {
+    let data = &event["data"];
+    let is_of = data["id"] == *of || data["device"] == *of;
+    is_of && (event["event"] == *name || data["status"] == *name)
+}
+
+/// Drops pairs of a pause and a going-on that QEMU says around the drains inside another command.
+fn drop_drains(events: &mut Vec<Value>) {
+    let status = |event: &Value| event["data"]["status"].as_str().unwrap_or_default().to_owned();
+    let mut at = 0;
+    while at + 1 < events.len() {
+        let pair = (status(&events[at]), status(&events[at + 1]));
+        if matches!((pair.0.as_str(), pair.1.as_str()), ("standby", "ready") | ("paused", "running")) {
+            events.drain(at..at + 2);
+        } else {
+            at += 1;
+        }
+    }
+}
+
+/// A message with its keys in one order.
+fn sorted(name: &Value, data: &Value) -> Value {
+    let data: BTreeMap<_, _> = data.as_object().into_iter().flatten().collect();
+    // How long guests were held is ours to say.
+    let data = data.into_iter().filter(|(key, _)| *key != "pause-us");
+    let data: Map<String, Value> = data.map(|(key, value)| (key.clone(), value.clone())).collect();
+    json!({ "event": name, "data": data })
+}
+
+/// Takes away what may differ.
+fn comparable(command: &str, mut reply: Value) -> Value {
+    let keep = |item: &mut Value, keys: &[&str]| {
+        if let Value::Object(map) = item {
+            map.retain(|key, _| keys.contains(&key.as_str()));
+        }
+    };
+    for item in reply["return"].as_array_mut().into_iter().flatten() {
+        match command {
+            "query-block-jobs" => keep(item, &JOB_FIELDS),
+            "query-block-exports" => keep(item, &["node-name", "shutting-down", "type", "id"]),
+            // Depends on the file system and the moment.
+            "query-named-block-nodes" => {
+                if let Some(image) = item["image"].as_object_mut() {
+                    image.remove("actual-size");
+                }
+            }
+            _ => {}
+        }
+    }
+    if command == "query-version" {
+        reply["return"]["package"] = json!("");
+    }
+    // An absent value would otherwise have been put there by looking.
+    if let Value::Object(map) = &mut reply {
+        map.retain(|_, value| !value.is_null());
+    }
+    reply
+}
