@@ -83,6 +83,7 @@ use loom::sync::{Mutex, MutexGuard, atomic::fence};
 use self::loom_atomic::AtomicU64;
 
 use crate::convert::{u64_from, usize_from};
+pub use crate::error::InvalidGranularity;
 use crate::limits::{GRANULARITY_MAX, GRANULARITY_MIN};
 use crate::range::ByteRange;
 
@@ -96,22 +97,6 @@ const WORD_FULL: u64 = u64::MAX >> (64 - WORD_BITS);
 /// Up to this many words, looking at each is quicker than taking the lock and going by the summaries: what one
 /// summary word stands for.
 const WALK_WORDS_MAX: usize = WORD_BITS;
-
-/// Why a granularity cannot be had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidGranularity {
-    /// Not a power of two, or out of bounds.
-    #[error("granularity {0} is not a power of two from {GRANULARITY_MIN} to {GRANULARITY_MAX}")]
-    NotAllowed(u32),
-    /// There is no memory for so many bits.
-    #[error("granularity {granularity} is too fine for {size} bytes: no memory for so large a bitmap")]
-    TooFine {
-        /// The granularity asked for.
-        granularity: u32,
-        /// The size of the disk.
-        size: u64,
-    },
-}
 
 /// Which granules of a disk are dirty. Shared by threads; what runs at once is settled in the head of this
 /// file.

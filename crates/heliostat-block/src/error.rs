@@ -1,8 +1,9 @@
-//! [`BlockError`]: what went wrong on a node, where, and why.
+//! [`BlockError`]: what went wrong on a node, where, and why. [`InvalidGranularity`]: why a bitmap cannot be made.
 
 use std::fmt;
 use std::io;
 
+use crate::limits::{GRANULARITY_MAX, GRANULARITY_MIN};
 use crate::range::ByteRange;
 
 /// What a failure means to whoever must act on it. Small on purpose: each kind changes somebody's behaviour.
@@ -101,4 +102,20 @@ impl fmt::Display for BlockError {
 
 impl std::error::Error for BlockError {
     // The message above already holds the cause, so that one line says everything.
+}
+
+/// Why a granularity cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidGranularity {
+    /// Not a power of two, or out of bounds.
+    #[error("granularity {0} is not a power of two from {GRANULARITY_MIN} to {GRANULARITY_MAX}")]
+    NotAllowed(u32),
+    /// There is no memory for so many bits.
+    #[error("granularity {granularity} is too fine for {size} bytes: no memory for so large a bitmap")]
+    TooFine {
+        /// The granularity asked for.
+        granularity: u32,
+        /// The size of the disk.
+        size: u64,
+    },
 }
