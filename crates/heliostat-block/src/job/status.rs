@@ -28,6 +28,25 @@ pub enum JobStatus {
     Null,
 }
 
+impl JobStatus {
+    /// What it is called everywhere: in QMP, on the command line, in JSON (QMP.md 1.2).
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Ready => "ready",
+            Self::Standby => "standby",
+            Self::Waiting => "waiting",
+            Self::Pending => "pending",
+            Self::Aborting => "aborting",
+            Self::Concluded => "concluded",
+            Self::Null => "null",
+        }
+    }
+}
+
 /// What an operator asks of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {

@@ -13,7 +13,7 @@ use super::control::Control;
 use super::ending;
 use super::offer::socket_path;
 use super::output::{self, Form, Outcome, lines_of, say, table};
-use super::progress::{self, Look, Meter, Wanted, status_named};
+use super::progress::{Look, Meter, Wanted, status_named};
 use super::units;
 
 /// How often a watched job is asked for its figures.
@@ -197,7 +197,7 @@ fn rows(jobs: &[Row]) -> String {
         let look = &job.look;
         table.add_row([
             job.id.clone(),
-            progress::status_name(look.status).to_owned(),
+            look.status.name().to_owned(),
             format!("{} %", look.percent()),
             units::size(look.left()),
             units::rate(look.rates.copy),

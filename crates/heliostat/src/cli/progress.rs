@@ -113,29 +113,12 @@ fn time_words(status: JobStatus, time_left: TimeLeft) -> String {
     }
 }
 
-/// A status as it is called everywhere.
-#[must_use]
-pub const fn status_name(status: JobStatus) -> &'static str {
-    match status {
-        JobStatus::Created => "created",
-        JobStatus::Running => "running",
-        JobStatus::Paused => "paused",
-        JobStatus::Ready => "ready",
-        JobStatus::Standby => "standby",
-        JobStatus::Waiting => "waiting",
-        JobStatus::Pending => "pending",
-        JobStatus::Aborting => "aborting",
-        JobStatus::Concluded => "concluded",
-        JobStatus::Null => "null",
-    }
-}
-
 /// The status of that name.
 #[must_use]
 pub fn status_named(name: &str) -> Option<JobStatus> {
     use JobStatus::{Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby, Waiting};
     let all = [Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null];
-    all.into_iter().find(|status| status_name(*status) == name)
+    all.into_iter().find(|status| status.name() == name)
 }
 
 /// Whether progress is wanted.

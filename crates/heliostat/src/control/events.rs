@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use heliostat_block::job::{ErrorAction, JobEvent, JobStatus, Operation};
+use heliostat_block::job::{ErrorAction, JobEvent, Operation};
 use serde_json::{Value, json};
 
 use crate::daemon::{Event, Happening};
@@ -31,9 +31,7 @@ fn job_event(id: &str, event: &JobEvent, counts: &Counts) -> (&'static str, Valu
     let Counts { offset, len, pause, speed } = counts;
     let with_counts = json!({ "device": id, "len": len, "offset": offset, "speed": speed, "type": "mirror" });
     match event {
-        JobEvent::Status(status) => {
-            ("JOB_STATUS_CHANGE", json!({ "status": status_word(*status), "id": id }))
-        }
+        JobEvent::Status(status) => ("JOB_STATUS_CHANGE", json!({ "status": status.name(), "id": id })),
         JobEvent::Ready => ("BLOCK_JOB_READY", with_counts),
         JobEvent::Pending => ("BLOCK_JOB_PENDING", json!({ "type": "mirror", "id": id })),
         JobEvent::Completed(None) => {
@@ -79,21 +77,4 @@ fn timestamp(at: SystemTime) -> Value {
     // A clock that stands before 1970 is shown as standing there.
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     json!({ "seconds": since.as_secs(), "microseconds": since.subsec_micros() })
-}
-
-/// QEMU's word for a job's status.
-#[must_use]
-pub const fn status_word(status: JobStatus) -> &'static str {
-    match status {
-        JobStatus::Created => "created",
-        JobStatus::Running => "running",
-        JobStatus::Paused => "paused",
-        JobStatus::Ready => "ready",
-        JobStatus::Standby => "standby",
-        JobStatus::Waiting => "waiting",
-        JobStatus::Pending => "pending",
-        JobStatus::Aborting => "aborting",
-        JobStatus::Concluded => "concluded",
-        JobStatus::Null => "null",
-    }
 }

@@ -8,7 +8,6 @@ use heliostat_block::job::{CopyMode, Force, IoStatus, Job, JobStatus, Verb};
 use serde_json::{Map, Value, json};
 
 use super::super::arguments::Arguments;
-use super::super::events::status_word;
 use super::super::refusal::{Class, Refusal};
 use super::mirror::copy_mode;
 use crate::daemon::{Daemon, JobEntry};
@@ -48,7 +47,7 @@ pub(super) fn ask(
 fn order(job: &Job, verb: Verb, word: &str) -> Result<Value, Refusal> {
     match job.ask(verb) {
         Ok(()) => Ok(json!({})),
-        Err(error) => Err(Refusal::of_verb(&error, job.id(), word, status_word(job.status()))),
+        Err(error) => Err(Refusal::of_verb(&error, job.id(), word, job.status().name())),
     }
 }
 
@@ -80,7 +79,7 @@ fn described(job: &Job) -> Value {
     let figures = job.figures();
     let mut value = json!({
         "current-progress": figures.offset,
-        "status": status_word(job.status()),
+        "status": job.status().name(),
         "total-progress": figures.len,
         "type": "mirror",
         "id": job.id(),
@@ -115,7 +114,7 @@ fn described_in_full(entry: &JobEntry) -> Value {
         "busy": figures.busy && !is_paused && !has_ended && !is_idle && status != JobStatus::Pending,
         "len": figures.len,
         "offset": figures.offset,
-        "status": status_word(status),
+        "status": status.name(),
         "paused": is_paused,
         "speed": orders.speed,
         "ready": is_ready,
