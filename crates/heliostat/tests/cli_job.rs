@@ -31,12 +31,12 @@ impl Bench {
     fn ours() -> Self {
         let folder = folder();
         let socket = folder.path().join("control");
-        let daemon = start_heliostat(["serve".as_ref(), "--control".as_ref(), socket.as_os_str()]);
+        let mut daemon = start_heliostat(["serve".as_ref(), "--control".as_ref(), socket.as_os_str()]);
+        daemon.listens(&socket).unwrap();
         Self::of(folder, daemon, socket)
     }
 
-    fn of(folder: tempfile::TempDir, mut daemon: Daemon, socket: PathBuf) -> Self {
-        daemon.listens(&socket).unwrap();
+    fn of(folder: tempfile::TempDir, daemon: Daemon, socket: PathBuf) -> Self {
         let mut qmp = Qmp::connect(&socket).unwrap();
         for name in ["a", "b", "c", "d"] {
             let path = folder.path().join(name);
@@ -241,10 +241,7 @@ fn quit_ends_the_daemon_in_order() {
 fn a_daemon_of_qemu_is_steered_as_well() {
     let Some(program) = tool("qemu-storage-daemon") else { return };
     let folder = folder();
-    let socket = folder.path().join("control");
-    let mut command = Command::new(program);
-    command.arg("--chardev").arg(format!("socket,id=c,path={},server=on,wait=off", socket.display()));
-    let daemon = Daemon::start(command.args(["--monitor", "chardev=c"])).unwrap();
+    let (daemon, socket) = Daemon::start_qemu(&program, folder.path()).unwrap();
     let mut bench = Bench::of(folder, daemon, socket.clone());
     bench.mirror("j", "a", "b", 0, &json!({}));
     // It takes one client at a time.

@@ -16,11 +16,7 @@ use common::{folder, tool, wait};
 fn a_control_client_gets_answers_refusals_and_events_in_order() {
     let Some(program) = tool("qemu-storage-daemon") else { return };
     let folder = folder();
-    let socket = folder.path().join("control");
-    let mut command = Command::new(program);
-    command.arg("--chardev").arg(format!("socket,id=c,path={},server=on,wait=off", socket.display()));
-    let mut daemon = Daemon::start(command.args(["--monitor", "chardev=c"])).unwrap();
-    daemon.listens(&socket).unwrap();
+    let (daemon, socket) = Daemon::start_qemu(&program, folder.path()).unwrap();
 
     let mut qmp = Qmp::connect(&socket).unwrap();
     assert!(qmp.greeting()["QMP"]["version"].is_object());

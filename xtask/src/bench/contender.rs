@@ -62,22 +62,17 @@ pub struct ControlledDaemon {
 impl ControlledDaemon {
     /// Starts an empty one with its control socket in `folder`.
     pub fn start(contender: Contender, folder: &Path) -> Result<Self> {
-        let socket = folder.join("control");
-        // One of the round before leaves its socket behind when it is killed.
-        let _ = std::fs::remove_file(&socket);
-        let mut command = if contender.is_ours() {
+        let starting = || format!("starting {}", contender.name());
+        let (process, socket) = if contender.is_ours() {
+            let socket = folder.join("control");
             let mut command = Command::new(our_program());
-            command.args(["serve", "--control"]).arg(&socket);
-            command
+            let mut process =
+                Daemon::start(command.args(["serve", "--control"]).arg(&socket)).with_context(starting)?;
+            process.listens(&socket).context("waiting for its control socket")?;
+            (process, socket)
         } else {
-            let mut command = Command::new("qemu-storage-daemon");
-            command.arg("--chardev").arg(format!("socket,id=c,path={},server=on,wait=off", socket.display()));
-            command.args(["--monitor", "chardev=c"]);
-            command
+            Daemon::start_qemu("qemu-storage-daemon".as_ref(), folder).with_context(starting)?
         };
-        let mut process =
-            Daemon::start(&mut command).with_context(|| format!("starting {}", contender.name()))?;
-        process.listens(&socket).context("waiting for its control socket")?;
         let qmp = Qmp::connect(&socket)?;
         Ok(Self { process, qmp })
     }

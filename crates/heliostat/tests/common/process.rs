@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use super::wait;
@@ -24,6 +24,33 @@ impl Daemon {
         Ok(Self { child })
     }
 
+    /// Starts a `qemu-storage-daemon` whose control socket is in `folder`, and waits until it can be spoken to.
+    /// Returns it with its socket.
+    ///
+    /// It listens before its monitor is there: of clients that connect at once, one in a hundred is never
+    /// answered, and one that hangs up at once may crash it (seen with 10.0.2). It writes its process id when
+    /// it is done with all that; so nobody connects before.
+    ///
+    /// # Errors
+    /// When the program cannot be started, has ended, or is not there within [`wait::LIMIT`].
+    pub fn start_qemu(program: &Path, folder: &Path) -> io::Result<(Self, PathBuf)> {
+        let [socket, ready] = ["control", "control.pid"].map(|name| folder.join(name));
+        for left_behind in [&socket, &ready] {
+            // One that was killed leaves them in a folder that is used again.
+            let _ = std::fs::remove_file(left_behind);
+        }
+        let mut command = Command::new(program);
+        command.arg("--chardev").arg(format!("socket,id=c,path={},server=on,wait=off", socket.display()));
+        command.args(["--monitor", "chardev=c"]).arg("--pidfile").arg(&ready);
+        let mut daemon = Self::start(&mut command)?;
+        wait::until("qemu-storage-daemon", wait::LIMIT, || match daemon.child.try_wait() {
+            Ok(None) => ready.exists().then_some(Ok(())),
+            Ok(Some(status)) => Some(Err(ended_first(status))),
+            Err(error) => Some(Err(error)),
+        })??;
+        Ok((daemon, socket))
+    }
+
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
@@ -37,7 +64,7 @@ impl Daemon {
         let what = format!("a server at {}", socket.display());
         wait::until(&what, wait::LIMIT, || match (UnixStream::connect(socket), self.child.try_wait()) {
             (Ok(stream), _) => Some(Ok(stream)),
-            (Err(_), Ok(Some(status))) => Some(Err(io::Error::other(format!("it ended first: {status}")))),
+            (Err(_), Ok(Some(status))) => Some(Err(ended_first(status))),
             _ => None,
         })?
     }
@@ -105,6 +132,10 @@ impl Daemon {
             line.and_then(|line| line.trim().strip_suffix(" kB")).and_then(|kib| kib.parse::<u64>().ok());
         kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other("no VmHWM: the process has ended"))
     }
+}
+
+fn ended_first(status: ExitStatus) -> io::Error {
+    io::Error::other(format!("it ended first: {status}"))
 }
 
 impl Drop for Daemon {

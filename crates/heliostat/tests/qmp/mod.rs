@@ -9,7 +9,6 @@ pub mod transcript;
 pub mod wire;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use crate::common;
 use crate::common::process::Daemon;
@@ -45,14 +44,8 @@ impl Peer {
     pub fn qemu() -> Option<Self> {
         let program = common::tool("qemu-storage-daemon")?;
         let folder = common::folder();
-        let socket = folder.path().join("control");
-        let chardev = format!("socket,id=c,path={},server=on,wait=off", socket.display());
-        let mut command = Command::new(program);
-        command.args(["--chardev", &chardev, "--monitor", "chardev=c"]);
-        let daemon = Daemon::start(&mut command).expect("it was found");
-        let peer = Self { whose: Whose::Qemu, daemon: Some(daemon), folder };
-        common::wait::for_socket(&socket).expect("it listens");
-        Some(peer)
+        let (daemon, _) = Daemon::start_qemu(&program, folder.path()).expect("it starts and listens");
+        Some(Self { whose: Whose::Qemu, daemon: Some(daemon), folder })
     }
 
     /// Whose it is.
