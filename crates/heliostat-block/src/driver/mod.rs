@@ -4,6 +4,7 @@
 //! it with ranges that lie inside and are aligned to its block size.
 
 pub mod null;
+pub mod qcow2;
 pub mod raw;
 
 use bytes::Bytes;
