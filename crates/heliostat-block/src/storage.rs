@@ -133,8 +133,8 @@ pub trait Storage: Send + Sync + 'static {
     /// bytes beyond the new end are gone. [`Storage::size`] says the new length when this has ended; while it
     /// runs, either. Durable after the next successful flush. Calls take turns.
     ///
-    /// The caller sees to it that meanwhile no request is in flight that reaches beyond the new end, nor a write
-    /// into the last block of the old or the new length if that block is short. Nodes keep the size that they
+    /// The caller sees to it that meanwhile no request is in flight that reaches beyond the new end, nor one into
+    /// the last block of the old or the new length if that block is short. Nodes keep the size that they
     /// were made with.
     ///
     /// # Errors
