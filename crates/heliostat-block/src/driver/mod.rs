@@ -9,6 +9,7 @@ pub mod raw;
 
 use bytes::Bytes;
 
+use crate::blocks::Below;
 use crate::buffer::Buffer;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
@@ -43,40 +44,6 @@ impl Driver {
         }
     }
 
-    /// See [`crate::storage::Storage::read`].
-    pub(crate) fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
-        match self {
-            Self::Raw(raw) => raw.read(offset, buffer),
-        }
-    }
-
-    /// See [`crate::storage::Storage::write`].
-    pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
-        match self {
-            Self::Raw(raw) => raw.write(offset, data, durability),
-        }
-    }
-
-    /// See [`crate::storage::Storage::write_zeroes`].
-    pub(crate) fn write_zeroes(
-        &self,
-        range: ByteRange,
-        space: ZeroSpace,
-        effort: ZeroEffort,
-        durability: Durability,
-    ) -> IoFuture<'_, ()> {
-        match self {
-            Self::Raw(raw) => raw.write_zeroes(range, space, effort, durability),
-        }
-    }
-
-    /// See [`crate::storage::Storage::discard`].
-    pub(crate) fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
-        match self {
-            Self::Raw(raw) => raw.discard(range),
-        }
-    }
-
     /// See [`crate::storage::Storage::flush`].
     pub(crate) fn flush(&self) -> IoFuture<'_, ()> {
         match self {
@@ -95,6 +62,48 @@ impl Driver {
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         match self {
             Self::Raw(raw) => raw.start_writeback(range),
+        }
+    }
+}
+
+impl Below for Driver {
+    fn block_size(&self) -> u32 {
+        self.traits().block_size
+    }
+
+    fn end(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.end(),
+        }
+    }
+
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
+        match self {
+            Self::Raw(raw) => raw.read(offset, buffer),
+        }
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.write(offset, data, durability),
+        }
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.write_zeroes(range, space, effort, durability),
+        }
+    }
+
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.discard(range),
         }
     }
 }
