@@ -139,7 +139,7 @@ impl Layout {
     /// Reference counts in a refcount block, which is one cluster.
     #[must_use]
     pub const fn refcount_block_entries(self) -> u64 {
-        self.cluster_size() * 8 >> self.refcount_order
+        (self.cluster_size() * 8) >> self.refcount_order
     }
 
     /// Which entry of the refcount table counts the cluster number `cluster`.
@@ -221,7 +221,7 @@ mod tests {
         for order in 0..=6 {
             let layout = layout(order, false);
             let mut block = vec![0xff_u8; 64];
-            let entries = 64 * 8 >> order;
+            let entries = (64 * 8) >> order;
             for index in 0..entries {
                 layout.set_refcount(&mut block, index, index & layout.refcount_max());
             }
