@@ -19,6 +19,7 @@ pub mod layout;
 mod open;
 mod read;
 mod refcount;
+mod resize;
 mod slices;
 pub mod snapshot;
 mod state;
@@ -26,6 +27,7 @@ mod write;
 mod zero;
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -42,6 +44,7 @@ use crate::range_lock::RangeLock;
 use crate::storage::{Traits, ZeroSpace};
 
 pub use open::{CACHE_MAX, OpenOptions};
+pub use resize::Preallocation;
 
 /// An open image. Used from any thread.
 pub struct Qcow2 {
@@ -49,7 +52,8 @@ pub struct Qcow2 {
     read_only: bool,
     compression: Compression,
     is_data_file_raw: bool,
-    size: u64,
+    /// The virtual size; changed by a resize only.
+    size: AtomicU64,
     file: ImageFile,
     /// Where guest data is, if not in `file`.
     data_file: Option<ImageFile>,
@@ -123,8 +127,12 @@ impl Qcow2 {
         }
     }
 
-    pub(crate) const fn size(&self) -> u64 {
-        self.size
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn set_known_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
     }
 
     pub(crate) fn allocated_size(&self) -> Option<u64> {
@@ -149,6 +157,8 @@ impl Qcow2 {
         if self.lock().is_changed() {
             self.flush().await?;
         }
+        // Where the end cannot be found, the file stays a little longer.
+        let _ = self.attempt(State::find_end).await;
         let (is_sound, end) = {
             let state = self.lock();
             (state.corrupt.is_none(), state.used_end << self.layout.cluster_bits)

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -131,7 +132,7 @@ impl Qcow2 {
             read_only,
             compression: state.header.compression,
             is_data_file_raw: state.header.is_data_file_raw(),
-            size: state.header.size,
+            size: AtomicU64::new(state.header.size),
             file,
             data_file: options.data_file.map(ImageFile::new),
             backing: options.backing,
