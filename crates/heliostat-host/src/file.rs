@@ -435,28 +435,49 @@ mod tests {
         join_all(requests).await;
     }
 
+    /// Keeps all of the threads that `storage` may have, as calls do whose medium does not answer, until what this
+    /// returns is dropped.
+    async fn hang(storage: &FileStorage) -> mpsc::Sender<()> {
+        let (let_go, may_go) = mpsc::channel();
+        let (may_go, begun) = (Arc::new(Mutex::new(may_go)), Arc::new(AtomicUsize::new(0)));
+        for _ in 0..THREADS_OF_ONE {
+            let (file, may_go, counted) =
+                (Arc::clone(&storage.cached), Arc::clone(&may_go), Arc::clone(&begun));
+            let hang = move || {
+                counted.fetch_add(1, Ordering::SeqCst);
+                may_go.lock().unwrap().recv().unwrap_err()
+            };
+            spawn_local(async move {
+                file.share().run(hang).await;
+            });
+        }
+        while begun.load(Ordering::SeqCst) < THREADS_OF_ONE {
+            yield_now().await;
+        }
+        let_go
+    }
+
+    #[test]
+    fn a_write_that_is_dropped_while_it_waits_for_a_thread_is_left_undone() {
+        let directory = tempfile::tempdir().unwrap();
+        let storage = create(&directory, "disk");
+        block_on_with(Driver::Polling, async {
+            let let_go = hang(&storage).await;
+            let mut write = storage.write(0, vec![7; 8192].into(), Durability::Cached);
+            assert!(futures_util::poll!(&mut write).is_pending());
+            drop(write);
+            drop(let_go);
+            assert!(storage.read(0, Buffer::zeroed(8192)).await.unwrap().is_zero());
+        })
+        .unwrap();
+    }
+
     #[test]
     fn a_file_that_hangs_keeps_its_own_requests_waiting_and_nobody_elses() {
         let directory = tempfile::tempdir().unwrap();
         let [hung, other] = ["hung", "other"].map(|name| Arc::new(create(&directory, name)));
         block_on_with(Driver::Polling, async {
-            let (let_go, may_go) = mpsc::channel::<()>();
-            let (may_go, begun) = (Arc::new(Mutex::new(may_go)), Arc::new(AtomicUsize::new(0)));
-            for _ in 0..THREADS_OF_ONE {
-                let (file, may_go, begun) =
-                    (Arc::clone(&hung.cached), Arc::clone(&may_go), Arc::clone(&begun));
-                // As a call does whose medium does not answer.
-                let hang = move || {
-                    begun.fetch_add(1, Ordering::SeqCst);
-                    may_go.lock().unwrap().recv().unwrap_err()
-                };
-                spawn_local(async move {
-                    file.share().run(hang).await;
-                });
-            }
-            while begun.load(Ordering::SeqCst) < THREADS_OF_ONE {
-                yield_now().await;
-            }
+            let let_go = hang(&hung).await;
             let mut waiting = Box::pin(use_it(&hung));
             assert!(futures_util::poll!(waiting.as_mut()).is_pending());
             use_it(&other).await;

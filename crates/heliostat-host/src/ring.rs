@@ -1,8 +1,9 @@
 //! Reads, writes and flushes of a file through the thread's ring, finished when the kernel cuts them short.
 //!
 //! Called by the storages of this crate, on a thread that runs [`crate::runtime`]. An operation owns its
-//! memory and its descriptor until the kernel is done with them, dropped futures included. Where the ring is
-//! denied, the same operations run on blocking threads.
+//! memory and its descriptor until the kernel is done with them, dropped futures included. Dropping one asks the
+//! kernel to cancel the operation, which it does unless it has begun. Where the ring is denied, the same operations
+//! run on blocking threads, and one that has begun runs to its end.
 
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
