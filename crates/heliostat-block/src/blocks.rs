@@ -241,10 +241,6 @@ impl Blocks<Arc<dyn Storage>> {
     ///
     /// # Errors
     /// As [`Storage::set_size`].
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "for the driver that lets its file grow, which is to come")
-    )]
     pub(crate) async fn set_size(&self, size: u64) -> io::Result<()> {
         let last = size.min(self.below.end()) & !(self.unit - 1);
         let _held = self.held.lock(ByteRange::from_bounds(last, u64::MAX)).await;

@@ -142,6 +142,21 @@ impl Node {
         &self.latencies
     }
 
+    /// The node below, which holds what this one does not.
+    #[must_use]
+    pub fn backing(&self) -> Option<&Arc<Self>> {
+        self.blocks.below().backing()
+    }
+
+    /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
+    ///
+    /// # Errors
+    /// [`BlockError`] of the host.
+    pub async fn close(&self) -> Result<(), BlockError> {
+        let closed = if self.options.read_only { Ok(()) } else { self.blocks.below().close().await };
+        closed.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
+    }
+
     /// The request has left.
     pub(crate) fn leave(&self) {
         self.in_flight.leave();
@@ -329,9 +344,37 @@ impl Node {
         self.blocks.read(offset, buffer).await.map_err(|error| self.failure(range, error))
     }
 
-    /// What a storage says of `range`; see [`crate::storage::Storage::extents`]. Never empty for a range that
-    /// is not; an answer that makes no sense becomes "data". Passes no gate.
+    /// How `range` reads, through all layers: a hole is one in each of them. As [`Node::extents_of_layer`] else.
     pub(crate) async fn extents_below(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
+        let layer = self.extents_of_layer(range).await?;
+        let Some(backing) = self.backing() else { return Ok(layer) };
+        let mut merged = Vec::new();
+        for extent in layer {
+            if extent.status != ExtentStatus::Hole {
+                append(&mut merged, extent);
+                continue;
+            }
+            let inside =
+                ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
+            let mut at = inside.offset();
+            while at < inside.end() {
+                if merged.len() >= EXTENTS_MAX {
+                    return Ok(merged);
+                }
+                let rest = ByteRange::from_bounds(at, inside.end());
+                for below in Box::pin(backing.extents_below(rest)).await? {
+                    at = below.range.end();
+                    append(&mut merged, below);
+                }
+            }
+            append(&mut merged, Extent { range: ByteRange::from_bounds(at, extent.range.end()), ..extent });
+        }
+        Ok(merged)
+    }
+
+    /// What this layer alone says of `range`; see [`crate::storage::Storage::extents`]. Never empty for a range
+    /// that is not; an answer that makes no sense becomes "data". Passes no gate.
+    pub(crate) async fn extents_of_layer(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
         let range = self.inside(range.offset(), range.len())?;
         if range.is_empty() {
             return Ok(Vec::new());
@@ -376,5 +419,18 @@ impl Node {
     /// [`crate::storage::Storage::start_writeback`].
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         self.blocks.below().start_writeback(range);
+    }
+}
+
+/// The most extents in one answer that is put together of several layers' ones.
+const EXTENTS_MAX: usize = 1024;
+
+fn append(extents: &mut Vec<Extent>, next: Extent) {
+    match extents.last_mut() {
+        _ if next.range.is_empty() => {}
+        Some(last) if last.status == next.status && last.range.end() == next.range.offset() => {
+            last.range = ByteRange::from_bounds(last.range.offset(), next.range.end());
+        }
+        _ => extents.push(next),
     }
 }

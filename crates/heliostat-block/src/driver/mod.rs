@@ -4,21 +4,29 @@
 //! it with ranges that lie inside and are aligned to its block size.
 
 pub mod null;
+pub mod qcow2;
 pub mod raw;
+
+use std::io;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::blocks::Below;
 use crate::buffer::Buffer;
+use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
 
+pub use qcow2::Qcow2;
 pub use raw::Raw;
 
 /// How a node keeps its bytes.
 pub enum Driver {
     /// One to one, in a window of a storage.
     Raw(Raw),
+    /// In clusters that are allocated as they are written, on top of another node.
+    Qcow2(Arc<Qcow2>),
 }
 
 impl Driver {
@@ -26,6 +34,7 @@ impl Driver {
     pub(crate) fn traits(&self) -> Traits {
         match self {
             Self::Raw(raw) => raw.traits(),
+            Self::Qcow2(qcow2) => qcow2.traits(),
         }
     }
 
@@ -33,6 +42,7 @@ impl Driver {
     pub(crate) fn size(&self) -> u64 {
         match self {
             Self::Raw(raw) => raw.size(),
+            Self::Qcow2(qcow2) => qcow2.size(),
         }
     }
 
@@ -40,6 +50,23 @@ impl Driver {
     pub(crate) fn allocated_size(&self) -> Option<u64> {
         match self {
             Self::Raw(raw) => raw.allocated_size(),
+            Self::Qcow2(qcow2) => qcow2.allocated_size(),
+        }
+    }
+
+    /// The node below, which holds what this one does not.
+    pub(crate) fn backing(&self) -> Option<&Arc<Node>> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(qcow2) => qcow2.backing(),
+        }
+    }
+
+    /// Leaves everything in order. Nobody may use it any more.
+    pub(crate) async fn close(&self) -> io::Result<()> {
+        match self {
+            Self::Raw(raw) => raw.flush().await,
+            Self::Qcow2(qcow2) => qcow2.close().await,
         }
     }
 
@@ -47,6 +74,7 @@ impl Driver {
     pub(crate) fn flush(&self) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.flush(),
+            Self::Qcow2(qcow2) => IoFuture::pending(qcow2.flush()),
         }
     }
 
@@ -54,6 +82,7 @@ impl Driver {
     pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
         match self {
             Self::Raw(raw) => raw.extents(range),
+            Self::Qcow2(qcow2) => qcow2.extents(range),
         }
     }
 
@@ -61,6 +90,7 @@ impl Driver {
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         match self {
             Self::Raw(raw) => raw.start_writeback(range),
+            Self::Qcow2(qcow2) => qcow2.start_writeback(range),
         }
     }
 }
@@ -73,18 +103,21 @@ impl Below for Driver {
     fn end(&self) -> u64 {
         match self {
             Self::Raw(raw) => raw.end(),
+            Self::Qcow2(qcow2) => qcow2.size(),
         }
     }
 
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
         match self {
             Self::Raw(raw) => raw.read(offset, buffer),
+            Self::Qcow2(qcow2) => qcow2.read(offset, buffer),
         }
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.write(offset, data, durability),
+            Self::Qcow2(qcow2) => qcow2.write(offset, data, durability),
         }
     }
 
@@ -97,12 +130,14 @@ impl Below for Driver {
     ) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.write_zeroes(range, space, effort, durability),
+            Self::Qcow2(qcow2) => qcow2.write_zeroes(range, space, durability),
         }
     }
 
     fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.discard(range),
+            Self::Qcow2(qcow2) => qcow2.discard(range),
         }
     }
 }
