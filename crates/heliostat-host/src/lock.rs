@@ -15,6 +15,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::linux::fs::MetadataExt;
 use std::sync::Arc;
 
+use crate::blocking::Share;
+
 /// The first of the bytes that say what is used.
 const USES: u64 = 100;
 /// The first of the bytes that say what others must not use.
@@ -129,6 +131,8 @@ pub(crate) struct OpenFile {
     /// The same file, opened on its own, for those whose use does not matter to other programs, and who must not
     /// be told the errors that are a flush's to tell.
     for_writeback: Option<Arc<OwnedFd>>,
+    /// What it may have of the blocking threads; the same one however the file is opened.
+    share: Share,
     /// The same file, opened in another way, and holding the locks.
     _locked: Option<Arc<OpenFile>>,
 }
@@ -137,19 +141,37 @@ impl OpenFile {
     /// An open file on which the locks of `claim` have been taken.
     pub(crate) fn new(fd: OwnedFd, claim: Option<Claim>, for_writeback: Option<OwnedFd>) -> Arc<Self> {
         let fd = Arc::new(fd);
-        Arc::new(Self { fd, claim, for_writeback: for_writeback.map(Arc::new), _locked: None })
+        Arc::new(Self {
+            fd,
+            claim,
+            for_writeback: for_writeback.map(Arc::new),
+            share: Share::new(),
+            _locked: None,
+        })
     }
 
     /// The same file as `locked`, opened in another way.
     pub(crate) fn beside(locked: &Arc<Self>, fd: OwnedFd) -> Arc<Self> {
         let for_writeback = locked.for_writeback();
-        Arc::new(Self { fd: Arc::new(fd), claim: None, for_writeback, _locked: Some(Arc::clone(locked)) })
+        let share = locked.share.clone();
+        Arc::new(Self {
+            fd: Arc::new(fd),
+            claim: None,
+            for_writeback,
+            share,
+            _locked: Some(Arc::clone(locked)),
+        })
     }
 
     /// A descriptor for whoever writes back, if one could be had. Being late with closing it does no harm: the
     /// file can be opened again, by anybody, though it is being written back.
     pub(crate) fn for_writeback(&self) -> Option<Arc<OwnedFd>> {
         self.for_writeback.clone()
+    }
+
+    /// Where calls wait that block on this file.
+    pub(crate) const fn share(&self) -> &Share {
+        &self.share
     }
 }
 
