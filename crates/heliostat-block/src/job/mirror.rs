@@ -139,8 +139,9 @@ impl Mirror {
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
-            self.tell_figures(false);
-            match next_step(self.view()) {
+            let step = next_step(self.view());
+            self.tell_figures(step.is_said());
+            match step {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
@@ -213,7 +214,6 @@ impl Mirror {
                 self.take_in(done);
             }
             Step::BecomeReady => {
-                self.tell_figures(true);
                 self.job.become_status(JobStatus::Ready);
                 self.job.say(&JobEvent::Ready);
             }
@@ -231,7 +231,6 @@ impl Mirror {
                 });
             }
             Step::BecomePending => {
-                self.tell_figures(true);
                 if self.job.orders().end.is_some_and(|end| self.job.leave_ready(end)) {
                     self.job.say(&JobEvent::Pending);
                 }

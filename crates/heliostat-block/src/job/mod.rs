@@ -303,7 +303,9 @@ impl State {
             Verb::Cancel(Force::Soft) if ready => self.orders.end = Some(End::Copy),
             Verb::Cancel(_) => {
                 self.orders.cancelled = true;
+                // Resumed, so that it can end.
                 self.orders.paused = false;
+                self.io_status = IoStatus::Ok;
             }
             Verb::Finalize => self.orders.finalize = true,
             Verb::Dismiss => {}
