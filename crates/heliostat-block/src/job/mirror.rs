@@ -215,7 +215,7 @@ impl Mirror {
             }
             Step::BecomeReady => {
                 self.job.become_status(JobStatus::Ready);
-                self.job.say(&JobEvent::Ready);
+                self.job.say(JobEvent::Ready);
             }
             Step::BecomePaused => self.job.become_status(match self.job.status() {
                 JobStatus::Ready => JobStatus::Standby,
@@ -232,7 +232,7 @@ impl Mirror {
             }
             Step::BecomePending => {
                 if self.job.orders().end.is_some_and(|end| self.job.leave_ready(end)) {
-                    self.job.say(&JobEvent::Pending);
+                    self.job.say(JobEvent::Pending);
                 }
             }
             Step::CloseGate => {
@@ -371,13 +371,6 @@ impl Mirror {
         };
         let no_space = error.kind() == ErrorKind::NoSpace;
         let action = policy.action(no_space);
-        self.job.say(&JobEvent::Error {
-            operation,
-            action,
-            node: error.node().to_owned(),
-            range: error.range(),
-            errno: error.errno(),
-        });
         match action {
             ErrorAction::Report => {
                 self.failure.get_or_insert_with(|| error.to_string());
@@ -393,6 +386,14 @@ impl Mirror {
                 self.rest.begin(self.clock.now());
             }
         }
+        // Last: who hears of it may resume or finalize at once.
+        self.job.say(JobEvent::Error {
+            operation,
+            action,
+            node: error.node().to_owned(),
+            range: error.range(),
+            errno: error.errno(),
+        });
     }
 
     // ------------------------------------------------------------------ wait

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
+use event_listener::Listener;
 use heliostat_block::job::{Force, Job, JobStatus, Observer, Verb};
 use heliostat_block::limits::JOBS_MAX;
 use heliostat_host::runtime::Thread;
@@ -73,11 +74,19 @@ impl Daemon {
     /// Waits until a job of that id that has ended has said so to the last: what it says must not come between
     /// the words of a new one. It is about to, and waits for nobody.
     fn wait_for_last_words(&self, id: &str) {
-        let is_ending =
-            |running: &&mut Running| running.entry.job.id() == id && !running.entry.job.is_listed();
-        let thread = self.lock_jobs().list.iter_mut().find(is_ending).and_then(|old| old.thread.take());
-        if let Some(thread) = thread {
-            thread.join();
+        let is_over = |entry: &&JobEntry| entry.job.id() == id && !entry.job.is_listed();
+        let over: Vec<_> = {
+            let jobs = self.lock_jobs();
+            jobs.list.iter().map(|running| &running.entry).filter(is_over).cloned().collect()
+        };
+        for entry in over {
+            loop {
+                let changed = entry.job.listen();
+                if entry.job.has_said_all() {
+                    break;
+                }
+                changed.wait();
+            }
         }
     }
 
