@@ -134,11 +134,7 @@ impl Daemon {
         self.start_mirror_heard_by(spec, self.job_observer())
     }
 
-    fn start_mirror_heard_by(
-        &self,
-        spec: &MirrorSpec,
-        observer: Observer,
-    ) -> Result<Arc<Job>, DaemonError> {
+    fn start_mirror_heard_by(&self, spec: &MirrorSpec, observer: Observer) -> Result<Arc<Job>, DaemonError> {
         let _change = self.begin_change()?;
         let source = self.node(&spec.source)?;
         self.check_source(&source)?;
@@ -383,8 +379,7 @@ mod tests {
                 let _ = heard.lock().unwrap().send((*action, *errno, job.ask(Verb::Resume)));
             }
         });
-        let spec =
-            MirrorSpec { on_target_error: OnError::Stop, ..MirrorSpec::new("j", "source", "target") };
+        let spec = MirrorSpec { on_target_error: OnError::Stop, ..MirrorSpec::new("j", "source", "target") };
         let job = daemon.start_mirror_heard_by(&spec, observer).unwrap();
         for _ in 0..3 {
             let heard = hear.recv_timeout(LIMIT).unwrap();
