@@ -152,6 +152,10 @@ fn a_stop_lets_requests_end_and_answers_them() {
     });
     wait::until("the listener's end", wait::LIMIT, || (!socket.exists()).then_some(())).unwrap();
     assert!(is_stopped.try_recv().is_err(), "it waits for the write");
+    // What comes now comes too late, and the client hears why.
+    let late = guest.send_write(0, b"late");
+    assert_eq!(guest.wait(late).unwrap_err().errno, Errno::Shutdown);
+    assert!(is_stopped.try_recv().is_err(), "it still waits for the write");
     memory.release();
     guest.wait(write).unwrap();
     assert_eq!(rest_of(&mut guest.stream), b"");
