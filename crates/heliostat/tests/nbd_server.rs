@@ -164,6 +164,24 @@ fn a_stop_lets_requests_end_and_answers_them() {
 }
 
 #[test]
+fn a_stop_hangs_up_on_who_waits_for_its_turn_to_connect() {
+    let served = Served::start(ServerSettings { connections_max: 1, ..ServerSettings::default() });
+    let memory = Memory::new(4096);
+    served.export("disk", served.node("disk", Arc::clone(&memory)));
+    let mut guest = served.guest("disk");
+    memory.hold();
+    let write = guest.send_write(0, b"kept");
+    memory.wait_started(1);
+    let mut waiting = served.raw();
+    let Served { server, graph: _graph, .. } = served;
+    let stopping = thread::spawn(move || server.stop());
+    assert_eq!(rest_of(&mut waiting), b"", "at once, though another's request is still in flight");
+    memory.release();
+    guest.wait(write).unwrap();
+    stopping.join().unwrap();
+}
+
+#[test]
 fn a_clients_writes_outlive_its_connection() {
     let (served, memory) = Served::with_memory(1 << 20);
     let mut guest = served.guest("disk");
