@@ -3,7 +3,7 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use event_listener::Listener;
-use heliostat_block::job::{Force, Job, JobStatus, Observer, Verb};
+use heliostat_block::job::{Force, Job, JobStatus, Observer, Verb, VerbError};
 use heliostat_block::limits::JOBS_MAX;
 use heliostat_host::runtime::Thread;
 
@@ -21,6 +21,32 @@ pub struct JobEntry {
     pub target: String,
     /// A node's name that is kept free as long as the job lives.
     pub filter_node_name: Option<String>,
+}
+
+impl JobEntry {
+    /// Asks something of the job, as [`Job::ask`]. Of a job that is dismissed the last word has been said when
+    /// this returns, by this thread: clients hear it before they are answered.
+    ///
+    /// # Errors
+    /// As [`Job::ask`].
+    pub fn ask(&self, verb: Verb) -> Result<(), VerbError> {
+        if verb == Verb::Dismiss {
+            // Whoever is in the middle of saying that it has concluded would say the rest too.
+            wait_until_silent(&self.job);
+        }
+        self.job.ask(verb)
+    }
+}
+
+/// Waits until a job has said all that there is to say, which takes as long as telling those who listen.
+fn wait_until_silent(job: &Job) {
+    loop {
+        let changed = job.listen();
+        if job.has_said_all() {
+            return;
+        }
+        changed.wait();
+    }
 }
 
 /// The jobs, oldest first.
@@ -79,15 +105,7 @@ impl Daemon {
             let jobs = self.lock_jobs();
             jobs.list.iter().map(|running| &running.entry).filter(is_over).cloned().collect()
         };
-        for entry in over {
-            loop {
-                let changed = entry.job.listen();
-                if entry.job.has_said_all() {
-                    break;
-                }
-                changed.wait();
-            }
-        }
+        over.iter().for_each(|entry| wait_until_silent(&entry.job));
     }
 
     pub(super) fn is_filter_name(&self, name: &str) -> bool {

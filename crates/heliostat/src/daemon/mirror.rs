@@ -319,13 +319,44 @@ mod tests {
     /// How often a thread gives way to another that must not do what it is watched for.
     const CHANCES: usize = 20_000;
 
-    #[test]
-    fn a_job_speaks_after_all_that_an_older_one_of_its_id_says() {
+    fn with_two_nodes() -> Arc<Daemon> {
         let daemon = Daemon::new();
         for name in ["source", "target"] {
             let driver = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
             daemon.add_node(&NodeSpec::new(Some(name.to_owned()), driver)).unwrap();
         }
+        daemon
+    }
+
+    #[test]
+    fn who_dismisses_a_job_has_heard_its_last_word_when_that_is_answered() {
+        let daemon = with_two_nodes();
+        let spec = MirrorSpec { auto_dismiss: false, ..MirrorSpec::new("j", "source", "target") };
+        let (concludes, is_concluding) = mpsc::channel();
+        let concludes = Mutex::new(concludes);
+        let last_word = Arc::new(Mutex::new(None));
+        let hears = Arc::clone(&last_word);
+        let observer: Observer = Arc::new(move |_, event| match event {
+            JobEvent::Status(JobStatus::Concluded) => {
+                concludes.lock().unwrap().send(()).unwrap();
+                // Takes its time, while the other dismisses it.
+                (0..CHANCES).for_each(|_| std::thread::yield_now());
+            }
+            JobEvent::Status(JobStatus::Null) => {
+                *hears.lock().unwrap() = Some(std::thread::current().id());
+            }
+            _ => {}
+        });
+        let job = daemon.start_mirror_heard_by(&spec, observer).unwrap();
+        job.ask(Verb::Cancel(Force::Hard)).unwrap();
+        is_concluding.recv_timeout(LIMIT).unwrap();
+        daemon.job("j").unwrap().ask(Verb::Dismiss).unwrap();
+        assert_eq!(*last_word.lock().unwrap(), Some(std::thread::current().id()));
+    }
+
+    #[test]
+    fn a_job_speaks_after_all_that_an_older_one_of_its_id_says() {
+        let daemon = with_two_nodes();
         let spec = MirrorSpec::new("j", "source", "target");
         let events = daemon.subscribe();
         let newer_speaks = Arc::new(AtomicBool::new(false));
