@@ -225,11 +225,11 @@ fn a_guest_writes(pattern: &'static str) -> Step {
     })
 }
 
-fn served(policies: &Value) -> Script {
+fn served(target: Step, policies: &Value) -> Script {
     let export = json!({ "type": "nbd", "id": "e", "node-name": "s", "name": "n", "writable": true });
     vec![
         file("s", "s"),
-        file("t", "t"),
+        target,
         Do("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } })),
         Do("block-export-add", export),
         mirror(policies),
@@ -243,7 +243,7 @@ fn a_job_that_is_ready_stands_by_at_an_error_and_is_ready_again_when_resumed() {
         return;
     }
     // The limit is the source's too, so a guest writes before it is there, while the job is paused.
-    let mut script = served(&json!({ "on-target-error": "stop" }));
+    let mut script = served(file("t", "t"), &json!({ "on-target-error": "stop" }));
     script.extend([
         of_job("job-pause", "id"),
         Await("standby", "j"),
@@ -272,6 +272,38 @@ fn a_job_that_is_ready_stands_by_at_an_error_and_is_ready_again_when_resumed() {
         peer.image("t", SIZE);
     };
     compare_on(&script, copied);
+}
+
+#[test]
+fn a_doubled_write_that_fails_on_the_target_is_the_jobs_error_and_not_the_guests() {
+    if common::tool("prlimit").is_none() || common::tool("qemu-io").is_none() {
+        return;
+    }
+    // The target begins behind the source's length in its file, so that a limit can be the target's alone.
+    let target = json!({
+        "driver": "raw", "node-name": "t", "offset": SIZE, "size": SIZE, "discard": "unmap",
+        "file": { "driver": "file", "filename": "DIR/t", "discard": "unmap" },
+    });
+    let policies = json!({ "on-target-error": "stop", "copy-mode": "write-blocking" });
+    let mut script = served(Do("blockdev-add", target), &policies);
+    script.extend([
+        meanwhile(|peer| limit_files(peer, Some(SIZE_IN_FILE + SIZE_IN_FILE / 2))),
+        a_guest_writes("write -P 1 0 64k"),
+        Await("BLOCK_JOB_ERROR", "j"),
+        Await("standby", "j"),
+        look(),
+        without_limit(),
+        of_job("job-resume", "id"),
+        Await("ready", "j"),
+        of_job("job-complete", "id"),
+        Await("concluded", "j"),
+        look(),
+    ]);
+    let furnished = |peer: &Peer| {
+        peer.image("s", SIZE);
+        peer.image("t", 2 * SIZE);
+    };
+    compare_on(&script, furnished);
 }
 
 #[test]
