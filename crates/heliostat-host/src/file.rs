@@ -20,7 +20,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use crate::extents::Layout;
 use crate::fallocate::{self, Space};
 use crate::length::Length;
-use crate::lock::OpenFile;
+use crate::lock::{self, OpenFile, User};
 use crate::open::{Discard, Flush, OpenOptions};
 use crate::pace::Pace;
 use crate::probe::Shape;
@@ -114,6 +114,15 @@ impl FileStorage {
     #[must_use]
     pub fn is_direct(&self) -> bool {
         !Arc::ptr_eq(&self.main, &self.cached)
+    }
+
+    /// Says who else has it open in a way that keeps it from being still, as far as locks tell. Takes none, so
+    /// that it disturbs nobody who is about to open it.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn writer(&self) -> io::Result<Option<User>> {
+        lock::in_the_way(self.cached.as_fd(), lock::STILL)
     }
 
     /// Refuses what lies outside, which would make the file longer, and what may not be changed.

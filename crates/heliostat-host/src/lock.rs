@@ -61,6 +61,10 @@ pub(crate) struct Claim {
     pub(crate) refuses: &'static [Permission],
 }
 
+/// Reads, while nobody changes anything.
+pub(crate) const STILL: Claim =
+    Claim { uses: &[Permission::ConsistentRead], refuses: &[Permission::Write, Permission::Resize] };
+
 /// Why an image could not be locked. Prints as QEMU's tools do: `Failed to get "write" lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Conflict {
@@ -110,6 +114,20 @@ impl fmt::Display for Holder {
             return write!(f, "this program itself (pid {})", self.pid);
         }
         write!(f, "{} (pid {})", self.name, self.pid)
+    }
+}
+
+/// A program that has an image open in a way that others have to know of. Prints as who it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User(pub Option<Holder>);
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(holder) => holder.fmt(f),
+            // Another's process, which we may not look into.
+            None => f.write_str("another program"),
+        }
     }
 }
 
@@ -211,6 +229,15 @@ pub(crate) fn lock(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Outcome> {
     }
 }
 
+/// Says who is in the way of `claim`, without taking any lock: nobody who opens the image now is disturbed.
+pub(crate) fn in_the_way(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Option<User>> {
+    match contradiction(file, claim) {
+        Ok(found) => Ok(found.map(|conflict| User(holder(file, conflict.byte())))),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 impl Claim {
     /// Every byte to hold, with what holding it means.
     fn conflicts(self) -> impl Iterator<Item = Conflict> {
@@ -236,14 +263,19 @@ fn try_lock(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Outcome> {
             Err(error) => return Err(error),
         }
     }
+    Ok(contradiction(file, claim)?.map_or(Outcome::Locked, |conflict| Outcome::Conflict(conflict, None)))
+}
+
+/// Looks what others hold that contradicts `claim`.
+fn contradiction(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Option<Conflict>> {
     let used = claim.uses.iter().map(|p| Conflict { permission: *p, side: Side::TheyRefuse });
     let refused = claim.refuses.iter().map(|p| Conflict { permission: *p, side: Side::TheyUse });
-    for contradiction in used.chain(refused) {
-        if is_held_by_others(file, contradiction.byte())? {
-            return Ok(Outcome::Conflict(contradiction, None));
+    for conflict in used.chain(refused) {
+        if is_held_by_others(file, conflict.byte())? {
+            return Ok(Some(conflict));
         }
     }
-    Ok(Outcome::Locked)
+    Ok(None)
 }
 
 fn is_missing(error: &io::Error) -> bool {
@@ -329,8 +361,6 @@ mod tests {
         uses: &[Permission::ConsistentRead, Permission::Write],
         refuses: &[Permission::Write, Permission::Resize],
     };
-    const STABLE: Claim =
-        Claim { uses: &[Permission::ConsistentRead], refuses: &[Permission::Write, Permission::Resize] };
 
     fn twice() -> (tempfile::NamedTempFile, std::fs::File, std::fs::File) {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -351,12 +381,29 @@ mod tests {
     #[test]
     fn readers_share_with_anybody() {
         let (_file, one, other) = twice();
-        for claim in [READER, WRITER, STABLE] {
+        for claim in [READER, WRITER, STILL] {
             assert!(matches!(lock(one.as_fd(), claim).unwrap(), Outcome::Locked));
             assert!(matches!(lock(other.as_fd(), READER).unwrap(), Outcome::Locked));
             unlock(one.as_fd(), claim);
             unlock(other.as_fd(), READER);
         }
+    }
+
+    #[test]
+    fn who_only_looks_sees_the_writer_and_is_in_nobodys_way() {
+        let (file, one, other) = twice();
+        assert_eq!(in_the_way(other.as_fd(), STILL).unwrap(), None);
+        assert!(
+            matches!(lock(one.as_fd(), WRITER).unwrap(), Outcome::Locked),
+            "nothing was locked by looking"
+        );
+        let user = in_the_way(other.as_fd(), STILL).unwrap().expect("it is written");
+        assert_eq!(user.0.as_ref().map(|holder| holder.pid), Some(std::process::id()));
+        unlock(one.as_fd(), WRITER);
+        // Readers, also those that need it still, are no writers.
+        assert!(matches!(lock(one.as_fd(), STILL).unwrap(), Outcome::Locked));
+        assert_eq!(in_the_way(other.as_fd(), STILL).unwrap(), None);
+        drop(file);
     }
 
     #[test]
@@ -372,12 +419,12 @@ mod tests {
     #[test]
     fn who_needs_a_still_image_and_who_writes_exclude_each_other() {
         let (_file, one, other) = twice();
-        assert!(matches!(lock(one.as_fd(), STABLE).unwrap(), Outcome::Locked));
-        assert!(matches!(lock(other.as_fd(), STABLE).unwrap(), Outcome::Locked));
-        unlock(other.as_fd(), STABLE);
+        assert!(matches!(lock(one.as_fd(), STILL).unwrap(), Outcome::Locked));
+        assert!(matches!(lock(other.as_fd(), STILL).unwrap(), Outcome::Locked));
+        unlock(other.as_fd(), STILL);
         assert_eq!(conflict(&other, WRITER), "Failed to get \"write\" lock");
-        unlock(one.as_fd(), STABLE);
+        unlock(one.as_fd(), STILL);
         assert!(matches!(lock(one.as_fd(), WRITER).unwrap(), Outcome::Locked));
-        assert_eq!(conflict(&other, STABLE), "Failed to get shared \"write\" lock");
+        assert_eq!(conflict(&other, STILL), "Failed to get shared \"write\" lock");
     }
 }
