@@ -266,6 +266,10 @@ impl Qcow2 {
         }
         let mut state = self.lock();
         state.link_table(index, host.offset());
+        if shared.is_none() {
+            // What is known need not be read: its first users are waiting.
+            state.slices.insert_zeroes(host, Kind::L2);
+        }
         if let Some(table) = shared {
             state.tables.remove(&layout.cluster_index(table));
             state.drop_later([layout.cluster_index(table)], false);
