@@ -70,6 +70,9 @@ impl State {
         let allocation = match old {
             Cluster::Standard(Standard { host: None, .. }) => self.plan_new(range, old)?,
             Cluster::Standard(Standard { host: Some(host), copied, .. }) if copied || self.is_external() => {
+                if !self.is_external() {
+                    self.check_in_place(ByteRange::from_bounds(host, host + layout.cluster_size()))?;
+                }
                 self.plan_kept(range, old, host)
             }
             _ => self.plan_moved(range, old)?,
@@ -117,7 +120,7 @@ impl State {
         }
         let range = ByteRange::from_bounds(range.offset(), end.min(range.end()));
         if !self.is_external() {
-            self.check_overlap(ByteRange::from_bounds(host, host + range.len()))?;
+            self.check_in_place(ByteRange::from_bounds(host, host + range.len()))?;
         }
         Ok(Step::InPlace { range, host })
     }
