@@ -207,7 +207,7 @@ async fn carry_out(node: &Arc<Node>, operation: &[u8]) {
             }
         }
         2 => {
-            let space = if operation[5] % 2 == 0 { ZeroSpace::MayUnmap } else { ZeroSpace::Keep };
+            let space = if operation[5].is_multiple_of(2) { ZeroSpace::MayUnmap } else { ZeroSpace::Keep };
             let zeroed = tracked.write_zeroes(range, space, ZeroEffort::Any, Durability::Cached).await;
             if zeroed.is_ok() {
                 expect(&tracked, range, 0).await;

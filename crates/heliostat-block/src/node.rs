@@ -89,6 +89,7 @@ impl Node {
     #[must_use]
     pub fn new(name: NodeName, driver: Driver, options: NodeOptions, clock: Arc<dyn Clock>) -> Arc<Self> {
         let traits = driver.traits();
+        let watchers = Watchers { bitmaps: driver.bitmaps(), doubling: None };
         Arc::new(Self {
             name,
             size: AtomicU64::new(driver.size()),
@@ -96,7 +97,7 @@ impl Node {
             options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
             traits,
             in_flight: InFlight::default(),
-            watchers: RwLock::default(),
+            watchers: RwLock::new(watchers),
             latencies: Latencies::default(),
             clock,
         })

@@ -14,6 +14,7 @@ use bytes::Bytes;
 
 use crate::blocks::Below;
 use crate::buffer::Buffer;
+use crate::dirty_bitmap::DirtyBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
@@ -76,6 +77,17 @@ impl Driver {
                 }
             }
             Self::Qcow2(qcow2) => Ok(qcow2.resize(size, preallocation).await?),
+        }
+    }
+
+    /// Bitmaps that it keeps, and that have to follow every write.
+    pub(crate) fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
+        match self {
+            Self::Raw(_) => Vec::new(),
+            Self::Qcow2(qcow2) => {
+                let enabled = qcow2.bitmaps().iter().filter(|bitmap| bitmap.is_enabled());
+                enabled.filter_map(|bitmap| bitmap.bits.clone()).collect()
+            }
         }
     }
 

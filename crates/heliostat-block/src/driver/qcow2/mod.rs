@@ -7,6 +7,8 @@
 //! need from the file is loaded on demand; what is changed goes back in [`commit`], in an order that leaves a sound
 //! image whenever it stops.
 
+pub mod bitmap_directory;
+mod bitmaps;
 mod commit;
 mod compressed;
 pub mod entry;
@@ -43,6 +45,7 @@ use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
 use crate::storage::{Traits, ZeroSpace};
 
+pub use bitmaps::StoredBitmap;
 pub use open::{CACHE_MAX, OpenOptions};
 pub use resize::Preallocation;
 
@@ -58,6 +61,8 @@ pub struct Qcow2 {
     /// Where guest data is, if not in `file`.
     data_file: Option<ImageFile>,
     backing: Option<Arc<Node>>,
+    /// Its persistent dirty bitmaps; empty where it is not written.
+    bitmaps: Vec<StoredBitmap>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -151,6 +156,9 @@ impl Qcow2 {
     pub async fn close(&self) -> io::Result<()> {
         if self.read_only {
             return Ok(());
+        }
+        if self.lock().corrupt.is_none() {
+            self.store_bitmaps().await?;
         }
         // What is unmapped is given back once that is durable, and that has to be written, too.
         self.flush().await?;
