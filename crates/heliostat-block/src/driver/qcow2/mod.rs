@@ -13,6 +13,7 @@ mod commit;
 mod compressed;
 pub mod entry;
 pub mod error;
+mod extension;
 mod extents;
 pub mod file;
 pub mod header;
@@ -157,9 +158,10 @@ impl Qcow2 {
         if self.read_only {
             return Ok(());
         }
-        if self.lock().corrupt.is_none() {
-            self.store_bitmaps().await?;
+        if self.lock().corrupt.is_some() {
+            return self.flush().await;
         }
+        self.store_bitmaps().await?;
         // What is unmapped is given back once that is durable, and that has to be written, too.
         self.flush().await?;
         if self.lock().is_changed() {
@@ -167,11 +169,8 @@ impl Qcow2 {
         }
         // Where the end cannot be found, the file stays a little longer.
         let _ = self.attempt(State::find_end).await;
-        let (is_sound, end) = {
-            let state = self.lock();
-            (state.corrupt.is_none(), state.used_end << self.layout.cluster_bits)
-        };
-        if is_sound && end < self.file.size() && self.file.storage().traits().can_resize {
+        let end = self.lock().used_end << self.layout.cluster_bits;
+        if end < self.file.size() && self.file.storage().traits().can_resize {
             self.file.set_size(end).await?;
         }
         Ok(())
