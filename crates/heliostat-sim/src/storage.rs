@@ -41,6 +41,8 @@ struct State {
     in_flight: u64,
     errors: u64,
     requests: u64,
+    /// How many of them lanes made.
+    on_lanes: u64,
     flush_failures: u64,
     forgets: bool,
 }
@@ -68,8 +70,16 @@ impl SimStorage {
         let size = u64_from(bytes.len());
         let forgets = profile.forgets;
         let medium = Medium::new(bytes);
-        let state =
-            State { medium, random, in_flight: 0, errors: 0, requests: 0, flush_failures: 0, forgets };
+        let state = State {
+            medium,
+            random,
+            in_flight: 0,
+            errors: 0,
+            requests: 0,
+            on_lanes: 0,
+            flush_failures: 0,
+            forgets,
+        };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)), size })
     }
 
@@ -90,6 +100,11 @@ impl SimStorage {
     /// Requests that have begun so far.
     pub(crate) fn requests(&self) -> u64 {
         lock(&self.state).requests
+    }
+
+    /// Requests of lanes that have begun so far.
+    pub(crate) fn requests_of_lanes(&self) -> u64 {
+        lock(&self.state).on_lanes
     }
 
     /// Flushes that have failed so far.
@@ -130,14 +145,17 @@ impl SimStorage {
     fn begin(&self, kind: Kind, range: ByteRange) -> Plan {
         self.check(kind, range);
         let now = self.world.time();
+        let on_lane = self.world.is_on_lane();
         let mut state = lock(&self.state);
         let plan = self.profile.plan(kind, range, now, &mut state.random);
         state.in_flight += 1;
         state.requests += 1;
+        state.on_lanes += u64::from(on_lane);
         drop(state);
         self.world.trace(|| {
             let took = (plan.end - now).as_secs_f64() * 1e3;
-            format!("{} {kind:?} {range} begins, {took:.3} ms, error {:?}", self.name, plan.error)
+            let lane = if on_lane { " on a lane" } else { "" };
+            format!("{} {kind:?} {range} begins{lane}, {took:.3} ms, error {:?}", self.name, plan.error)
         });
         plan
     }
