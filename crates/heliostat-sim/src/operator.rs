@@ -7,7 +7,7 @@ use std::time::Duration;
 use heliostat_block::clock::Clock;
 use heliostat_block::graph::Role;
 use heliostat_block::job::mirror::{Mirror, MirrorOptions};
-use heliostat_block::job::{CopyMode, Force, Job, JobOptions, JobStatus, Verb};
+use heliostat_block::job::{Bitmaps, CopyMode, Force, Job, JobOptions, JobStatus, Verb};
 use heliostat_block::limits::GUEST_QUIET;
 
 use crate::bench::Bench;
@@ -93,6 +93,13 @@ impl Operator {
             self.bench.world.fail("the graph refuses a mirror of nodes that nobody mirrors");
             return;
         };
+        let bitmaps = match Bitmaps::new(source_node, errand.mirror.granularity) {
+            Ok(bitmaps) => bitmaps,
+            Err(refusal) => {
+                self.bench.world.fail(format!("no mirror of a disk as small as this: {refusal}"));
+                return;
+            }
+        };
         let known = Known {
             source,
             target,
@@ -114,7 +121,8 @@ impl Operator {
         let job = Job::start(id, errand.job, Arc::new(move |job, event| hears.hear(job, event)));
         let clock: Arc<dyn Clock> = Arc::<crate::world::SimClock>::clone(&self.bench.clock);
         let graph = Arc::clone(&self.bench.graph);
-        let mut mirror = Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, clock);
+        let mut mirror =
+            Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, bitmaps, clock);
         if let Some(lanes) = &mut self.lanes {
             mirror = mirror.with_lanes(lanes.lanes(&self.bench.world, &self.executor));
         }
