@@ -39,24 +39,30 @@ struct Settings {
     faulty: bool,
     /// This run has lanes.
     lanes: Option<LaneSettings>,
+    /// Hints to write back that fail, per mille.
+    writeback_errors: u64,
 }
 
 impl Settings {
-    /// What belongs to lanes is drawn `apart`, so that a run without them is what it was before there were any.
+    /// What belongs to lanes and to hints is drawn `apart`, so that the rest of a run is what it was before
+    /// there were any.
     fn draw(random: &mut Random, apart: &mut Random) -> Self {
         let granularity = random.pick(&[512, 512, 1024, 4096, 4096, 16 << 10, 64 << 10]);
         let granules = random.pick(&[1, 2, 3, 5, 8, 20, 40]);
         let tail = if random.chance(500) { 0 } else { random.below(u64::from(granularity)) };
         let size = (granules * u64::from(granularity) + tail).min(512 << 10);
         let delay_max = Duration::from_micros(random.pick(&[50, 500, 5_000, 50_000]));
+        let step_cost = Duration::from_nanos(random.pick(&[0, 0, 1_000, 20_000]));
+        let faulty = random.chance(700);
         Self {
             size,
             granularity,
             delay_max,
             faults_until: delay_max * 400 + Duration::from_secs(2),
-            step_cost: Duration::from_nanos(random.pick(&[0, 0, 1_000, 20_000])),
-            faulty: random.chance(700),
+            step_cost,
+            faulty,
             lanes: apart.chance(500).then(|| LaneSettings::draw(delay_max, apart)),
+            writeback_errors: if faulty { apart.pick(&[0, 0, 20, 200]) } else { 0 },
         }
     }
 }
@@ -211,6 +217,7 @@ fn profile(settings: &Settings, random: &mut Random) -> Profile {
         can_zero_fast: random.chance(800),
         cached: random.chance(900),
         writeback: random.pick(&[0, 50, 500]),
+        writeback_errors: settings.writeback_errors,
         forgets: random.chance(500),
     }
 }

@@ -20,7 +20,7 @@ use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
 
-use crate::faults::{Kind, Plan, Profile, error};
+use crate::faults::{EIO, Kind, Plan, Profile, error};
 use crate::medium::{Content, Medium};
 use crate::random::Random;
 use crate::world::World;
@@ -45,6 +45,10 @@ struct State {
     on_lanes: u64,
     flush_failures: u64,
     forgets: bool,
+    /// The host could not write some of its cache back by itself; the next flush to end is told.
+    writeback_failed: bool,
+    /// Draws what the host does with a hint.
+    hints: Random,
 }
 
 /// What a request brings back, when it has ended.
@@ -72,6 +76,8 @@ impl SimStorage {
         let medium = Medium::new(bytes);
         let state = State {
             medium,
+            hints: random.clone().fork(),
+            writeback_failed: false,
             random,
             in_flight: 0,
             errors: 0,
@@ -204,10 +210,12 @@ impl SimStorage {
                 world.trace(|| format!("{name} {kind:?} {range} ends"));
                 let mut state = lock(&state);
                 state.in_flight -= 1;
-                state.errors += u64::from(plan.error.is_some());
-                let answer = last(&mut state, plan.error.is_none());
+                let untold = kind == Kind::Flush && std::mem::take(&mut state.writeback_failed);
+                let failure = plan.error.or(untold.then_some(EIO));
+                state.errors += u64::from(failure.is_some());
+                let answer = last(&mut state, failure.is_none());
                 drop(state);
-                finish(&slot, plan.error.map_or(Ok(answer), |errno| Err(error(errno))));
+                finish(&slot, failure.map_or(Ok(answer), |errno| Err(error(errno))));
             }
         };
         if inline {
@@ -420,5 +428,26 @@ impl Storage for SimStorage {
             )
         };
         self.answer(begin)
+    }
+
+    /// Writes back some time later. That may fail, of which nobody hears before the next flush.
+    fn start_writeback(&self, range: ByteRange) {
+        let (at, fails) = {
+            let mut state = lock(&self.state);
+            let now = self.world.time();
+            let at = now + state.hints.time(self.profile.delay_max);
+            let fails = state.hints.chance(self.profile.writeback_errors);
+            (at, fails && at < self.profile.faults_until)
+        };
+        let (state, world, name) = (Arc::clone(&self.state), Arc::clone(&self.world), self.name);
+        self.world.at(at, move || {
+            world.trace(|| format!("{name} writes back {range}, fails: {fails}"));
+            let mut state = lock(&state);
+            if fails {
+                state.writeback_failed |= state.medium.lose(range);
+            } else {
+                state.medium.persist_cached(range);
+            }
+        });
     }
 }
