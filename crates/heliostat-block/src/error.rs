@@ -104,6 +104,23 @@ impl std::error::Error for BlockError {
     // The message above already holds the cause, so that one line says everything.
 }
 
+/// For a driver that stands on another node: what failed below fails here, with the same number.
+impl From<BlockError> for io::Error {
+    fn from(error: BlockError) -> Self {
+        if let Some(errno) = error.errno() {
+            return Self::from_raw_os_error(errno);
+        }
+        let kind = match error.kind {
+            ErrorKind::InvalidRequest => io::ErrorKind::InvalidInput,
+            ErrorKind::ReadOnly => io::ErrorKind::ReadOnlyFilesystem,
+            ErrorKind::NoSpace => io::ErrorKind::StorageFull,
+            ErrorKind::Unsupported => io::ErrorKind::Unsupported,
+            ErrorKind::Closed | ErrorKind::Io => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}
+
 /// Why a granularity cannot be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidGranularity {

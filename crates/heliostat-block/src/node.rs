@@ -8,9 +8,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 
+use crate::blocks::Blocks;
 use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
-use crate::convert::{u64_from, usize_from};
+use crate::convert::u64_from;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::Driver;
 use crate::error::{BlockError, ErrorKind};
@@ -20,7 +21,6 @@ use crate::latency::Latencies;
 use crate::name::NodeName;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
-use crate::range_lock::RangeLock;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
 use crate::tracked::{Drained, Tracked};
 
@@ -69,7 +69,8 @@ struct Watchers {
 /// A disk, or one layer of one. Used from any thread.
 pub struct Node {
     name: NodeName,
-    driver: Driver,
+    /// The driver, which takes whole blocks.
+    blocks: Blocks<Driver>,
     options: NodeOptions,
     /// Copied once: what clients negotiated must not change under them.
     traits: Traits,
@@ -77,8 +78,6 @@ pub struct Node {
     in_flight: InFlight,
     /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
     watchers: RwLock<Watchers>,
-    /// Whole blocks that are being read, changed and written back, where the storage has blocks.
-    blocks: RangeLock,
     latencies: Latencies,
     clock: Arc<dyn Clock>,
 }
@@ -91,12 +90,11 @@ impl Node {
         Arc::new(Self {
             name,
             size: driver.size(),
-            driver,
+            blocks: Blocks::new(driver),
             options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
             traits,
             in_flight: InFlight::default(),
             watchers: RwLock::default(),
-            blocks: RangeLock::default(),
             latencies: Latencies::default(),
             clock,
         })
@@ -135,13 +133,28 @@ impl Node {
     /// Bytes spent on the host, where that can be known.
     #[must_use]
     pub fn allocated_size(&self) -> Option<u64> {
-        self.driver.allocated_size()
+        self.blocks.below().allocated_size()
     }
 
     /// How long guests' requests took, from their arrival to their end, waits at the gate included.
     #[must_use]
     pub const fn latencies(&self) -> &Latencies {
         &self.latencies
+    }
+
+    /// The node below, which holds what this one does not.
+    #[must_use]
+    pub fn backing(&self) -> Option<&Arc<Self>> {
+        self.blocks.below().backing()
+    }
+
+    /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
+    ///
+    /// # Errors
+    /// [`BlockError`] of the host.
+    pub async fn close(&self) -> Result<(), BlockError> {
+        let closed = if self.options.read_only { Ok(()) } else { self.blocks.below().close().await };
+        closed.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
     }
 
     /// The request has left.
@@ -240,9 +253,9 @@ impl Node {
             return self.write_zeroes(range, space, ZeroEffort::Any, durability).await;
         }
         let doubled = self.begin_doubled(range, || Payload::Data(data.clone())).await;
-        let written = self.write_blocks(range, data, durability).await;
+        let written = self.blocks.write(offset, data, durability).await;
         self.mark(range, doubled, written.is_ok()).await;
-        written
+        written.map_err(|error| self.failure(range, error))
     }
 
     pub(crate) async fn write_zeroes(
@@ -258,25 +271,28 @@ impl Node {
             return Err(self.refusal(ErrorKind::Unsupported, range));
         }
         let doubled = self.begin_doubled(range, || Payload::Zeroes(space)).await;
-        let written = self.zero_blocks(range, space, effort, durability).await;
+        let written = self.blocks.write_zeroes(range, space, effort, durability).await;
         self.mark(range, doubled, written.is_ok()).await;
-        written
+        written.map_err(|error| self.failure(range, error))
     }
 
     pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
-        let whole_blocks = self.shrink_to_blocks(range);
-        if self.options.discard != Discard::Unmap || whole_blocks.is_empty() {
+        if self.options.discard != Discard::Unmap || self.blocks.shrink(range).is_empty() {
             return Ok(());
         }
         self.mark_early(range);
-        let discarded = self.driver.discard(whole_blocks).await.map_err(|error| self.failure(range, error));
+        let discarded = self.blocks.discard(range).await;
         self.mark(range, None, discarded.is_ok()).await;
-        discarded
+        discarded.map_err(|error| self.failure(range, error))
     }
 
     pub(crate) async fn flush(&self) -> Result<(), BlockError> {
-        self.driver.flush().await.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
+        self.blocks
+            .below()
+            .flush()
+            .await
+            .map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
     }
 
     /// Waits for the write's turn where a mirror wants it doubled, and hands the target's half over.
@@ -319,93 +335,51 @@ impl Node {
         }
     }
 
-    // ------------------------------------------------------------------ whole blocks
+    // ------------------------------------------------------------------ behind the gate
 
     /// Reads `buffer.len()` bytes, whatever the storage's blocks. Passes no gate: a mirror goes on copying
     /// behind a closed one.
     pub(crate) async fn read_blocks(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
         let range = self.inside(offset, u64_from(buffer.len()))?;
-        if range.is_empty() {
-            return Ok(buffer);
-        }
-        let blocks = self.widen_to_blocks(range);
-        if blocks == range {
-            return self.driver.read(offset, buffer).await.map_err(|error| self.failure(range, error));
-        }
-        let whole = Buffer::zeroed(usize_from(blocks.len()));
-        let whole =
-            self.driver.read(blocks.offset(), whole).await.map_err(|error| self.failure(range, error))?;
-        let mut buffer = buffer;
-        let start = usize_from(range.offset() - blocks.offset());
-        buffer.copy_from_slice(&whole[start..start + usize_from(range.len())]);
-        Ok(buffer)
+        self.blocks.read(offset, buffer).await.map_err(|error| self.failure(range, error))
     }
 
-    async fn write_blocks(
-        &self,
-        range: ByteRange,
-        data: Bytes,
-        durability: Durability,
-    ) -> Result<(), BlockError> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        let blocks = self.widen_to_blocks(range);
-        let failed = |error| self.failure(range, error);
-        if self.traits.block_size == 1 {
-            return self.driver.write(range.offset(), data, durability).await.map_err(failed);
-        }
-        // Where some writes read, change and write back whole blocks, every write must hold its blocks.
-        let _held = self.blocks.lock(blocks).await;
-        if blocks == range {
-            return self.driver.write(range.offset(), data, durability).await.map_err(failed);
-        }
-        let whole = Buffer::zeroed(usize_from(blocks.len()));
-        let mut whole = self.driver.read(blocks.offset(), whole).await.map_err(failed)?;
-        let start = usize_from(range.offset() - blocks.offset());
-        whole[start..start + data.len()].copy_from_slice(&data);
-        self.driver.write(blocks.offset(), whole.freeze(), durability).await.map_err(failed)
-    }
-
-    async fn zero_blocks(
-        &self,
-        range: ByteRange,
-        space: ZeroSpace,
-        effort: ZeroEffort,
-        durability: Durability,
-    ) -> Result<(), BlockError> {
-        let middle = self.shrink_to_blocks(range);
-        if !middle.is_empty() {
-            let _held = match self.traits.block_size {
-                1 => None,
-                _ => Some(self.blocks.lock(middle).await),
-            };
-            let zeroed = self.driver.write_zeroes(middle, space, effort, durability).await;
-            zeroed.map_err(|error| self.failure(range, error))?;
-        }
-        let edges = if middle.is_empty() {
-            [range, ByteRange::from_bounds(0, 0)]
-        } else {
-            [
-                ByteRange::from_bounds(range.offset(), middle.offset()),
-                ByteRange::from_bounds(middle.end(), range.end()),
-            ]
-        };
-        for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
-            let zeroes = Buffer::zeroed(usize_from(edge.len())).freeze();
-            self.write_blocks(edge, zeroes, durability).await?;
-        }
-        Ok(())
-    }
-
-    /// What a storage says of `range`; see [`crate::storage::Storage::extents`]. Never empty for a range that
-    /// is not; an answer that makes no sense becomes "data". Passes no gate.
+    /// How `range` reads, through all layers: a hole is one in each of them. As [`Node::extents_of_layer`] else.
     pub(crate) async fn extents_below(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
+        let layer = self.extents_of_layer(range).await?;
+        let Some(backing) = self.backing() else { return Ok(layer) };
+        let mut merged = Vec::new();
+        for extent in layer {
+            if extent.status != ExtentStatus::Hole {
+                append(&mut merged, extent);
+                continue;
+            }
+            let inside =
+                ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
+            let mut at = inside.offset();
+            while at < inside.end() {
+                if merged.len() >= EXTENTS_MAX {
+                    return Ok(merged);
+                }
+                let rest = ByteRange::from_bounds(at, inside.end());
+                for below in Box::pin(backing.extents_below(rest)).await? {
+                    at = below.range.end();
+                    append(&mut merged, below);
+                }
+            }
+            append(&mut merged, Extent { range: ByteRange::from_bounds(at, extent.range.end()), ..extent });
+        }
+        Ok(merged)
+    }
+
+    /// What this layer alone says of `range`; see [`crate::storage::Storage::extents`]. Never empty for a range
+    /// that is not; an answer that makes no sense becomes "data". Passes no gate.
+    pub(crate) async fn extents_of_layer(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
         let range = self.inside(range.offset(), range.len())?;
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        let extents = self.driver.extents(range).await.map_err(|error| self.failure(range, error))?;
+        let extents = self.blocks.below().extents(range).await.map_err(|error| self.failure(range, error))?;
         // An answer with a gap would let a mirror skip what was never looked at.
         let end = extents.iter().try_fold(range.offset(), |end, extent| {
             (extent.range.offset() == end && !extent.range.is_empty()).then_some(extent.range.end())
@@ -414,18 +388,6 @@ impl Node {
             Some(end) if end > range.offset() => Ok(extents),
             _ => Ok(vec![Extent { range, status: ExtentStatus::Data }]),
         }
-    }
-
-    fn widen_to_blocks(&self, range: ByteRange) -> ByteRange {
-        range.widen(u64::from(self.traits.block_size), self.size)
-    }
-
-    /// The whole blocks inside `range`; the node's last block may be short.
-    fn shrink_to_blocks(&self, range: ByteRange) -> ByteRange {
-        let unit = u64::from(self.traits.block_size);
-        let start = range.offset().next_multiple_of(unit);
-        let end = if range.end() == self.size { self.size } else { range.end() & !(unit - 1) };
-        ByteRange::from_bounds(start, end)
     }
 
     // ------------------------------------------------------------------ bounds and errors
@@ -456,7 +418,20 @@ impl Node {
     /// Starts writing `range` back and drops it from the host's cache; see
     /// [`crate::storage::Storage::start_writeback`].
     pub(crate) fn start_writeback(&self, range: ByteRange) {
-        self.driver.start_writeback(range);
+        self.blocks.below().start_writeback(range);
+    }
+}
+
+/// The most extents in one answer that is put together of several layers' ones.
+const EXTENTS_MAX: usize = 1024;
+
+fn append(extents: &mut Vec<Extent>, next: Extent) {
+    match extents.last_mut() {
+        _ if next.range.is_empty() => {}
+        Some(last) if last.status == next.status && last.range.end() == next.range.offset() => {
+            last.range = ByteRange::from_bounds(last.range.offset(), next.range.end());
+        }
+        _ => extents.push(next),
     }
 }
 

@@ -60,7 +60,7 @@ pub struct Extent {
     pub status: ExtentStatus,
 }
 
-/// A storage's fixed properties.
+/// A storage's fixed properties. Its size is none of them, see [`Storage::set_size`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Traits {
     /// Offsets and lengths of reads and writes must be multiples of this (a power of two), but for a request
@@ -74,6 +74,8 @@ pub struct Traits {
     pub can_discard: bool,
     /// Whether `write_zeroes` is faster than writing zeroes.
     pub can_zero_fast: bool,
+    /// Whether [`Storage::set_size`] works.
+    pub can_resize: bool,
     /// Whether a request may take so long that the caller should not expect it done at once (a network).
     pub remote: bool,
 }
@@ -124,8 +126,24 @@ pub trait Storage: Send + Sync + 'static {
     /// What it can do, as probed when it was opened.
     fn traits(&self) -> Traits;
 
-    /// Its length in bytes.
+    /// Its length in bytes, as it is now.
     fn size(&self) -> u64;
+
+    /// Makes it `size` bytes long. New bytes read as zeroes and take no space, also where there were bytes once;
+    /// bytes beyond the new end are gone. [`Storage::size`] says the new length when this has ended; while it
+    /// runs, either. Durable after the next successful flush. Calls take turns.
+    ///
+    /// The caller sees to it that meanwhile no request is in flight that reaches beyond the new end, nor one into
+    /// the last block of the old or the new length if that block is short. Nodes keep the size that they
+    /// were made with.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] unless [`Traits::can_resize`]; [`io::ErrorKind::ReadOnlyFilesystem`] where
+    /// nothing may be written; else the host's. The length is unchanged then.
+    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        let _ = size;
+        IoFuture::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
 
     /// Bytes that it occupies on the host; `None` where that cannot be known.
     fn allocated_size(&self) -> Option<u64>;

@@ -19,6 +19,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::extents::Layout;
 use crate::fallocate::{self, Space};
+use crate::length::Length;
 use crate::lock::OpenFile;
 use crate::open::{Discard, Flush, OpenOptions};
 use crate::pace::Pace;
@@ -49,6 +50,7 @@ pub struct FileStorage {
     /// The file with the page cache, holder of the locks.
     cached: Arc<OpenFile>,
     shape: Shape,
+    length: Arc<Length>,
     ignores_flush: bool,
     ignores_discard: bool,
     /// Whether a read can be tried without waiting; found out at the first.
@@ -72,6 +74,7 @@ impl FileStorage {
         cached: Arc<OpenFile>,
         direct: Option<Arc<OpenFile>>,
         shape: Shape,
+        size: u64,
         options: &OpenOptions,
     ) -> Self {
         let is_direct = direct.is_some();
@@ -80,6 +83,7 @@ impl FileStorage {
             path,
             main: direct.unwrap_or_else(|| Arc::clone(&cached)),
             shape,
+            length: Arc::new(Length::new(Arc::clone(&cached), shape, size)),
             ignores_flush: options.flush == Flush::Ignore,
             ignores_discard: options.discard == Discard::Ignore,
             can_try_reading: AtomicBool::new(!is_direct && !shape.in_memory),
@@ -119,7 +123,7 @@ impl FileStorage {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
         match range {
-            Some(range) if range.end() <= self.shape.size => Ok(()),
+            Some(range) if range.end() <= self.length.size() => Ok(()),
             _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "outside of the storage")),
         }
     }
@@ -156,7 +160,8 @@ impl FileStorage {
     }
 
     async fn read_direct(&self, offset: u64, mut buffer: Buffer) -> io::Result<Buffer> {
-        let direct_len = usize_from(self.shape.tail.saturating_sub(offset)).min(buffer.len());
+        let _held = self.length.hold_ways().await;
+        let direct_len = usize_from(self.length.direct_len(offset, u64_from(buffer.len())));
         if direct_len == buffer.len() {
             // A buffer starts on a page, which is enough for any memory.
             return ring::read(&self.main, offset, buffer, 0).await;
@@ -177,7 +182,8 @@ impl FileStorage {
     }
 
     async fn write_direct(&self, offset: u64, data: Bytes, durability: Durability) -> io::Result<()> {
-        let direct_len = usize_from(self.shape.tail.saturating_sub(offset)).min(data.len());
+        let _held = self.length.hold_ways().await;
+        let direct_len = usize_from(self.length.direct_len(offset, u64_from(data.len())));
         if direct_len > 0 {
             let head = self.aligned(data.slice(..direct_len));
             ring::write(&self.main, offset, head, 0, durability).await?;
@@ -231,12 +237,28 @@ impl Storage for FileStorage {
             read_only: !self.shape.is_writable,
             can_discard: able.discard && !self.ignores_discard,
             can_zero_fast: able.punch || able.zero_range,
+            can_resize: self.length.can_change(),
             remote: false,
         }
     }
 
     fn size(&self) -> u64 {
-        self.shape.size
+        self.length.size()
+    }
+
+    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        if !self.shape.is_writable {
+            return IoFuture::ready(Err(io::ErrorKind::ReadOnlyFilesystem.into()));
+        }
+        if !self.length.can_change() {
+            return IoFuture::ready(Err(io::ErrorKind::Unsupported.into()));
+        }
+        IoFuture::pending(async move {
+            let changed = self.length.change(size).await;
+            // What was data may be a hole when the file is long again.
+            self.layout.forget();
+            changed
+        })
     }
 
     fn allocated_size(&self) -> Option<u64> {

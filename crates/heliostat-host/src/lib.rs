@@ -7,6 +7,7 @@ pub mod clock;
 mod extents;
 mod fallocate;
 pub mod file;
+mod length;
 pub mod lock;
 pub mod open;
 mod pace;

@@ -353,7 +353,7 @@ impl FileStorage {
             opened.for_writeback.or_else(|| opened.is_writable.then(|| reopen(file)).flatten());
         let cached = OpenFile::new(opened.file, claim, for_writeback);
         let direct = direct.map(|direct| OpenFile::beside(&cached, direct));
-        Ok(Self::new(path.to_owned(), cached, direct, shape, options))
+        Ok(Self::new(path.to_owned(), cached, direct, shape, size, options))
     }
 }
 

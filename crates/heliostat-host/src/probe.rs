@@ -27,14 +27,10 @@ pub(crate) struct Shape {
     /// On a file system that keeps files in memory: nothing there waits for a medium.
     pub(crate) in_memory: bool,
     pub(crate) is_writable: bool,
-    pub(crate) size: u64,
     /// Unit of offsets and lengths: of direct I/O, else 1.
     pub(crate) block_size: u32,
     /// Unit of addresses for direct I/O, else 1.
     pub(crate) memory_alignment: u32,
-    /// From here to the end, direct I/O is not used: the file ends in the middle of a block, and no page may
-    /// be written both ways. The size where there is no such tail.
-    pub(crate) tail: u64,
     /// The device's own unit, for zeroing and discarding; 1 for a file.
     pub(crate) device_block: u32,
     pub(crate) preferred_size: u32,
@@ -63,21 +59,14 @@ impl Shape {
         };
         let io_block = u32::try_from(stat.st_blksize).unwrap_or(BLOCK_SIZE_MAX).max(BLOCK_SIZE_MAX);
         let preferred_size = if io_block.is_power_of_two() { io_block } else { BLOCK_SIZE_MAX };
-        // Not only the block but the page, since the page cache writes back pages.
-        let tail = match direct {
-            Some(_) if !size.is_multiple_of(u64::from(block_size)) => size - size % u64::from(preferred_size),
-            _ => size,
-        };
         let queue = if is_device { Queue::of(stat.st_rdev) } else { Queue::default() };
         let can_punch = is_writable && if is_device { queue.zeroes } else { can_punch(file, size) };
         Ok(Self {
             is_device,
             in_memory,
             is_writable,
-            size,
             block_size,
             memory_alignment,
-            tail,
             device_block,
             preferred_size,
             can_punch,
@@ -85,6 +74,18 @@ impl Shape {
             can_zero_range: is_writable && if is_device { queue.zeroes } else { !in_memory },
             can_discard: if is_device { queue.discards } else { can_punch },
         })
+    }
+}
+
+impl Shape {
+    /// Where the tail of a file of `size` bytes starts. From there to the end, direct I/O is not used: the file
+    /// ends in the middle of a block, and no page may be written both ways. `size` where there is no such tail.
+    pub(crate) fn tail_of(&self, size: u64) -> u64 {
+        if size.is_multiple_of(u64::from(self.block_size)) {
+            return size;
+        }
+        // Not only the block but the page, since the page cache writes back pages.
+        size - size % u64::from(self.preferred_size)
     }
 }
 

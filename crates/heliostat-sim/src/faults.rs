@@ -48,6 +48,7 @@ pub(crate) enum Kind {
     Discard,
     Flush,
     Extents,
+    Resize,
 }
 
 /// What will become of a request.
@@ -89,7 +90,7 @@ impl Profile {
     fn error(&self, kind: Kind, faulty: bool, random: &mut Random) -> Option<i32> {
         let chance = match kind {
             Kind::Read => self.read_errors,
-            Kind::Write | Kind::Zero | Kind::Discard => self.write_errors,
+            Kind::Write | Kind::Zero | Kind::Discard | Kind::Resize => self.write_errors,
             Kind::Flush => self.flush_errors,
             Kind::Extents => self.extents_errors,
         };

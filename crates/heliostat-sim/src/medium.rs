@@ -2,7 +2,8 @@
 //!
 //! Bytes are durable by the sector. What was written since the last good flush is in the cache, and at a crash
 //! any part of it may be there or not. A failed flush loses part of the cache for good: reads may still show
-//! it, no later flush brings it back, and only writing it again does. It has no notion of time.
+//! it, no later flush brings it back, and only writing it again does. A new length is in the cache, too: a crash
+//! leaves it or the one that was durable, as file systems with a journal do. It has no notion of time.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,7 +25,10 @@ pub(crate) enum Content {
 /// The bytes of a storage.
 pub(crate) struct Medium {
     visible: Vec<u8>,
+    /// At least as long as `visible`; longer where a crash may bring back what was cut off.
     durable: Vec<u8>,
+    /// The length that a crash leaves, unless it leaves the visible one.
+    durable_len: usize,
     status: Vec<ExtentStatus>,
     /// Counts what landed on each sector.
     version: Vec<u64>,
@@ -44,6 +48,7 @@ impl Medium {
         let sectors = bytes.len().div_ceil(usize_from(SECTOR));
         let mut medium = Self {
             durable: bytes.clone(),
+            durable_len: bytes.len(),
             visible: bytes,
             status: vec![ExtentStatus::Hole; sectors],
             version: vec![0; sectors],
@@ -64,7 +69,39 @@ impl Medium {
     }
 
     pub(crate) fn durable(&self) -> &[u8] {
-        &self.durable
+        &self.durable[..self.durable_len]
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        u64_from(self.visible.len())
+    }
+
+    /// Cuts or lengthens what is read. No request that reaches beyond the new end may be under way.
+    pub(crate) fn set_size(&mut self, size: u64) {
+        let (old, new) = (self.visible.len(), usize_from(size));
+        if new > old {
+            // Lengths become durable in order: when this one is, what an earlier one cut off is gone.
+            self.durable_len = self.durable_len.min(old);
+            self.durable.truncate(old);
+            self.durable.resize(new, 0);
+        }
+        self.visible.resize(new, 0);
+        let sectors = new.div_ceil(usize_from(SECTOR));
+        self.status.resize(sectors, ExtentStatus::Hole);
+        // The versions of sectors that are gone stay: a flush that began before must not bring back what they held.
+        let known = self.version.len().max(sectors);
+        self.version.resize(known, 0);
+        self.durable_version.resize(known, 0);
+        let edge = old.min(new) / usize_from(SECTOR);
+        if self.cached.contains(&edge) && edge < sectors {
+            self.persist_sector(edge);
+        }
+        for sector in edge..known {
+            self.version[sector] += 1;
+            self.durable_version[sector] = self.version[sector];
+        }
+        self.cached.retain(|sector| *sector < sectors);
+        self.lost.retain(|sector| *sector < sectors);
     }
 
     fn bytes_of(&self, sector: usize) -> std::ops::Range<usize> {
@@ -118,6 +155,10 @@ impl Medium {
         let bytes = self.bytes_of(sector);
         self.durable[bytes.clone()].copy_from_slice(&self.visible[bytes]);
         self.durable_version[sector] = self.version[sector];
+        if self.bytes_of(sector).end > self.durable_len {
+            // What cannot be read is not durable.
+            self.durable_len = self.visible.len();
+        }
         self.cached.remove(&sector);
         self.lost.remove(&sector);
     }
@@ -169,6 +210,7 @@ impl Medium {
                 self.durable_version[sector] = version;
             }
         }
+        self.durable_len = self.visible.len();
     }
 
     /// A flush fails: of all that is in the cache, some is durable, some stays, some is lost.
@@ -207,6 +249,8 @@ impl Medium {
                 left[bytes.clone()].copy_from_slice(&self.visible[bytes]);
             }
         }
+        let is_old = self.durable_len != self.visible.len() && random.chance(500);
+        left.truncate(if is_old { self.durable_len } else { self.visible.len() });
         left
     }
 
@@ -241,5 +285,64 @@ impl Medium {
             let pairs = one[bytes.clone()].iter().zip(&other[bytes]);
             pairs.enumerate().find(|(_, (a, b))| a != b).map(|(at, _)| start + u64_from(at))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> ByteRange {
+        ByteRange::from_bounds(start, end)
+    }
+
+    fn write(medium: &mut Medium, range: ByteRange, byte: u8) {
+        let data = bytes::Bytes::from(vec![byte; usize_from(range.len())]);
+        medium.land(range, range.offset(), &Content::Data(data));
+    }
+
+    /// What a hundred crashes leave: the lengths, and whether any left one of `bytes` behind `from`.
+    fn crashes(medium: &Medium, from: usize, byte: u8) -> (BTreeSet<usize>, bool) {
+        let left: Vec<_> = (0..100).map(|seed| medium.crash(&mut Random::new(seed))).collect();
+        let found = left.iter().any(|left| left.iter().skip(from).any(|found| *found == byte));
+        (left.iter().map(Vec::len).collect(), found)
+    }
+
+    #[test]
+    fn a_new_length_is_durable_after_a_flush_and_either_until_then() {
+        for (old, new) in [(4096, 10_000), (10_000, 4096)] {
+            let mut medium = Medium::new(vec![1; old]);
+            medium.set_size(u64_from(new));
+            assert_eq!((medium.visible().len(), medium.durable().len()), (new, old));
+            assert_eq!(crashes(&medium, 0, 9), ([old, new].into(), false));
+            let start = medium.flush_begins();
+            medium.flush_succeeds(start, &mut Random::new(1));
+            assert_eq!(medium.durable(), medium.visible());
+            assert_eq!(crashes(&medium, 0, 9), ([new].into(), false));
+        }
+    }
+
+    #[test]
+    fn what_was_cut_off_does_not_return_when_it_grows_again() {
+        let mut medium = Medium::new(vec![9; 4096]);
+        write(&mut medium, range(1024, 4096), 9);
+        let early_flush = medium.flush_begins();
+        medium.set_size(1000);
+        medium.set_size(4096);
+        assert!(medium.visible()[1000..].iter().all(|byte| *byte == 0));
+        medium.flush_succeeds(early_flush, &mut Random::new(1));
+        assert_eq!(crashes(&medium, 1000, 9), ([4096].into(), false));
+        let found = medium.extents(range(0, 4096), 9);
+        assert_eq!(found.last().unwrap().status, ExtentStatus::Hole);
+    }
+
+    #[test]
+    fn a_durable_write_behind_the_durable_end_makes_the_length_durable() {
+        let mut medium = Medium::new(vec![1; 512]);
+        medium.set_size(8192);
+        write(&mut medium, range(4096, 4608), 7);
+        medium.persist(range(4096, 4608));
+        assert_eq!(medium.durable().len(), 8192);
+        assert_eq!(crashes(&medium, 0, 7), ([8192].into(), true));
     }
 }

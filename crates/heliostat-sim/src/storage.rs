@@ -32,7 +32,6 @@ pub(crate) struct SimStorage {
     world: Arc<World>,
     /// What is due later holds it too.
     state: Arc<Mutex<State>>,
-    size: u64,
 }
 
 struct State {
@@ -71,7 +70,6 @@ impl SimStorage {
         world: Arc<World>,
         random: Random,
     ) -> Arc<Self> {
-        let size = u64_from(bytes.len());
         let forgets = profile.forgets;
         let medium = Medium::new(bytes);
         let state = State {
@@ -86,7 +84,7 @@ impl SimStorage {
             flush_failures: 0,
             forgets,
         };
-        Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)), size })
+        Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)) })
     }
 
     pub(crate) fn profile(&self) -> &Profile {
@@ -168,10 +166,10 @@ impl SimStorage {
 
     /// The node promises aligned requests that lie inside.
     fn check(&self, kind: Kind, range: ByteRange) {
-        let unit = u64::from(self.profile.block_size);
-        let aligned = range.offset().is_multiple_of(unit)
-            && (range.end().is_multiple_of(unit) || range.end() == self.size);
-        if range.end() > self.size || (!aligned && !matches!(kind, Kind::Flush | Kind::Extents)) {
+        let (unit, size) = (u64::from(self.profile.block_size), self.size());
+        let aligned =
+            range.offset().is_multiple_of(unit) && (range.end().is_multiple_of(unit) || range.end() == size);
+        if range.end() > size || (!aligned && !matches!(kind, Kind::Flush | Kind::Extents)) {
             self.world.fail(format!("{}: {kind:?} {range} is not aligned to {unit}, or outside", self.name));
         }
     }
@@ -312,12 +310,29 @@ impl Storage for SimStorage {
             read_only: false,
             can_discard: self.profile.can_discard,
             can_zero_fast: self.profile.can_zero_fast,
+            can_resize: true,
             remote: false,
         }
     }
 
     fn size(&self) -> u64 {
-        self.size
+        lock(&self.state).medium.size()
+    }
+
+    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        let begin = move |inline| {
+            let nowhere = ByteRange::from_bounds(0, 0);
+            self.carry_out(
+                (Kind::Resize, nowhere, inline),
+                |_, _| (),
+                move |state, good| {
+                    if good {
+                        state.medium.set_size(size);
+                    }
+                },
+            )
+        };
+        self.answer(begin)
     }
 
     fn allocated_size(&self) -> Option<u64> {

@@ -30,6 +30,7 @@ impl Storage for Nothing {
             read_only: false,
             can_discard: false,
             can_zero_fast: false,
+            can_resize: false,
             remote: false,
         }
     }

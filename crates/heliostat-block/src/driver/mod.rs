@@ -4,20 +4,29 @@
 //! it with ranges that lie inside and are aligned to its block size.
 
 pub mod null;
+pub mod qcow2;
 pub mod raw;
+
+use std::io;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::blocks::Below;
 use crate::buffer::Buffer;
+use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
 
+pub use qcow2::Qcow2;
 pub use raw::Raw;
 
 /// How a node keeps its bytes.
 pub enum Driver {
     /// One to one, in a window of a storage.
     Raw(Raw),
+    /// In clusters that are allocated as they are written, on top of another node.
+    Qcow2(Arc<Qcow2>),
 }
 
 impl Driver {
@@ -25,6 +34,7 @@ impl Driver {
     pub(crate) fn traits(&self) -> Traits {
         match self {
             Self::Raw(raw) => raw.traits(),
+            Self::Qcow2(qcow2) => qcow2.traits(),
         }
     }
 
@@ -32,6 +42,7 @@ impl Driver {
     pub(crate) fn size(&self) -> u64 {
         match self {
             Self::Raw(raw) => raw.size(),
+            Self::Qcow2(qcow2) => qcow2.size(),
         }
     }
 
@@ -39,25 +50,78 @@ impl Driver {
     pub(crate) fn allocated_size(&self) -> Option<u64> {
         match self {
             Self::Raw(raw) => raw.allocated_size(),
+            Self::Qcow2(qcow2) => qcow2.allocated_size(),
         }
     }
 
-    /// See [`crate::storage::Storage::read`].
-    pub(crate) fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
+    /// The node below, which holds what this one does not.
+    pub(crate) fn backing(&self) -> Option<&Arc<Node>> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(qcow2) => qcow2.backing(),
+        }
+    }
+
+    /// Leaves everything in order. Nobody may use it any more.
+    pub(crate) async fn close(&self) -> io::Result<()> {
+        match self {
+            Self::Raw(raw) => raw.flush().await,
+            Self::Qcow2(qcow2) => qcow2.close().await,
+        }
+    }
+
+    /// See [`crate::storage::Storage::flush`].
+    pub(crate) fn flush(&self) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.flush(),
+            Self::Qcow2(qcow2) => IoFuture::pending(qcow2.flush()),
+        }
+    }
+
+    /// See [`crate::storage::Storage::extents`].
+    pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        match self {
+            Self::Raw(raw) => raw.extents(range),
+            Self::Qcow2(qcow2) => qcow2.extents(range),
+        }
+    }
+
+    /// See [`crate::storage::Storage::start_writeback`].
+    pub(crate) fn start_writeback(&self, range: ByteRange) {
+        match self {
+            Self::Raw(raw) => raw.start_writeback(range),
+            Self::Qcow2(qcow2) => qcow2.start_writeback(range),
+        }
+    }
+}
+
+impl Below for Driver {
+    fn block_size(&self) -> u32 {
+        self.traits().block_size
+    }
+
+    fn end(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.end(),
+            Self::Qcow2(qcow2) => qcow2.size(),
+        }
+    }
+
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
         match self {
             Self::Raw(raw) => raw.read(offset, buffer),
+            Self::Qcow2(qcow2) => qcow2.read(offset, buffer),
         }
     }
 
-    /// See [`crate::storage::Storage::write`].
-    pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.write(offset, data, durability),
+            Self::Qcow2(qcow2) => qcow2.write(offset, data, durability),
         }
     }
 
-    /// See [`crate::storage::Storage::write_zeroes`].
-    pub(crate) fn write_zeroes(
+    fn write_zeroes(
         &self,
         range: ByteRange,
         space: ZeroSpace,
@@ -66,34 +130,14 @@ impl Driver {
     ) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.write_zeroes(range, space, effort, durability),
+            Self::Qcow2(qcow2) => qcow2.write_zeroes(range, space, durability),
         }
     }
 
-    /// See [`crate::storage::Storage::discard`].
-    pub(crate) fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.discard(range),
-        }
-    }
-
-    /// See [`crate::storage::Storage::flush`].
-    pub(crate) fn flush(&self) -> IoFuture<'_, ()> {
-        match self {
-            Self::Raw(raw) => raw.flush(),
-        }
-    }
-
-    /// See [`crate::storage::Storage::extents`].
-    pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        match self {
-            Self::Raw(raw) => raw.extents(range),
-        }
-    }
-
-    /// See [`crate::storage::Storage::start_writeback`].
-    pub(crate) fn start_writeback(&self, range: ByteRange) {
-        match self {
-            Self::Raw(raw) => raw.start_writeback(range),
+            Self::Qcow2(qcow2) => qcow2.discard(range),
         }
     }
 }

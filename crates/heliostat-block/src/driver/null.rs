@@ -42,6 +42,7 @@ impl Storage for NullStorage {
             read_only: false,
             can_discard: true,
             can_zero_fast: true,
+            can_resize: false,
             remote: false,
         }
     }

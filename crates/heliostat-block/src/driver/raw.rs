@@ -76,6 +76,11 @@ impl Raw {
         self.window.len()
     }
 
+    /// Where the last block of the storage ends: behind the window if the storage has become longer.
+    pub(crate) fn end(&self) -> u64 {
+        self.storage.size().saturating_sub(self.window.offset())
+    }
+
     pub(crate) fn allocated_size(&self) -> Option<u64> {
         self.storage.allocated_size()
     }

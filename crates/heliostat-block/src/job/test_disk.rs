@@ -164,6 +164,7 @@ impl Storage for Disk {
             read_only: false,
             can_discard: true,
             can_zero_fast: true,
+            can_resize: false,
             remote: false,
         }
     }

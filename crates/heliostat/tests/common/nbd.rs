@@ -184,12 +184,18 @@ impl Storage for Memory {
             read_only: false,
             can_discard: true,
             can_zero_fast: true,
+            can_resize: true,
             remote: false,
         }
     }
 
     fn size(&self) -> u64 {
         self.bytes.lock().unwrap().len().try_into().unwrap()
+    }
+
+    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        self.bytes.lock().unwrap().resize(index(size), 0);
+        IoFuture::ready(Ok(()))
     }
 
     fn allocated_size(&self) -> Option<u64> {

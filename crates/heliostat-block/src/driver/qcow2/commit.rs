@@ -1,0 +1,257 @@
+//! Bringing changed tables to the file, in the order that a crash at any moment needs.
+//!
+//! | step | what is written | because |
+//! |---|---|---|
+//! | 1 | refcount blocks, then, after a flush, refcount table entries of new ones | a table entry must not point to what is not there |
+//! | 2 | a flush | guest data and reference counts are durable before a mapping names them |
+//! | 3 | L2 tables, a flush | a table's entries are durable before the table is linked |
+//! | 4 | L1 entries, a flush | |
+//! | 5 | nothing: references to what is unmapped now end, in memory, to be written in step 1 of the next commit | what the medium still names must not be given to anybody |
+//!
+//! So a crash leaves at most clusters that are counted and not used. One commit runs at a time; who asks for a flush
+//! meanwhile shares the next.
+
+use std::io;
+use std::mem;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+use futures_util::stream;
+
+use super::Qcow2;
+use super::slices::Kind;
+use super::state::{Limbo, State, numbers_len, write_numbers};
+use crate::convert::{u64_from, usize_from};
+use crate::range::ByteRange;
+
+/// Writes of tables that are under way at once.
+const WRITES_AT_ONCE: usize = 16;
+
+/// Where the header says where the refcount table is, and how long.
+const REFCOUNT_TABLE_WORDS: u64 = 48;
+
+/// Neighbouring slices are written together, up to this length.
+const WRITE_LEN_MAX: usize = 1 << 20;
+
+/// What one commit writes, as it was when the commit began.
+struct Batch {
+    number: u64,
+    refcounts: Vec<(u64, Bytes)>,
+    /// Changed entries of the refcount table, or all of it in another place.
+    refcount_table: Vec<(u64, Bytes)>,
+    /// The header's new words about the refcount table.
+    moved: Option<Bytes>,
+    l2: Vec<(u64, Bytes)>,
+    l1: Vec<(u64, Bytes)>,
+    limbo: Vec<Limbo>,
+    /// Whoever entered later sees nothing of what is in `limbo`.
+    epoch: u64,
+    l1_dirty: Vec<u64>,
+    table_dirty: Vec<u64>,
+}
+
+/// Which commits there were.
+#[derive(Default)]
+pub(crate) struct Commits {
+    /// The number of the last that began.
+    begun: u64,
+    /// The last that ended well.
+    durable: u64,
+    /// Whether one is under way.
+    pub(crate) is_running: bool,
+    /// What is unmapped for good, and may still be read by requests of that epoch or before.
+    passing: Vec<(u64, Limbo)>,
+}
+
+impl State {
+    fn take_batch(&mut self) -> Batch {
+        self.commits.begun += 1;
+        self.commits.is_running = true;
+        let entry = |at: u64, number: u64| (at, Bytes::copy_from_slice(&number.to_be_bytes()));
+        let table = self.header.refcount_table;
+        let table_dirty: Vec<_> = mem::take(&mut self.refcount_table_dirty).into_iter().collect();
+        let l1_dirty: Vec<_> = mem::take(&mut self.l1_dirty).into_iter().collect();
+        let is_moved = mem::take(&mut self.refcount_table_moved);
+        let refcount_table = if is_moved {
+            vec![(table.offset, Bytes::from(write_numbers(self.refcount_table.iter().copied())))]
+        } else {
+            table_dirty
+                .iter()
+                .map(|index| entry(table.offset + index * 8, self.refcount_table[usize_from(*index)]))
+                .collect()
+        };
+        let moved = is_moved
+            .then(|| Bytes::from([&table.offset.to_be_bytes()[..], &table.len.to_be_bytes()[..]].concat()));
+        debug_assert!(
+            !is_moved || numbers_len(self.refcount_table.len()) <= self.header.refcount_table_range().len()
+        );
+        let l1_at = self.header.l1.offset;
+        let l1 =
+            l1_dirty.iter().map(|index| entry(l1_at + index * 8, self.l1[usize_from(*index)].0)).collect();
+        Batch {
+            number: self.commits.begun,
+            refcounts: self.slices.take_dirty(Kind::Refcounts),
+            refcount_table,
+            moved,
+            l2: self.slices.take_dirty(Kind::L2),
+            l1,
+            limbo: mem::take(&mut self.limbo),
+            epoch: self.epochs.turn(),
+            l1_dirty,
+            table_dirty,
+        }
+    }
+
+    /// Takes note of how a commit ended.
+    fn end_batch(&mut self, batch: Batch, is_durable: bool) {
+        self.commits.is_running = false;
+        let starts = batch.refcounts.iter().chain(&batch.l2).map(|(start, _)| *start);
+        if is_durable {
+            self.slices.durable(starts);
+            self.commits.durable = batch.number;
+            let epoch = batch.epoch;
+            self.commits.passing.extend(batch.limbo.into_iter().map(|limbo| (epoch, limbo)));
+        } else {
+            self.slices.failed(starts);
+            self.l1_dirty.extend(batch.l1_dirty);
+            self.refcount_table_dirty.extend(batch.table_dirty);
+            self.refcount_table_moved |= batch.moved.is_some();
+            self.limbo.extend(batch.limbo);
+        }
+    }
+
+    /// Takes what nobody uses any more, neither on the medium nor in memory.
+    fn take_passed(&mut self) -> Vec<Limbo> {
+        let all = mem::take(&mut self.commits.passing);
+        let (passed, passing): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|(epoch, _)| self.epochs.has_passed(*epoch));
+        self.commits.passing = passing;
+        passed.into_iter().map(|(_, limbo)| limbo).collect()
+    }
+}
+
+/// A commit under way. Dropped before its end, it has failed: what it was to write is written again.
+struct Running<'a> {
+    driver: &'a Qcow2,
+    batch: Option<Batch>,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if let Some(batch) = self.batch.take() {
+            self.driver.lock().end_batch(batch, false);
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Makes everything durable that has ended before this call.
+    pub(crate) async fn flush(&self) -> io::Result<()> {
+        let begun = self.lock().commits.begun;
+        let _turn = self.turn.lock(ByteRange::from_bounds(0, 1)).await;
+        // One that began after this call, and ended well, has done it.
+        if self.lock().commits.durable > begun {
+            return Ok(());
+        }
+        let batch = self.lock().take_batch();
+        let mut running = Running { driver: self, batch: Some(batch) };
+        if let Some(batch) = &running.batch {
+            self.write_batch(batch).await?;
+        }
+        if let Some(batch) = running.batch.take() {
+            self.lock().end_batch(batch, true);
+        }
+        self.release_passed().await;
+        Ok(())
+    }
+
+    /// Writes tables where so much is changed that there would soon be no room for more.
+    pub(crate) async fn make_room(&self) -> io::Result<()> {
+        if self.lock().slices.wants_commit() { self.flush().await } else { Ok(()) }
+    }
+
+    async fn write_batch(&self, batch: &Batch) -> io::Result<()> {
+        self.write_all(&batch.refcounts).await?;
+        if !batch.refcount_table.is_empty() {
+            self.file.flush().await?;
+            self.write_all(&batch.refcount_table).await?;
+            if let Some(words) = &batch.moved {
+                self.file.flush().await?;
+                self.file.write(REFCOUNT_TABLE_WORDS, words.clone()).await?;
+            }
+        }
+        if let Some(data) = &self.data_file {
+            data.flush().await?;
+        }
+        self.file.flush().await?;
+        if !batch.l2.is_empty() {
+            self.write_all(&batch.l2).await?;
+            self.file.flush().await?;
+        }
+        if !batch.l1.is_empty() {
+            self.write_all(&batch.l1).await?;
+            self.file.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes pieces of the image file, neighbours together, several at once.
+    async fn write_all(&self, pieces: &[(u64, Bytes)]) -> io::Result<()> {
+        let mut writes = stream::iter(joined(pieces).into_iter().map(|(at, data)| self.file.write(at, data)))
+            .buffer_unordered(WRITES_AT_ONCE);
+        let mut failed = Ok(());
+        while let Some(written) = writes.next().await {
+            failed = failed.and(written);
+        }
+        failed
+    }
+
+    /// Ends references to what is unmapped for good, and gives its space back.
+    async fn release_passed(&self) {
+        let passed = self.lock().take_passed();
+        for Limbo { clusters, discard } in passed {
+            for cluster in clusters {
+                // An error leaves a cluster that is counted and not used: a check gives it back.
+                let Ok(count) = self.attempt(|state| state.refcount(cluster)).await else { continue };
+                if discard && count == 1 {
+                    // Before it can be anybody else's.
+                    let range = self.lock().clusters(cluster, 1);
+                    self.file.discard(range).await;
+                }
+                let _ = self.attempt(|state| state.drop_reference(cluster)).await;
+            }
+        }
+    }
+}
+
+/// Joins pieces that follow each other.
+fn joined(pieces: &[(u64, Bytes)]) -> Vec<(u64, Bytes)> {
+    let mut joined = Vec::new();
+    let mut run: Option<(u64, BytesMut)> = None;
+    for (at, data) in pieces {
+        if let Some((start, bytes)) = &mut run
+            && *start + u64_from(bytes.len()) == *at
+            && bytes.len() + data.len() <= WRITE_LEN_MAX
+        {
+            bytes.extend_from_slice(data);
+            continue;
+        }
+        joined.extend(run.replace((*at, BytesMut::from(&data[..]))));
+    }
+    joined.extend(run);
+    joined.into_iter().map(|(at, bytes)| (at, bytes.freeze())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_joined_and_others_are_not() {
+        let piece = |at, len: usize| (at, Bytes::from(vec![1; len]));
+        let all = joined(&[piece(0, 10), piece(10, 5), piece(20, 5)]);
+        assert_eq!(all, [piece(0, 15), piece(20, 5)]);
+        let long = joined(&[piece(0, WRITE_LEN_MAX), piece(u64_from(WRITE_LEN_MAX), 1)]);
+        assert_eq!(long.len(), 2);
+    }
+}

@@ -1,0 +1,282 @@
+//! qcow2: images that grow as they are written, on top of others. [`Qcow2`] is the driver.
+//!
+//! Written from the public specification (QEMU's `docs/interop/qcow2`) and from what QEMU's tools are seen to do.
+//!
+//! The tables are in [`state`], in memory, behind one lock that is never held across I/O. A request looks there
+//! where its bytes are, does its I/O without the lock, and changes the tables when its data is there. What the tables
+//! need from the file is loaded on demand; what is changed goes back in [`commit`], in an order that leaves a sound
+//! image whenever it stops.
+
+mod commit;
+mod compressed;
+pub mod entry;
+pub mod error;
+mod extents;
+pub mod file;
+pub mod header;
+mod in_flight;
+pub mod layout;
+mod open;
+mod read;
+mod refcount;
+mod slices;
+pub mod snapshot;
+mod state;
+mod write;
+mod zero;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use self::error::Corruption;
+use self::file::ImageFile;
+use self::header::{Compression, Header, incompatible};
+use self::layout::Layout;
+use self::slices::Kind;
+use self::state::{Attempt, Obstacle, State};
+use crate::node::Node;
+use crate::range::ByteRange;
+use crate::range_lock::RangeLock;
+use crate::storage::{Traits, ZeroSpace};
+
+pub use open::{CACHE_MAX, OpenOptions};
+
+/// An open image. Used from any thread.
+pub struct Qcow2 {
+    layout: Layout,
+    read_only: bool,
+    compression: Compression,
+    is_data_file_raw: bool,
+    size: u64,
+    file: ImageFile,
+    /// Where guest data is, if not in `file`.
+    data_file: Option<ImageFile>,
+    backing: Option<Arc<Node>>,
+    /// Held for look-ups and changes, never across I/O.
+    state: Mutex<State>,
+    /// Slices that are being loaded, by their place.
+    loading: RangeLock,
+    /// L1 entries for which a table is being made, by number.
+    linking: RangeLock,
+    /// Held by the commit that is under way.
+    turn: RangeLock,
+}
+
+/// A request that has looked at the mapping: what it saw is not used anew before it has ended.
+pub(crate) struct Visit<'a> {
+    driver: &'a Qcow2,
+    epoch: u64,
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        self.driver.lock().epochs.leave(self.epoch);
+    }
+}
+
+/// Slices that stay in memory while something is tried.
+struct Pins<'a> {
+    driver: &'a Qcow2,
+    starts: Vec<u64>,
+}
+
+impl Drop for Pins<'_> {
+    fn drop(&mut self) {
+        if !self.starts.is_empty() {
+            let mut state = self.driver.lock();
+            self.starts.iter().for_each(|start| state.slices.unpin(*start));
+        }
+    }
+}
+
+impl Qcow2 {
+    /// The image's header, as it is now.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        self.lock().header.clone()
+    }
+
+    /// What is below it.
+    #[must_use]
+    pub const fn backing(&self) -> Option<&Arc<Node>> {
+        self.backing.as_ref()
+    }
+
+    /// What was found wrong since it was opened, if anything was.
+    #[must_use]
+    pub fn corruption(&self) -> Option<Corruption> {
+        self.lock().corrupt.clone()
+    }
+
+    pub(crate) fn traits(&self) -> Traits {
+        let file = self.data().storage().traits();
+        let entries_say_zero = self.layout.version >= 3 && !self.is_data_file_raw;
+        Traits {
+            read_only: self.read_only,
+            can_discard: true,
+            can_zero_fast: entries_say_zero || file.can_zero_fast,
+            can_resize: false,
+            preferred_size: u32::try_from(self.layout.cluster_size()).unwrap_or(file.preferred_size),
+            ..file
+        }
+    }
+
+    pub(crate) const fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(crate) fn allocated_size(&self) -> Option<u64> {
+        let data = match &self.data_file {
+            Some(file) => file.storage().allocated_size()?,
+            None => 0,
+        };
+        Some(self.file.storage().allocated_size()? + data)
+    }
+
+    /// Makes everything durable and cuts off what the file was made longer ahead of need. Nobody may use the image
+    /// any more.
+    ///
+    /// # Errors
+    /// The first of the flush and the cut.
+    pub async fn close(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        // What is unmapped is given back once that is durable, and that has to be written, too.
+        self.flush().await?;
+        if self.lock().is_changed() {
+            self.flush().await?;
+        }
+        let (is_sound, end) = {
+            let state = self.lock();
+            (state.corrupt.is_none(), state.used_end << self.layout.cluster_bits)
+        };
+        if is_sound && end < self.file.size() && self.file.storage().traits().can_resize {
+            self.file.set_size(end).await?;
+        }
+        Ok(())
+    }
+
+    /// The file of the guest's data.
+    fn data(&self) -> &ImageFile {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    fn backing_size(&self) -> u64 {
+        self.backing.as_ref().map_or(0, |backing| backing.size())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tries something under the lock until nothing stands in its way.
+    async fn attempt<T>(&self, mut what: impl FnMut(&mut State) -> Attempt<T>) -> io::Result<T> {
+        let mut pins = Pins { driver: self, starts: Vec::new() };
+        loop {
+            let tried = what(&mut self.lock());
+            match tried {
+                Ok(done) => return Ok(done),
+                Err(Obstacle::Load(start, kind)) => {
+                    self.load(start, kind).await?;
+                    self.lock().slices.pin(start);
+                    pins.starts.push(start);
+                }
+                Err(obstacle) => self.overcome(obstacle).await?,
+            }
+        }
+    }
+
+    /// Does what has to happen before something can be tried again.
+    ///
+    /// # Errors
+    /// When it cannot be done at all.
+    async fn overcome(&self, obstacle: Obstacle) -> io::Result<()> {
+        match obstacle {
+            Obstacle::Load(start, kind) => self.load(start, kind).await,
+            Obstacle::Wait(listener) => {
+                listener.await;
+                Ok(())
+            }
+            Obstacle::NeedsTable(index) => self.make_table(index).await,
+            Obstacle::Fail(error) => {
+                let found = error.get_ref().and_then(|inner| inner.downcast_ref::<Corruption>()).cloned();
+                if let Some(corruption) = found {
+                    self.mark_corrupt(corruption).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn load(&self, start: u64, kind: Kind) -> io::Result<()> {
+        let slice = {
+            let size = self.lock().slices.slice_size();
+            ByteRange::from_bounds(start, start.saturating_add(size))
+        };
+        let _held = self.loading.lock(slice).await;
+        if self.lock().slices.contains(start) {
+            return Ok(());
+        }
+        // Whoever wants to change it waits for this, too: so it cannot be older than what others have.
+        let bytes = self.file.read(slice).await?;
+        self.lock().slices.insert(start, kind, bytes.to_vec());
+        Ok(())
+    }
+
+    /// Gives the L1 entry of that number an L2 table of its own: an empty one, or a copy of one that a snapshot
+    /// uses too.
+    async fn make_table(&self, index: u64) -> io::Result<()> {
+        let _held = self.linking.lock(ByteRange::from_bounds(index, index + 1)).await;
+        let layout = self.layout;
+        let guest = index * layout.l2_coverage();
+        let old = self.lock().l1_entry(guest);
+        let shared = old.table(layout)?;
+        if shared.is_some() && old.is_copied() {
+            return Ok(());
+        }
+        let run = Box::pin(self.attempt(|state| state.allocate(1))).await?;
+        let host = self.lock().clusters(run.first, 1);
+        let written = async {
+            match shared {
+                Some(table) => {
+                    let from = ByteRange::from_bounds(table, table + layout.cluster_size());
+                    let copy = self.file.read(from).await?;
+                    self.file.write(host.offset(), copy.freeze()).await
+                }
+                None if run.fresh => self.file.grow_to(host.end()).await,
+                None => self.file.write_zeroes(host, ZeroSpace::Keep).await,
+            }
+        };
+        if let Err(error) = written.await {
+            let _ = Box::pin(self.attempt(|state| state.drop_reference(run.first))).await;
+            return Err(error);
+        }
+        let mut state = self.lock();
+        state.link_table(index, host.offset());
+        if let Some(table) = shared {
+            state.tables.remove(&layout.cluster_index(table));
+            state.drop_later([layout.cluster_index(table)], false);
+        }
+        Ok(())
+    }
+
+    /// Sees to it that nothing is written any more, and says so in the image.
+    async fn mark_corrupt(&self, corruption: Corruption) {
+        let word = {
+            let mut state = self.lock();
+            let is_new = state.header.incompatible & incompatible::CORRUPT == 0;
+            state.corrupt.get_or_insert(corruption);
+            if self.read_only || self.layout.version < 3 || !is_new {
+                return;
+            }
+            state.header.incompatible |= incompatible::CORRUPT;
+            state.header.incompatible.to_be_bytes()
+        };
+        // Whoever found it gets an error in any case.
+        let _ = self.file.write(open::INCOMPATIBLE_WORD, Bytes::copy_from_slice(&word)).await;
+        let _ = self.file.flush().await;
+    }
+}

@@ -1,0 +1,438 @@
+//! Writing: prepare a mapping, write the data, commit the mapping.
+//!
+//! A write to clusters that are this image's alone goes in place. Others get new host clusters first: the guest
+//! range is entered among the allocations in flight, data and what has to be copied around it is written without any
+//! lock, then the mapping is changed in memory. So it becomes visible only when the data is there, and durable (see
+//! [`super::commit`]) only after it.
+
+use std::io;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+
+use super::entry::{Cluster, Standard};
+use super::read::{Segment, Source, segments_of};
+use super::refcount::Run;
+use super::state::{Attempt, Obstacle, State};
+use super::{Qcow2, Visit};
+use crate::buffer::Buffer;
+use crate::convert::{u64_from, usize_from};
+use crate::range::ByteRange;
+use crate::storage::{Durability, IoFuture, ZeroSpace};
+
+/// Parts of one request that are written side by side.
+const STEPS_AT_ONCE: usize = 16;
+
+/// Gaps of this many bytes and less are filled from memory, together with the data, in one write.
+const FILLED_FROM_MEMORY: u64 = 256 << 10;
+
+/// What the first part of a write comes to.
+pub(crate) enum Step {
+    /// It goes where its clusters are.
+    InPlace {
+        range: ByteRange,
+        host: u64,
+    },
+    Allocate(Allocation),
+}
+
+/// A write to clusters whose mapping will change. Entered among the allocations in flight.
+pub(crate) struct Allocation {
+    /// Guest clusters, whole; the last may reach beyond the disk.
+    pub(crate) clusters: ByteRange,
+    /// What the guest writes there.
+    write: ByteRange,
+    /// What will be data afterwards: the write, and around it what shares its units of allocation.
+    hull: ByteRange,
+    /// Where `clusters` will be, in the file of the guest's data.
+    host: u64,
+    /// The clusters that were taken for it, if they are new.
+    run: Option<Run>,
+    /// What is in `hull` and not in `write`.
+    gaps: Vec<Segment>,
+    /// What the entry said, or all of them.
+    old: Cluster,
+}
+
+impl State {
+    /// Says what the first part of a write to `range` comes to, and takes what it needs.
+    pub(crate) fn plan_write(&mut self, range: ByteRange, backing: u64) -> Attempt<Step> {
+        self.check_sound()?;
+        let layout = self.layout;
+        let guest = layout.cluster_start(range.offset());
+        let first = ByteRange::from_bounds(guest, guest + layout.cluster_size());
+        self.check_free(first)?;
+        let old = self.cluster(guest)?;
+        if let Some(host) = self.host_in_place(old, range.intersection(first).unwrap_or(range)) {
+            return self.plan_in_place(range, host);
+        }
+        self.check_table(guest)?;
+        let allocation = match old {
+            Cluster::Standard(Standard { host: None, .. }) => self.plan_new(range, old)?,
+            Cluster::Standard(Standard { host: Some(host), copied, .. }) if copied || self.is_external() => {
+                self.plan_kept(range, old, host)
+            }
+            _ => self.plan_moved(range, old)?,
+        };
+        self.allocations.enter(allocation.clusters);
+        Ok(Step::Allocate(Allocation { gaps: self.gaps(&allocation, backing), ..allocation }))
+    }
+
+    /// That nobody is about to change the mapping of `clusters`.
+    pub(crate) fn check_free(&self, clusters: ByteRange) -> Attempt<()> {
+        match self.allocations.first_in(clusters) {
+            Some(_) => Err(Obstacle::Wait(self.allocations.listen())),
+            None => Ok(()),
+        }
+    }
+
+    /// Where `part` of a cluster can be written in place.
+    fn host_in_place(&self, cluster: Cluster, part: ByteRange) -> Option<u64> {
+        let layout = self.layout;
+        let Cluster::Standard(Standard { host: Some(host), copied: true, data, .. }) = cluster else {
+            return None;
+        };
+        let within = layout.in_cluster(part.offset());
+        let bits = layout.subclusters_of(ByteRange::from_bounds(within, within + part.len()));
+        (data & bits == bits).then_some(host + within)
+    }
+
+    /// The longest part of a write that goes in place in one piece, of which the first cluster does at `host`.
+    fn plan_in_place(&mut self, range: ByteRange, host: u64) -> Attempt<Step> {
+        let layout = self.layout;
+        let size = layout.cluster_size();
+        let mut end = layout.cluster_start(range.offset()) + size;
+        while end < range.end() {
+            let next = ByteRange::from_bounds(end, end + size);
+            let part = ByteRange::from_bounds(end, next.end().min(range.end()));
+            if self.check_free(next).is_err() {
+                break;
+            }
+            // Whatever stands in the way is met when its turn comes.
+            let Ok(cluster) = self.cluster(end) else { break };
+            if self.host_in_place(cluster, part) != Some(host + (end - range.offset())) {
+                break;
+            }
+            end = next.end();
+        }
+        let range = ByteRange::from_bounds(range.offset(), end.min(range.end()));
+        if !self.is_external() {
+            self.check_overlap(ByteRange::from_bounds(host, host + range.len()))?;
+        }
+        Ok(Step::InPlace { range, host })
+    }
+
+    /// New clusters where there are none: as many at once as follow each other on both sides.
+    fn plan_new(&mut self, range: ByteRange, old: Cluster) -> Attempt<Allocation> {
+        let layout = self.layout;
+        let size = layout.cluster_size();
+        let guest = layout.cluster_start(range.offset());
+        let end = range.end().next_multiple_of(size).min(self.slice_end(guest));
+        let mut count = 1;
+        while guest + count * size < end {
+            let next = guest + count * size;
+            let is_alike = self.check_free(ByteRange::from_bounds(next, next + size)).is_ok()
+                && self.cluster(next).is_ok_and(|cluster| cluster == old);
+            if !is_alike {
+                break;
+            }
+            count += 1;
+        }
+        let (host, run) = if self.is_external() {
+            (guest, None)
+        } else {
+            let run = self.allocate(count)?;
+            count = run.count;
+            (run.first << layout.cluster_bits, Some(run))
+        };
+        let clusters = ByteRange::from_bounds(guest, guest + count * size);
+        let write = range.intersection(clusters).unwrap_or(range);
+        let hull = write.widen(layout.unit(), u64::MAX);
+        Ok(Allocation { clusters, write, hull, host, run, gaps: Vec::new(), old })
+    }
+
+    /// The cluster's own host cluster, of which the write needs more subclusters than hold data.
+    fn plan_kept(&self, range: ByteRange, old: Cluster, host: u64) -> Allocation {
+        let layout = self.layout;
+        let guest = layout.cluster_start(range.offset());
+        let clusters = ByteRange::from_bounds(guest, guest + layout.cluster_size());
+        let write = range.intersection(clusters).unwrap_or(range);
+        let wide = write.widen(layout.unit(), u64::MAX);
+        // What is data already may be written in place by others meanwhile, and is left alone.
+        let is_data = |at: u64| self.host_in_place(old, ByteRange::from_bounds(at, at + 1)).is_some();
+        let start = if is_data(write.offset()) { write.offset() } else { wide.offset() };
+        let end = if is_data(write.end() - 1) { write.end() } else { wide.end() };
+        let hull = ByteRange::from_bounds(start, end);
+        Allocation { clusters, write, hull, host, run: None, gaps: Vec::new(), old }
+    }
+
+    /// A new cluster in the place of one that others use too, or that is compressed.
+    fn plan_moved(&mut self, range: ByteRange, old: Cluster) -> Attempt<Allocation> {
+        let layout = self.layout;
+        let guest = layout.cluster_start(range.offset());
+        let clusters = ByteRange::from_bounds(guest, guest + layout.cluster_size());
+        let write = range.intersection(clusters).unwrap_or(range);
+        let run = self.allocate(1)?;
+        let data = match old {
+            Cluster::Compressed(_) => layout.all_subclusters(),
+            Cluster::Standard(standard) => standard.data,
+        };
+        let wide = write.widen(layout.unit(), u64::MAX);
+        let unit = layout.unit();
+        let first = guest + u64::from(data.trailing_zeros()) * unit;
+        let last = guest + u64::from(32 - data.leading_zeros()) * unit;
+        let hull = if data == 0 {
+            wide
+        } else {
+            ByteRange::from_bounds(wide.offset().min(first), wide.end().max(last))
+        };
+        let host = run.first << layout.cluster_bits;
+        Ok(Allocation { clusters, write, hull, host, run: Some(run), gaps: Vec::new(), old })
+    }
+
+    /// What is in the hull and not in the write. What lies beyond the disk, or below it where nothing is, is zero.
+    fn gaps(&self, allocation: &Allocation, backing: u64) -> Vec<Segment> {
+        let layout = self.layout;
+        let Allocation { write, hull, old, .. } = allocation;
+        let head = ByteRange::from_bounds(hull.offset(), write.offset());
+        let tail = ByteRange::from_bounds(write.end(), hull.end());
+        let mut gaps = Vec::new();
+        for gap in [head, tail] {
+            let inside = ByteRange::from_bounds(gap.offset(), gap.end().min(self.header.size));
+            gaps.extend(segments_of(*old, layout, inside).into_iter().map(|mut segment| {
+                if segment.source == Source::Backing && segment.range.offset() >= backing {
+                    segment.source = Source::Zero;
+                }
+                segment
+            }));
+            let beyond = ByteRange::from_bounds(gap.offset().max(self.header.size), gap.end());
+            if !beyond.is_empty() {
+                gaps.push(Segment { range: beyond, source: Source::Zero });
+            }
+        }
+        gaps
+    }
+
+    /// The data is there: changes the mapping.
+    fn finish_write(&mut self, allocation: &Allocation) -> Attempt<()> {
+        let layout = self.layout;
+        let Allocation { clusters, hull, host, old, .. } = allocation;
+        self.check_sound()?;
+        self.check_table(clusters.offset())?;
+        let kept = match old {
+            Cluster::Standard(standard) if standard.host == Some(*host) => standard.data,
+            _ => 0,
+        };
+        let zero = match old {
+            Cluster::Standard(standard) => standard.zero,
+            Cluster::Compressed(_) => 0,
+        };
+        for guest in (clusters.offset()..clusters.end()).step_by(usize_from(layout.cluster_size())) {
+            let cluster = ByteRange::from_bounds(guest, guest + layout.cluster_size());
+            let part = cluster.intersection(*hull).unwrap_or(ByteRange::from_bounds(0, 0));
+            let within = layout.in_cluster(part.offset());
+            let bits = layout.subclusters_of(ByteRange::from_bounds(within, within + part.len()));
+            let standard = Standard {
+                host: Some(host + (guest - clusters.offset())),
+                copied: true,
+                data: kept | bits,
+                zero: zero & !bits,
+            };
+            self.set_cluster(guest, standard.encode(layout))?;
+        }
+        if allocation.run.is_some() {
+            self.drop_cluster(*old, false);
+        }
+        Ok(())
+    }
+
+    /// The entry that said `old` no longer does: its host clusters are referenced once less.
+    pub(crate) fn drop_cluster(&mut self, old: Cluster, discard: bool) {
+        let layout = self.layout;
+        if self.is_external() {
+            return;
+        }
+        match old {
+            Cluster::Standard(Standard { host: Some(host), .. }) => {
+                self.drop_later([layout.cluster_index(host)], discard);
+            }
+            Cluster::Standard(_) => {}
+            Cluster::Compressed(compressed) => {
+                let (first, last) = compressed.host_clusters(layout);
+                self.drop_later(first..=last, false);
+            }
+        }
+    }
+
+    /// The data could not be written: gives the clusters back, which nothing names.
+    fn abandon(&mut self, run: Run) -> Attempt<()> {
+        for cluster in run.first..run.first + run.count {
+            // Each obstacle comes before the first change.
+            self.refcount(cluster)?;
+        }
+        for cluster in run.first..run.first + run.count {
+            self.drop_reference(cluster)?;
+        }
+        Ok(())
+    }
+}
+
+/// An allocation in flight. Dropped, it is over: what was not finished is lost space, until a check gives it back.
+struct InFlight<'a> {
+    driver: &'a Qcow2,
+    allocation: Allocation,
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.driver.lock().allocations.leave(self.allocation.clusters);
+    }
+}
+
+/// A part of a write that is ready to be carried out.
+enum Part<'a> {
+    InPlace { range: ByteRange, host: u64, _visit: Visit<'a> },
+    Allocate(InFlight<'a>),
+}
+
+impl Qcow2 {
+    pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        let range = ByteRange::from_bounds(offset, offset + u64_from(data.len()));
+        if let Some((host, visit)) = self.try_in_place(range, durability) {
+            return match self.data().write_now(host, data, durability) {
+                ready @ IoFuture::Ready(_) => ready,
+                IoFuture::Pending(writing) => IoFuture::pending(async move {
+                    let _visit = visit;
+                    writing.await
+                }),
+            };
+        }
+        IoFuture::pending(self.write_in_parts(range, data, durability))
+    }
+
+    /// Where all of a write goes in place, if it does, and is durable when its data is where that is asked for.
+    fn try_in_place(&self, range: ByteRange, durability: Durability) -> Option<(u64, Visit<'_>)> {
+        let mut state = self.lock();
+        if range.is_empty() || (durability == Durability::Fua && state.is_changed()) {
+            return None;
+        }
+        let layout = self.layout;
+        let guest = layout.cluster_start(range.offset());
+        let first = ByteRange::from_bounds(guest, guest + layout.cluster_size());
+        state.check_sound().and_then(|()| state.check_free(first)).ok()?;
+        let cluster = state.cluster(guest).ok()?;
+        let host = state.host_in_place(cluster, range.intersection(first)?)?;
+        match state.plan_in_place(range, host) {
+            Ok(Step::InPlace { range: all, host }) if all == range => {
+                Some((host, Visit { driver: self, epoch: state.epochs.enter() }))
+            }
+            _ => None,
+        }
+    }
+
+    async fn write_in_parts(&self, range: ByteRange, data: Bytes, durability: Durability) -> io::Result<()> {
+        self.make_room().await?;
+        let mut rest = range;
+        while !rest.is_empty() {
+            let mut parts = Vec::new();
+            while !rest.is_empty() && parts.len() < STEPS_AT_ONCE {
+                match self.next_part(rest) {
+                    Ok(part) => {
+                        rest = ByteRange::from_bounds(part.range().end(), rest.end());
+                        parts.push(part);
+                    }
+                    // Whoever waits must hold nothing: others may wait for it.
+                    Err(obstacle) if parts.is_empty() => self.overcome(obstacle).await?,
+                    Err(_) => break,
+                }
+            }
+            let written = join_all(parts.into_iter().map(|part| {
+                let from = usize_from(part.range().offset() - range.offset());
+                let data = data.slice(from..from + usize_from(part.range().len()));
+                self.write_part(part, data)
+            }));
+            written.await.into_iter().collect::<io::Result<()>>()?;
+        }
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush().await,
+        }
+    }
+
+    fn next_part(&self, range: ByteRange) -> Attempt<Part<'_>> {
+        let mut state = self.lock();
+        Ok(match state.plan_write(range, self.backing_size())? {
+            Step::InPlace { range, host } => {
+                let visit = Visit { driver: self, epoch: state.epochs.enter() };
+                Part::InPlace { range, host, _visit: visit }
+            }
+            Step::Allocate(allocation) => Part::Allocate(InFlight { driver: self, allocation }),
+        })
+    }
+
+    async fn write_part(&self, part: Part<'_>, data: Bytes) -> io::Result<()> {
+        let in_flight = match part {
+            Part::InPlace { host, _visit, .. } => {
+                return self.data().write_now(host, data, Durability::Cached).await;
+            }
+            Part::Allocate(in_flight) => in_flight,
+        };
+        let allocation = &in_flight.allocation;
+        let written = self.write_allocated(allocation, data).await;
+        let finished = match written {
+            Ok(()) => self.attempt(|state| state.finish_write(allocation)).await,
+            Err(error) => Err(error),
+        };
+        if let (Err(_), Some(run)) = (&finished, allocation.run) {
+            // Where even that fails, the space is lost until a check gives it back.
+            let _ = self.attempt(|state| state.abandon(run)).await;
+        }
+        finished
+    }
+
+    /// Writes the data, and around it what becomes data with it.
+    async fn write_allocated(&self, allocation: &Allocation, data: Bytes) -> io::Result<()> {
+        let Allocation { clusters, write, hull, host, gaps, run, .. } = allocation;
+        let file = self.data();
+        let at = |guest: u64| host + (guest - clusters.offset());
+        let is_zero = gaps.iter().all(|gap| gap.source == Source::Zero);
+        let is_fresh = run.is_some_and(|run| run.fresh);
+        if gaps.is_empty() || (is_zero && is_fresh) {
+            file.grow_to(at(clusters.end())).await?;
+            return file.write_now(at(write.offset()), data, Durability::Cached).await;
+        }
+        let gap_len: u64 = gaps.iter().map(|gap| gap.range.len()).sum();
+        if is_zero && gap_len > FILLED_FROM_MEMORY {
+            for gap in gaps {
+                let range = ByteRange::from_bounds(at(gap.range.offset()), at(gap.range.end()));
+                file.write_zeroes(range, ZeroSpace::Keep).await?;
+            }
+            return file.write(at(write.offset()), data).await;
+        }
+        let mut whole = Buffer::zeroed(usize_from(hull.len()));
+        let place = |range: ByteRange| {
+            usize_from(range.offset() - hull.offset())..usize_from(range.end() - hull.offset())
+        };
+        let (head, tail): (Vec<_>, Vec<_>) =
+            gaps.iter().copied().partition(|gap| gap.range.end() <= write.offset());
+        for gap in [head, tail].iter().filter(|gap| !gap.is_empty()) {
+            let range = ByteRange::from_bounds(
+                gap.first().map_or(0, |first| first.range.offset()),
+                gap.last().map_or(0, |last| last.range.end()),
+            );
+            let old = self.read_segments(gap, Buffer::zeroed(usize_from(range.len()))).await?;
+            whole[place(range)].copy_from_slice(&old);
+        }
+        whole[place(*write)].copy_from_slice(&data);
+        file.write(at(hull.offset()), whole.freeze()).await
+    }
+}
+
+impl Part<'_> {
+    fn range(&self) -> ByteRange {
+        match self {
+            Self::InPlace { range, .. } => *range,
+            Self::Allocate(in_flight) => in_flight.allocation.write,
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Write-zeroes and discard: changes of the mapping, without data wherever the format can say it.
+//!
+//! What reads as zero already is left alone. Space that is given back is used anew only when the mapping without it
+//! is durable and nobody reads it any more (see [`super::commit`]).
+
+use std::io;
+
+use super::Qcow2;
+use super::entry::{Cluster, Standard};
+use super::read::{Source, segments_of};
+use super::state::{Attempt, State};
+use crate::buffer::Buffer;
+use crate::convert::usize_from;
+use crate::range::ByteRange;
+use crate::storage::{Durability, IoFuture, ZeroSpace};
+
+/// Clusters that are changed at once, while the lock is held: some tens of microseconds.
+const CLUSTERS_AT_ONCE: u64 = 512;
+
+/// Zeroes that are written as data, in pieces of so many bytes.
+const ZEROES_LEN: u64 = 1 << 20;
+
+/// What becomes of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    /// It reads as zero.
+    Zero(ZeroSpace),
+    /// It is not needed. It reads as zero where the image can say so.
+    Discard,
+}
+
+impl State {
+    /// Changes the mapping of the first clusters of `range`, which is aligned to units of allocation; says how far.
+    fn change(&mut self, range: ByteRange, change: Change, backing: u64) -> Attempt<u64> {
+        self.check_sound()?;
+        let mut at = range.offset();
+        for _ in 0..CLUSTERS_AT_ONCE {
+            if at >= range.end() {
+                break;
+            }
+            match self.change_cluster(ByteRange::from_bounds(at, range.end()), change, backing) {
+                Ok(end) => at = end,
+                // What is done is done; the rest comes with the next call.
+                Err(obstacle) if at == range.offset() => return Err(obstacle),
+                Err(_) => break,
+            }
+        }
+        Ok(at.min(range.end()))
+    }
+
+    /// Changes the mapping of the cluster in which `range` begins; says how far it is dealt with.
+    fn change_cluster(&mut self, range: ByteRange, change: Change, backing: u64) -> Attempt<u64> {
+        let layout = self.layout;
+        let guest = layout.cluster_start(range.offset());
+        let cluster = ByteRange::from_bounds(guest, guest + layout.cluster_size());
+        let part = cluster.intersection(range).unwrap_or(cluster);
+        let is_below = guest < backing;
+        if !is_below && self.l1_entry(guest).table(layout)?.is_none() {
+            // Nothing here, nothing below: a table for it would say no more.
+            return Ok((layout.l1_index(guest) + 1).saturating_mul(layout.l2_coverage()).min(range.end()));
+        }
+        self.check_free(cluster)?;
+        let old = self.cluster(guest)?;
+        if let Some(new) = changed(old, part, change, self, is_below) {
+            self.check_table(guest)?;
+            self.set_cluster(guest, new.encode(layout))?;
+            let keeps_host = matches!(old, Cluster::Standard(standard) if standard.host == new.host);
+            if !keeps_host {
+                self.drop_cluster(old, true);
+            }
+        }
+        Ok(cluster.end().min(range.end()))
+    }
+}
+
+/// What an entry says afterwards; `None` where it says the right thing already.
+fn changed(old: Cluster, part: ByteRange, change: Change, state: &State, is_below: bool) -> Option<Standard> {
+    let layout = state.layout;
+    let within = layout.in_cluster(part.offset());
+    let bits = layout.subclusters_of(ByteRange::from_bounds(within, within + part.len()));
+    let is_whole = bits == layout.all_subclusters();
+    let nothing = if layout.version < 3 { Standard::default() } else { Standard::zero(layout) };
+    let standard = match old {
+        Cluster::Compressed(_) => return is_whole.then_some(nothing),
+        Cluster::Standard(standard) => standard,
+    };
+    if standard.is_unallocated() && standard.host.is_none() && !is_below {
+        return None;
+    }
+    let keeps = change == Change::Zero(ZeroSpace::Keep) && standard.copied && !state.is_external();
+    let new = if is_whole && !keeps {
+        nothing
+    } else {
+        Standard { data: standard.data & !bits, zero: standard.zero | bits, ..standard }
+    };
+    // A host cluster in an external data file is where the guest's is: nothing is kept by naming it.
+    (new != standard).then_some(new)
+}
+
+impl Qcow2 {
+    pub(crate) fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move {
+            self.make_room().await?;
+            if self.layout.version < 3 || self.is_data_file_raw {
+                self.zero_without_entries(range, space).await?;
+            } else {
+                self.zero_with_entries(range, space).await?;
+            }
+            match durability {
+                Durability::Cached => Ok(()),
+                Durability::Fua => self.flush().await,
+            }
+        })
+    }
+
+    pub(crate) fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move {
+            self.make_room().await?;
+            let whole = self.whole_units(range, self.layout.cluster_size());
+            if whole.is_empty() || (self.layout.version < 3 && self.backing.is_some()) {
+                // Version 2 cannot say "zero": what is below would come back.
+                return Ok(());
+            }
+            if let Some(data) = &self.data_file {
+                if self.is_data_file_raw {
+                    return data.write_zeroes(whole, ZeroSpace::MayUnmap).await;
+                }
+                self.change(whole, Change::Discard).await?;
+                data.discard(whole).await;
+                return Ok(());
+            }
+            self.change(whole, Change::Discard).await
+        })
+    }
+
+    /// The units of allocation inside `range`; the disk's last may be short.
+    fn whole_units(&self, range: ByteRange, unit: u64) -> ByteRange {
+        let start = range.offset().next_multiple_of(unit);
+        let end = if range.end() >= self.size() {
+            range.end().next_multiple_of(unit)
+        } else {
+            range.end() & !(unit - 1)
+        };
+        ByteRange::from_bounds(start, end)
+    }
+
+    async fn change(&self, range: ByteRange, change: Change) -> io::Result<()> {
+        let mut at = range.offset();
+        while at < range.end() {
+            let rest = ByteRange::from_bounds(at, range.end());
+            at = self.attempt(|state| state.change(rest, change, self.backing_size())).await?;
+            if self.lock().slices.wants_commit() {
+                self.make_room().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn zero_with_entries(&self, range: ByteRange, space: ZeroSpace) -> io::Result<()> {
+        let middle = self.whole_units(range, self.layout.unit());
+        if middle.offset() >= range.end() {
+            return self.zero_part(range).await;
+        }
+        let head = ByteRange::from_bounds(range.offset(), middle.offset());
+        let tail = ByteRange::from_bounds(middle.end(), range.end());
+        for edge in [head, tail] {
+            self.zero_part(edge).await?;
+        }
+        if middle.is_empty() {
+            return Ok(());
+        }
+        // Part of a compressed cluster cannot be zero by itself.
+        let clusters = self.whole_units(middle, self.layout.cluster_size());
+        let edges = if clusters.is_empty() {
+            let at = self.layout.cluster_start(middle.end() - 1).max(middle.offset());
+            [ByteRange::from_bounds(middle.offset(), at), ByteRange::from_bounds(at, middle.end())]
+        } else {
+            [
+                ByteRange::from_bounds(middle.offset(), clusters.offset()),
+                ByteRange::from_bounds(clusters.end(), middle.end()),
+            ]
+        };
+        for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
+            let guest = self.layout.cluster_start(edge.offset());
+            match self.attempt(|state| state.cluster(guest)).await? {
+                Cluster::Compressed(_) => self.write_as_zeroes(edge).await?,
+                Cluster::Standard(_) => self.change(edge, Change::Zero(space)).await?,
+            }
+        }
+        self.change(clusters, Change::Zero(space)).await
+    }
+
+    /// Zeroes a part of a unit of allocation: all of the unit, where the rest of it is zero already.
+    async fn zero_part(&self, range: ByteRange) -> io::Result<()> {
+        if range.is_empty() || self.reads_zero(range).await? {
+            return Ok(());
+        }
+        self.write_as_zeroes(range).await
+    }
+
+    /// Says whether the image knows that `range`, which lies in one cluster, reads as zero.
+    async fn reads_zero(&self, range: ByteRange) -> io::Result<bool> {
+        let layout = self.layout;
+        let guest = layout.cluster_start(range.offset());
+        let cluster = self
+            .attempt(|state| {
+                state.check_free(ByteRange::from_bounds(guest, guest + layout.cluster_size()))?;
+                state.cluster(guest)
+            })
+            .await?;
+        let end = (guest + layout.cluster_size()).min(range.end());
+        let segments = segments_of(cluster, layout, ByteRange::from_bounds(range.offset(), end));
+        let is_zero = |at: u64, source: Source| match source {
+            Source::Zero => true,
+            Source::Backing => at >= self.backing_size(),
+            Source::Host(_) | Source::Compressed(_) => false,
+        };
+        Ok(end == range.end() && segments.iter().all(|part| is_zero(part.range.offset(), part.source)))
+    }
+
+    async fn write_as_zeroes(&self, range: ByteRange) -> io::Result<()> {
+        for piece in range.pieces(ZEROES_LEN) {
+            let zeroes = Buffer::zeroed(usize_from(piece.len())).freeze();
+            self.write(piece.offset(), zeroes, Durability::Cached).await?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes where entries cannot say so: version 2, or an external data file that must be a raw image by itself.
+    async fn zero_without_entries(&self, range: ByteRange, space: ZeroSpace) -> io::Result<()> {
+        let layout = self.layout;
+        let may_unmap = space == ZeroSpace::MayUnmap && self.backing.is_none() && self.data_file.is_none();
+        let mut at = range.offset();
+        while at < range.end() {
+            let cluster = ByteRange::from_bounds(
+                layout.cluster_start(at),
+                layout.cluster_start(at) + layout.cluster_size(),
+            );
+            let end = cluster.end().min(range.end());
+            let part = ByteRange::from_bounds(at, end);
+            let is_whole = part.offset() == cluster.offset() && (end == cluster.end() || end == self.size());
+            at = end;
+            if self.reads_zero(part).await? {
+                continue;
+            }
+            if is_whole && may_unmap {
+                self.change(cluster, Change::Discard).await?;
+            } else {
+                self.write_as_zeroes(part).await?;
+                if let (Some(data), true) = (&self.data_file, space == ZeroSpace::MayUnmap) {
+                    // The mapping says "data" now, and a hole in the data file reads as zero.
+                    data.write_zeroes(part, space).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
