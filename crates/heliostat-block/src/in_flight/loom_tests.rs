@@ -1,5 +1,5 @@
 //! The gate and the count, in all interleavings that loom knows up to a bound. A wake-up that is lost shows as a
-//! deadlock, which loom reports.
+//! deadlock, which loom reports; it ends the whole test run, since both threads panic.
 
 use loom::future::block_on;
 use loom::sync::Arc;
@@ -7,11 +7,11 @@ use loom::thread;
 
 use super::*;
 
-/// All interleavings with up to two forced switches between threads, or `LOOM_MAX_PREEMPTIONS`: what wakes whom
+/// All interleavings with up to six forced switches between threads, or `LOOM_MAX_PREEMPTIONS`: what wakes whom
 /// is a lock and a list inside `event-listener`, which makes many small steps of each of ours.
 fn model(work: impl Fn() + Send + Sync + 'static) {
     let mut model = loom::model::Builder::new();
-    model.preemption_bound = model.preemption_bound.or(Some(2));
+    model.preemption_bound = model.preemption_bound.or(Some(6));
     model.check(work);
 }
 
