@@ -354,7 +354,8 @@ impl Node {
                 append(&mut merged, extent);
                 continue;
             }
-            let inside = ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
+            let inside =
+                ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
             let mut at = inside.offset();
             while at < inside.end() {
                 if merged.len() >= EXTENTS_MAX {

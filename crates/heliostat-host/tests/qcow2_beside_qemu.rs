@@ -107,7 +107,8 @@ fn scene(random: &mut Random, direct: bool) -> Scene {
     let path = folder.path().join("image.qcow2");
     let version = if random.chance(25) { 2 } else { 3 };
     let cluster = random.pick(&[512_u64, 1024, 4096, 16 << 10, 64 << 10, 64 << 10, 64 << 10, 2 << 20]);
-    let size = (1 + random.below(8)) * (1 << 20) + if random.chance(50) { 512 * random.below(300) } else { 0 };
+    let size =
+        (1 + random.below(8)) * (1 << 20) + if random.chance(50) { 512 * random.below(300) } else { 0 };
     let mut options = format!("cluster_size={cluster},compat={}", if version == 2 { "0.10" } else { "1.1" });
     let mut data_file = None;
     let mut backing = None;
@@ -179,7 +180,8 @@ fn compress(random: &mut Random, scene: &mut Scene) {
     if scene.version == 3 && random.chance(50) {
         options += ",compression_type=zstd";
     }
-    run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &options, text(&scene.path), text(&packed)]).unwrap();
+    run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &options, text(&scene.path), text(&packed)])
+        .unwrap();
     scene.path = packed;
     scene.backing = None;
     scene.options = options + " compressed";
@@ -274,7 +276,11 @@ async fn carry_out(node: &Arc<Node>, operation: Operation, model: &[u8]) {
             let buffer = Buffer::copy_of(&vec![0xee; usize_from(range.len())]);
             let read = tracked.read(range.offset(), buffer).await.unwrap();
             let expected = &model[usize_from(range.offset())..usize_from(range.end())];
-            assert!(read[..] == *expected, "{range} reads wrong: first at {:?}", first_difference(&read, expected));
+            assert!(
+                read[..] == *expected,
+                "{range} reads wrong: first at {:?}",
+                first_difference(&read, expected)
+            );
         }
     }
 }
@@ -305,7 +311,9 @@ async fn play(random: &mut Random, scene: &mut Scene) {
             let range = operation.range();
             let place = usize_from(range.offset())..usize_from(range.end());
             match operation {
-                Operation::Write(_, seed) => scene.model[place].copy_from_slice(&pattern(seed, range.len(), 0)),
+                Operation::Write(_, seed) => {
+                    scene.model[place].copy_from_slice(&pattern(seed, range.len(), 0))
+                }
                 Operation::Zero(..) => scene.model[place].fill(0),
                 Operation::Discard(_) => settle_discard(&node, range, &mut scene.model).await,
                 Operation::Read(_) => {}

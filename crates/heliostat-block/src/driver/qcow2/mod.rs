@@ -7,8 +7,10 @@
 //! need from the file is loaded on demand; what is changed goes back in [`commit`], in an order that leaves a sound
 //! image whenever it stops.
 
+pub mod check;
 mod commit;
 mod compressed;
+pub mod create;
 pub mod entry;
 pub mod error;
 mod extents;

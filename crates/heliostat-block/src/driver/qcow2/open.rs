@@ -196,7 +196,8 @@ impl State {
         }
         for entry in &self.l1 {
             if let Some(table) = entry.table(layout)? {
-                places.push((ByteRange::from_bounds(table, table + layout.cluster_size()), "active L2 table"));
+                places
+                    .push((ByteRange::from_bounds(table, table + layout.cluster_size()), "active L2 table"));
             }
         }
         for block in self.refcount_table.iter().filter(|block| **block != 0) {

@@ -153,8 +153,7 @@ impl State {
         let l1 = self.l1_entry(guest);
         match l1.table(layout)? {
             Some(table) if l1.is_copied() => {
-                let start =
-                    self.slices.start_of(table + layout.l2_index(guest) * layout.l2_entry_size());
+                let start = self.slices.start_of(table + layout.l2_index(guest) * layout.l2_entry_size());
                 self.slice(start, Kind::L2).map(|_| ())
             }
             _ => Err(Obstacle::NeedsTable(layout.l1_index(guest))),

@@ -54,7 +54,6 @@ pub(crate) struct Allocation {
     old: Cluster,
 }
 
-
 impl State {
     /// Says what the first part of a write to `range` comes to, and takes what it needs.
     pub(crate) fn plan_write(&mut self, range: ByteRange, backing: u64) -> Attempt<Step> {

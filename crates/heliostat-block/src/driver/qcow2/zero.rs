@@ -5,10 +5,10 @@
 
 use std::io;
 
+use super::Qcow2;
 use super::entry::{Cluster, Standard};
 use super::read::{Source, segments_of};
 use super::state::{Attempt, State};
-use super::Qcow2;
 use crate::buffer::Buffer;
 use crate::convert::usize_from;
 use crate::range::ByteRange;
