@@ -102,6 +102,11 @@ pub(super) async fn tables(
     Ok(file.flush().await?)
 }
 
+/// Where an L1 table stands.
+fn l1_range(table: Table) -> ByteRange {
+    ByteRange::from_bounds(table.offset, table.offset.saturating_add(u64::from(table.len) * 8))
+}
+
 struct Mender<'a> {
     file: &'a ImageFile,
     examination: &'a Examination,
@@ -114,15 +119,26 @@ impl Mender<'_> {
         self.examination.references.is_outside(offset, len)
     }
 
+    /// Says whether no snapshot's L1 table can be there: outside, or where the active disk has its tables. Where the two
+    /// contradict each other it is the active disk that is kept.
+    fn is_taken(&self, range: ByteRange) -> bool {
+        let Examination { header, l2_tables, .. } = self.examination;
+        let clusters = range.widen(self.layout.cluster_size(), u64::MAX);
+        let mut active = l2_tables
+            .range(clusters.offset()..clusters.end().max(clusters.offset()))
+            .filter(|(at, uses)| uses.active > 0 && self.layout.in_cluster(**at) == 0);
+        range.offset() < self.layout.cluster_size()
+            || self.is_outside(range.offset(), range.len())
+            || clusters.overlaps(header.l1_range())
+            || active.next().is_some()
+    }
+
     /// Gives up snapshots without an L1 table, and completes the rest. Returns what is left.
     async fn snapshots(&mut self) -> Result<SnapshotTable, FormatError> {
         let Examination { header, snapshots, .. } = self.examination;
         let mut left = snapshots.clone();
         left.entries.retain(|entry| {
-            let l1 = entry.l1;
-            l1.offset != 0
-                && l1_problem(l1, self.layout).is_none()
-                && !self.examination.references.is_outside(l1.offset, u64::from(l1.len) * 8)
+            l1_problem(entry.l1, self.layout).is_none() && !self.is_taken(l1_range(entry.l1))
         });
         let lost = snapshots.entries.len() - left.entries.len();
         let is_outside = self.is_outside(header.snapshots.offset, snapshots.len) && snapshots.len > 0;
@@ -138,16 +154,17 @@ impl Mender<'_> {
     /// Mends the L1 tables. Returns the L2 tables that they still name.
     async fn l1_tables(&mut self, tables: &[Table]) -> Result<BTreeMap<u64, Uses>, FormatError> {
         let mut kept = self.examination.l2_tables.clone();
-        // Where an L1 table or the header is, no L2 table can be.
+        // Where the header or the active L1 table is, no L2 table can be.
         let header = ByteRange::from_bounds(0, self.layout.cluster_size());
-        let l1_range =
-            |table: &Table| ByteRange::from_bounds(table.offset, table.offset + u64::from(table.len) * 8);
-        let taken: Vec<ByteRange> = std::iter::once(header).chain(tables.iter().map(l1_range)).collect();
+        let taken = [header, self.examination.header.l1_range()];
         let mut lost = Vec::new();
-        for (offset, _) in &kept {
+        for (offset, uses) in &kept {
             let range = cluster_at(*offset, self.layout);
             let is_taken = taken.iter().any(|taken| taken.overlaps(range));
-            if is_taken || self.layout.in_cluster(*offset) != 0 || self.is_refcounts(*offset).await? {
+            if is_taken
+                || self.layout.in_cluster(*offset) != 0
+                || self.is_something_else(*offset, *uses).await?
+            {
                 lost.push(*offset);
             }
         }
@@ -160,13 +177,10 @@ impl Mender<'_> {
         Ok(kept)
     }
 
-    /// Says whether an L2 table is none, but a part of the reference counts.
-    async fn is_refcounts(&self, offset: u64) -> Result<bool, FormatError> {
-        let examination = self.examination;
-        let table = examination.header.refcount_table_range();
-        let is_named = table.overlaps(cluster_at(offset, self.layout))
-            || examination.refcounts.entries.contains(&offset);
-        if !is_named {
+    /// Says whether what an L1 entry names is no L2 table: its cluster is used for something else, a guest's data say,
+    /// and makes no sense as a table. It is not to be mended as one.
+    async fn is_something_else(&self, offset: u64, uses: Uses) -> Result<bool, FormatError> {
+        if self.examination.references.uses(self.layout.cluster_index(offset)) == uses.all {
             return Ok(false);
         }
         let words = read_numbers(&self.file.read(cluster_at(offset, self.layout)).await?);
@@ -174,7 +188,7 @@ impl Mender<'_> {
     }
 
     async fn l1_table(&mut self, table: Table, kept: &BTreeMap<u64, Uses>) -> Result<(), FormatError> {
-        let range = ByteRange::from_bounds(table.offset, table.offset + u64::from(table.len) * 8);
+        let range = l1_range(table);
         if self.is_outside(range.offset(), range.len()) || table.offset < self.layout.cluster_size() {
             return Ok(());
         }

@@ -137,9 +137,14 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
 fn has_no_l1_table(examination: &Examination) -> bool {
     let Examination { header, references, .. } = examination;
     let range = header.l1_range();
+    let layout = header.layout;
+    // A table that is longer than the disk needs, and reaches into what is in use, has a wrong length.
+    let needed = range.offset() + layout.l1_entries_for(header.size) * 8;
+    let mut beyond = needed.div_ceil(layout.cluster_size())..range.end().div_ceil(layout.cluster_size());
     let is_lost = references.is_outside(range.offset(), range.len())
-        || range.offset() < header.layout.cluster_size()
-        || range.offset() == header.refcount_table.offset;
+        || range.offset() < layout.cluster_size()
+        || range.offset() == header.refcount_table.offset
+        || beyond.any(|cluster| references.uses(cluster) > 1);
     is_lost && !range.is_empty()
 }
 
