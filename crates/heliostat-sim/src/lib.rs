@@ -11,6 +11,7 @@
 mod bench;
 mod faults;
 mod guest;
+mod lanes;
 mod medium;
 mod operator;
 mod oracle;

@@ -64,8 +64,8 @@ fn main() -> ExitCode {
     }
     let seen = *search.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     println!(
-        "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met",
-        seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors
+        "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met; {} requests by lanes",
+        seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors, seen.on_lanes
     );
     let skipped = count - passed - u64::try_from(failed.len()).unwrap_or(0);
     println!("{passed} passed, {} failed, {skipped} skipped", failed.len());

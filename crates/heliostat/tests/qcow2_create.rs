@@ -143,7 +143,7 @@ fn sizes_are_rounded_and_bounded_as_qemu_img_does() {
     }
     let folder = folder();
     for (size, bytes) in
-        [("0", 0), ("1", 512), ("513", 1024), ("1000", 1024), ("1025k", 1025 << 10), ("16T", 16 << 40)]
+        [("0", 0), ("1", 512), ("513", 1024), ("1000", 1024), ("1025k", 1025 << 10), ("16T", 16_u64 << 40)]
     {
         assert!(ours(folder.path(), "disk", size, "", &["--force"]).status.success(), "{size}");
         assert_eq!(info(&folder.path().join("disk"))["virtual-size"], bytes, "{size}");

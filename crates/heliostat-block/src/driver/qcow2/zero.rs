@@ -106,16 +106,20 @@ impl Qcow2 {
     ) -> IoFuture<'_, ()> {
         IoFuture::pending(async move {
             self.make_room().await?;
-            if self.layout.version < 3 || self.is_data_file_raw {
-                self.zero_without_entries(range, space).await?;
-            } else {
-                self.zero_with_entries(range, space).await?;
-            }
+            self.zero(range, space).await?;
             match durability {
                 Durability::Cached => Ok(()),
                 Durability::Fua => self.flush().await,
             }
         })
+    }
+
+    pub(crate) async fn zero(&self, range: ByteRange, space: ZeroSpace) -> io::Result<()> {
+        if self.layout.version < 3 || self.is_data_file_raw {
+            self.zero_without_entries(range, space).await
+        } else {
+            self.zero_with_entries(range, space).await
+        }
     }
 
     pub(crate) fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
