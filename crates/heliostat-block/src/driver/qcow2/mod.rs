@@ -9,8 +9,10 @@
 
 pub mod bitmap_directory;
 mod bitmaps;
+pub mod check;
 mod commit;
 mod compressed;
+pub mod create;
 pub mod entry;
 pub mod error;
 mod extension;
