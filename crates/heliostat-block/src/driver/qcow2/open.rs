@@ -117,8 +117,10 @@ impl Qcow2 {
             free_hint: 0,
             fresh_from: layout.clusters_for(size),
             used_end: layout.clusters_for(size),
+            file_end: size,
             tables: BTreeMap::new(),
             commits: Commits::default(),
+            haunted: BTreeSet::new(),
             corrupt: None,
             header,
         };
@@ -196,7 +198,8 @@ impl State {
         }
         for entry in &self.l1 {
             if let Some(table) = entry.table(layout)? {
-                places.push((ByteRange::from_bounds(table, table + layout.cluster_size()), "active L2 table"));
+                places
+                    .push((ByteRange::from_bounds(table, table + layout.cluster_size()), "active L2 table"));
             }
         }
         for block in self.refcount_table.iter().filter(|block| **block != 0) {
