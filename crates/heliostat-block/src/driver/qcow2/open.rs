@@ -121,8 +121,10 @@ impl Qcow2 {
             free_hint: 0,
             fresh_from: layout.clusters_for(size),
             used_end: layout.clusters_for(size),
+            file_end: size,
             tables: BTreeMap::new(),
             commits: Commits::default(),
+            haunted: BTreeSet::new(),
             corrupt: None,
             header,
         };
