@@ -7,6 +7,7 @@
 mod error;
 mod events;
 mod exports;
+mod gate;
 mod jobs;
 mod lanes;
 mod mirror;
@@ -26,7 +27,10 @@ pub use events::{Event, Happening, Subscription, Watch};
 pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
 pub use jobs::JobEntry;
 pub use mirror::MirrorSpec;
-pub use nodes::{CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Sharing};
+pub use gate::{Gate, Probing, resolved};
+pub use nodes::{
+    BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache,
+};
 pub use shutdown::ShutdownError;
 
 use events::Events;
@@ -39,6 +43,8 @@ use shutdown::Quit;
 /// The nodes, exports and jobs of one process. Used from any thread.
 pub struct Daemon {
     graph: Arc<Graph>,
+    /// What images may open.
+    gate: Gate,
     clock: Arc<dyn Clock>,
     events: Arc<Events>,
     /// Held by every call that adds or removes a node, an export or a job, so that what it has checked still
@@ -54,10 +60,17 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Makes a daemon without nodes.
+    /// Makes a daemon without nodes, whose images open nothing but what is in their own directories.
     #[must_use]
     pub fn new() -> Arc<Self> {
+        Self::with_gate(Gate::default())
+    }
+
+    /// Makes a daemon without nodes, whose images open other files through `gate`.
+    #[must_use]
+    pub fn with_gate(gate: Gate) -> Arc<Self> {
         Arc::new(Self {
+            gate,
             graph: Arc::default(),
             clock: Arc::new(RealClock::new()),
             events: Arc::default(),

@@ -83,12 +83,20 @@ pub fn run(peer: &Peer, script: &Script) -> Transcript {
 /// Goes through `script` with both daemons and fails where they differ, unless that is intended; and where they
 /// do not differ although that is said.
 pub fn compare(images: &[(&str, usize)], script: &Script) {
-    let Some(qemu) = Peer::qemu() else { return };
-    let ours = Peer::ours();
-    let [theirs, ours] = [&qemu, &ours].map(|peer| {
+    let prepare = |peer: &Peer| {
         for (name, size) in images {
             peer.image(name, *size);
         }
+    };
+    compare_after(prepare, script);
+}
+
+/// As [`compare`], after both folders have been prepared.
+pub fn compare_after(prepare: impl Fn(&Peer), script: &Script) {
+    let Some(qemu) = Peer::qemu() else { return };
+    let ours = Peer::ours();
+    let [theirs, ours] = [&qemu, &ours].map(|peer| {
+        prepare(peer);
         run(peer, script)
     });
     let steps = script.iter().filter(|step| !matches!(step, Step::Await(..)));
@@ -162,6 +170,28 @@ fn is_it(event: &Value, name: &str, of: &str) -> bool {
     is_of && (event["event"] == *name || data["status"] == *name)
 }
 
+/// Takes away what an image takes of its host, and what those take that it stands on.
+fn forget_space(image: &mut Value) {
+    if let Some(image) = image.as_object_mut() {
+        image.remove("actual-size");
+        if let Some(below) = image.get_mut("backing-image") {
+            forget_space(below);
+        }
+    }
+}
+
+/// The same with the keys of all objects in order.
+fn in_order(value: &Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let map: BTreeMap<_, _> = map.iter().map(|(key, value)| (key.clone(), in_order(value))).collect();
+            Value::Object(map.into_iter().collect())
+        }
+        Value::Array(list) => list.iter().map(in_order).collect(),
+        other => other.clone(),
+    }
+}
+
 /// Drops pairs of a pause and a going-on that QEMU says around the drains inside another command.
 fn drop_drains(events: &mut Vec<Value>) {
     let status = |event: &Value| event["data"]["status"].as_str().unwrap_or_default().to_owned();
@@ -198,9 +228,8 @@ fn comparable(command: &str, mut reply: Value) -> Value {
             "query-block-exports" => keep(item, &["node-name", "shutting-down", "type", "id"]),
             // Depends on the file system and the moment.
             "query-named-block-nodes" => {
-                if let Some(image) = item["image"].as_object_mut() {
-                    image.remove("actual-size");
-                }
+                forget_space(&mut item["image"]);
+                *item = in_order(item);
             }
             _ => {}
         }

@@ -134,6 +134,7 @@ impl Qcow2 {
             size: state.header.size,
             file,
             data_file: options.data_file.map(ImageFile::new),
+            lacks_backing: options.backing.is_none() && state.header.backing_file.is_some(),
             backing: options.backing,
             state: Mutex::new(state),
             loading: RangeLock::default(),
