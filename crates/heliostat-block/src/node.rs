@@ -4,6 +4,7 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{Driver, Qcow2};
+use crate::driver::{Driver, Preallocation, Qcow2};
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
@@ -74,7 +75,8 @@ pub struct Node {
     options: NodeOptions,
     /// Copied once: what clients negotiated must not change under them.
     traits: Traits,
-    size: u64,
+    /// Changed by a resize only, while nothing is in flight.
+    size: AtomicU64,
     in_flight: InFlight,
     /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
     watchers: RwLock<Watchers>,
@@ -87,14 +89,15 @@ impl Node {
     #[must_use]
     pub fn new(name: NodeName, driver: Driver, options: NodeOptions, clock: Arc<dyn Clock>) -> Arc<Self> {
         let traits = driver.traits();
+        let watchers = Watchers { bitmaps: driver.bitmaps(), doubling: None };
         Arc::new(Self {
             name,
-            size: driver.size(),
+            size: AtomicU64::new(driver.size()),
             blocks: Blocks::new(driver),
             options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
             traits,
             in_flight: InFlight::default(),
-            watchers: RwLock::default(),
+            watchers: RwLock::new(watchers),
             latencies: Latencies::default(),
             clock,
         })
@@ -108,14 +111,14 @@ impl Node {
 
     /// The virtual size in bytes.
     #[must_use]
-    pub const fn size(&self) -> u64 {
-        self.size
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
     }
 
     /// All of it.
     #[must_use]
-    pub const fn range(&self) -> ByteRange {
-        ByteRange::from_bounds(0, self.size)
+    pub fn range(&self) -> ByteRange {
+        ByteRange::from_bounds(0, self.size())
     }
 
     /// What its storage can do. Requests of any alignment are served all the same.
@@ -167,6 +170,22 @@ impl Node {
     #[must_use]
     pub fn backing(&self) -> Option<&Arc<Self>> {
         self.blocks.below().backing()
+    }
+
+    /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those
+    /// beyond the new end are refused. Clients that asked for the size before do not hear of it.
+    ///
+    /// # Errors
+    /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
+    pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
+        if self.options.read_only {
+            return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
+        }
+        let _drained = self.drain().await;
+        let resized = self.blocks.below().resize(size, preallocation).await;
+        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
@@ -375,7 +394,8 @@ impl Node {
                 append(&mut merged, extent);
                 continue;
             }
-            let inside = ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
+            let inside =
+                ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
             let mut at = inside.offset();
             while at < inside.end() {
                 if merged.len() >= EXTENTS_MAX {
@@ -414,7 +434,7 @@ impl Node {
 
     fn inside(&self, offset: u64, len: u64) -> Result<ByteRange, BlockError> {
         match ByteRange::new(offset, len) {
-            Ok(range) if range.end() <= self.size => Ok(range),
+            Ok(range) if range.end() <= self.size() => Ok(range),
             _ => Err(BlockError::new(ErrorKind::InvalidRequest, self.name.as_str(), None)),
         }
     }

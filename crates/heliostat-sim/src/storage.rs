@@ -2,7 +2,7 @@
 //! or be lost at a crash.
 //!
 //! What a request does to the bytes happens at moments drawn when it starts, whether or not anybody still
-//! waits for it: dropping its future does not stop it, as with a kernel. Two that overlap and are in flight at
+//! waits for it: dropping its future does not stop it, as a kernel may not either. Two that overlap and are in flight at
 //! once therefore land in either order, piece by piece.
 
 use std::future::Future;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::qcow2::{name_backing, qemu_img, try_qemu_img};
 use qmp::transcript::Step::{self, Differs, Do};
-use qmp::transcript::{Script, compare_after};
+use qmp::transcript::{Script, compare_on};
 use serde_json::{Value, json};
 
 fn file(image: &str) -> Value {
@@ -92,7 +92,7 @@ fn compare(script: &Script) {
             }
         }
     };
-    compare_after(prepare, script);
+    compare_on(script, prepare);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
@@ -12,7 +13,11 @@ use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, 
 /// A window of a storage.
 pub struct Raw {
     storage: Arc<dyn Storage>,
-    window: ByteRange,
+    start: u64,
+    /// Changed by a resize only.
+    len: AtomicU64,
+    /// Whether it is all of the storage, and ends where that does.
+    is_whole: bool,
     /// It must never begin as an image does.
     is_guarded: bool,
 }
@@ -45,8 +50,7 @@ impl Raw {
     /// All of `storage`.
     #[must_use]
     pub fn whole(storage: Arc<dyn Storage>) -> Self {
-        let window = ByteRange::from_bounds(0, storage.size());
-        Self { storage, window, is_guarded: false }
+        Self { start: 0, len: AtomicU64::new(storage.size()), is_whole: true, is_guarded: false, storage }
     }
 
     /// The same, but what would make its start look like an image is not written: for a disk that nobody said to be
@@ -75,11 +79,13 @@ impl Raw {
         if !aligned(window.offset()) || !aligned(window.end()) {
             return Err(WindowError::Unaligned { window, block_size });
         }
-        Ok(Self { storage, window, is_guarded: false })
+        let is_whole = window.offset() == 0 && window.end() == there;
+        let len = AtomicU64::new(window.len());
+        Ok(Self { start: window.offset(), len, is_whole, is_guarded: false, storage })
     }
 
     fn shifted(&self, range: ByteRange) -> ByteRange {
-        ByteRange::from_bounds(self.window.offset() + range.offset(), self.window.offset() + range.end())
+        ByteRange::from_bounds(self.start + range.offset(), self.start + range.end())
     }
 
     pub(crate) fn traits(&self) -> Traits {
@@ -89,12 +95,25 @@ impl Raw {
     /// Its length in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.window.len()
+        self.len.load(Ordering::Acquire)
     }
 
     /// Where the last block of the storage ends: behind the window if the storage has become longer.
     pub(crate) fn end(&self) -> u64 {
-        self.storage.size().saturating_sub(self.window.offset())
+        self.storage.size().saturating_sub(self.start)
+    }
+
+    /// Makes the storage `size` bytes long, and the window with it.
+    ///
+    /// # Errors
+    /// As [`Storage::set_size`]; `Unsupported` where it shows a part only.
+    pub(crate) async fn resize(&self, size: u64) -> io::Result<()> {
+        if !self.is_whole {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.storage.set_size(size).await?;
+        self.len.store(size, Ordering::Release);
+        Ok(())
     }
 
     pub(crate) fn allocated_size(&self) -> Option<u64> {
@@ -102,14 +121,14 @@ impl Raw {
     }
 
     pub(crate) fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
-        self.storage.read(self.window.offset() + offset, buffer)
+        self.storage.read(self.start + offset, buffer)
     }
 
     pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
         if self.is_guarded && forges(offset, &data) {
             return IoFuture::ready(Err(io::Error::from_raw_os_error(EPERM)));
         }
-        self.storage.write(self.window.offset() + offset, data, durability)
+        self.storage.write(self.start + offset, data, durability)
     }
 
     pub(crate) fn write_zeroes(
@@ -131,7 +150,7 @@ impl Raw {
     }
 
     pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        let start = self.window.offset();
+        let start = self.start;
         if start == 0 {
             return self.storage.extents(range);
         }

@@ -139,8 +139,9 @@ impl Mirror {
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
-            self.tell_figures(false);
-            match next_step(self.view()) {
+            let step = next_step(self.view());
+            self.tell_figures(step.is_said());
+            match step {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
@@ -213,9 +214,8 @@ impl Mirror {
                 self.take_in(done);
             }
             Step::BecomeReady => {
-                self.tell_figures(true);
                 self.job.become_status(JobStatus::Ready);
-                self.job.say(&JobEvent::Ready);
+                self.job.say(JobEvent::Ready);
             }
             Step::BecomePaused => self.job.become_status(match self.job.status() {
                 JobStatus::Ready => JobStatus::Standby,
@@ -231,9 +231,8 @@ impl Mirror {
                 });
             }
             Step::BecomePending => {
-                self.tell_figures(true);
                 if self.job.orders().end.is_some_and(|end| self.job.leave_ready(end)) {
-                    self.job.say(&JobEvent::Pending);
+                    self.job.say(JobEvent::Pending);
                 }
             }
             Step::CloseGate => {
@@ -372,13 +371,6 @@ impl Mirror {
         };
         let no_space = error.kind() == ErrorKind::NoSpace;
         let action = policy.action(no_space);
-        self.job.say(&JobEvent::Error {
-            operation,
-            action,
-            node: error.node().to_owned(),
-            range: error.range(),
-            errno: error.errno(),
-        });
         match action {
             ErrorAction::Report => {
                 self.failure.get_or_insert_with(|| error.to_string());
@@ -394,6 +386,14 @@ impl Mirror {
                 self.rest.begin(self.clock.now());
             }
         }
+        // Last: who hears of it may resume or finalize at once.
+        self.job.say(JobEvent::Error {
+            operation,
+            action,
+            node: error.node().to_owned(),
+            range: error.range(),
+            errno: error.errno(),
+        });
     }
 
     // ------------------------------------------------------------------ wait

@@ -213,7 +213,7 @@ mod tests {
         let daemon = with_two_nodes();
         let raw = |name: &str, offset, size, read_only| {
             let driver =
-                DriverSpec::Raw { file: Child::Named("source".to_owned()), offset, size: Some(size) };
+                DriverSpec::Raw { file: Child::Named("source".to_owned()), offset, size: Some(size), is_guess: false };
             NodeSpec { read_only, ..NodeSpec::new(Some(name.to_owned()), driver) }
         };
         daemon.add_node(&raw("first", 0, 4096, false)).unwrap();
@@ -231,7 +231,7 @@ mod tests {
     fn a_window_of_a_window_starts_where_the_first_one_does() {
         let daemon = Daemon::new();
         let raw = |name: &str, file, offset, size| {
-            NodeSpec::new(Some(name.to_owned()), DriverSpec::Raw { file, offset, size })
+            NodeSpec::new(Some(name.to_owned()), DriverSpec::Raw { file, offset, size, is_guess: false })
         };
         let below = Child::New(Box::new(null("disk", 1 << 20)));
         let node = daemon.add_node(&raw("first", below, 65536, None)).unwrap();

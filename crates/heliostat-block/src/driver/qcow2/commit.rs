@@ -80,12 +80,14 @@ impl State {
                 .map(|index| entry(table.offset + index * 8, self.refcount_table[usize_from(*index)]))
                 .collect()
         };
-        let moved = is_moved.then(|| {
-            Bytes::from([&table.offset.to_be_bytes()[..], &table.len.to_be_bytes()[..]].concat())
-        });
-        debug_assert!(!is_moved || numbers_len(self.refcount_table.len()) <= self.header.refcount_table_range().len());
+        let moved = is_moved
+            .then(|| Bytes::from([&table.offset.to_be_bytes()[..], &table.len.to_be_bytes()[..]].concat()));
+        debug_assert!(
+            !is_moved || numbers_len(self.refcount_table.len()) <= self.header.refcount_table_range().len()
+        );
         let l1_at = self.header.l1.offset;
-        let l1 = l1_dirty.iter().map(|index| entry(l1_at + index * 8, self.l1[usize_from(*index)].0)).collect();
+        let l1 =
+            l1_dirty.iter().map(|index| entry(l1_at + index * 8, self.l1[usize_from(*index)].0)).collect();
         Batch {
             number: self.commits.begun,
             refcounts: self.slices.take_dirty(Kind::Refcounts),

@@ -461,9 +461,9 @@ fn compression(incompatible: u64, kind: u8) -> Result<Compression, FormatError> 
     match (kind, is_marked) {
         (0, false) => Ok(Compression::Deflate),
         (1, true) => Ok(Compression::Zstd),
-        (0, true) => Err(FormatError::header(
-            "qcow2: Compression type incompatible feature bit must not be set",
-        )),
+        (0, true) => {
+            Err(FormatError::header("qcow2: Compression type incompatible feature bit must not be set"))
+        }
         (1, false) => {
             Err(FormatError::header("qcow2: Compression type incompatible feature bit must be set"))
         }

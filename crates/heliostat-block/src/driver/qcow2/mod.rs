@@ -7,6 +7,8 @@
 //! need from the file is loaded on demand; what is changed goes back in [`commit`], in an order that leaves a sound
 //! image whenever it stops.
 
+pub mod bitmap_directory;
+mod bitmaps;
 mod commit;
 mod compressed;
 pub mod entry;
@@ -19,6 +21,7 @@ pub mod layout;
 mod open;
 mod read;
 mod refcount;
+mod resize;
 mod slices;
 pub mod snapshot;
 mod state;
@@ -26,6 +29,7 @@ mod write;
 mod zero;
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -41,7 +45,9 @@ use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
 use crate::storage::{Traits, ZeroSpace};
 
+pub use bitmaps::StoredBitmap;
 pub use open::{CACHE_MAX, OpenOptions};
+pub use resize::Preallocation;
 
 /// An open image. Used from any thread.
 pub struct Qcow2 {
@@ -49,13 +55,16 @@ pub struct Qcow2 {
     read_only: bool,
     compression: Compression,
     is_data_file_raw: bool,
-    size: u64,
+    /// The virtual size; changed by a resize only.
+    size: AtomicU64,
     file: ImageFile,
     /// Where guest data is, if not in `file`.
     data_file: Option<ImageFile>,
     backing: Option<Arc<Node>>,
     /// The image names a backing file, and it was opened without.
     lacks_backing: bool,
+    /// Its persistent dirty bitmaps; empty where it is not written.
+    bitmaps: Vec<StoredBitmap>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -138,8 +147,12 @@ impl Qcow2 {
         }
     }
 
-    pub(crate) const fn size(&self) -> u64 {
-        self.size
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn set_known_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
     }
 
     pub(crate) fn allocated_size(&self) -> Option<u64> {
@@ -159,11 +172,16 @@ impl Qcow2 {
         if self.read_only {
             return Ok(());
         }
+        if self.lock().corrupt.is_none() {
+            self.store_bitmaps().await?;
+        }
         // What is unmapped is given back once that is durable, and that has to be written, too.
         self.flush().await?;
         if self.lock().is_changed() {
             self.flush().await?;
         }
+        // Where the end cannot be found, the file stays a little longer.
+        let _ = self.attempt(State::find_end).await;
         let (is_sound, end) = {
             let state = self.lock();
             (state.corrupt.is_none(), state.used_end << self.layout.cluster_bits)
@@ -277,6 +295,10 @@ impl Qcow2 {
         }
         let mut state = self.lock();
         state.link_table(index, host.offset());
+        if shared.is_none() {
+            // What is known need not be read: its first users are waiting.
+            state.slices.insert_zeroes(host, Kind::L2);
+        }
         if let Some(table) = shared {
             state.tables.remove(&layout.cluster_index(table));
             state.drop_later([layout.cluster_index(table)], false);

@@ -97,7 +97,6 @@ impl State {
         }
     }
 
-    #[expect(dead_code, reason = "for tables that grow when a disk does, which is to come")]
     /// Takes exactly `count` free clusters that follow each other, wherever there are so many.
     pub(crate) fn allocate_all(&mut self, count: u64) -> Attempt<Run> {
         self.check_sound()?;

@@ -54,7 +54,6 @@ pub(crate) struct Allocation {
     old: Cluster,
 }
 
-
 impl State {
     /// Says what the first part of a write to `range` comes to, and takes what it needs.
     pub(crate) fn plan_write(&mut self, range: ByteRange, backing: u64) -> Attempt<Step> {
@@ -71,6 +70,9 @@ impl State {
         let allocation = match old {
             Cluster::Standard(Standard { host: None, .. }) => self.plan_new(range, old)?,
             Cluster::Standard(Standard { host: Some(host), copied, .. }) if copied || self.is_external() => {
+                if !self.is_external() {
+                    self.check_in_place(ByteRange::from_bounds(host, host + layout.cluster_size()))?;
+                }
                 self.plan_kept(range, old, host)
             }
             _ => self.plan_moved(range, old)?,
@@ -118,7 +120,7 @@ impl State {
         }
         let range = ByteRange::from_bounds(range.offset(), end.min(range.end()));
         if !self.is_external() {
-            self.check_overlap(ByteRange::from_bounds(host, host + range.len()))?;
+            self.check_in_place(ByteRange::from_bounds(host, host + range.len()))?;
         }
         Ok(Step::InPlace { range, host })
     }
@@ -279,9 +281,27 @@ impl State {
 }
 
 /// An allocation in flight. Dropped, it is over: what was not finished is lost space, until a check gives it back.
-struct InFlight<'a> {
+pub(crate) struct InFlight<'a> {
     driver: &'a Qcow2,
     allocation: Allocation,
+}
+
+impl InFlight<'_> {
+    /// Where its clusters will be, in the file of the guest's data.
+    pub(crate) fn host(&self) -> ByteRange {
+        let Allocation { clusters, host, .. } = self.allocation;
+        ByteRange::from_bounds(host, host + clusters.len())
+    }
+
+    /// Whether they had no host clusters before.
+    pub(crate) fn is_new(&self) -> bool {
+        matches!(self.allocation.old, Cluster::Standard(Standard { host: None, .. }))
+    }
+
+    /// Whether they read as zeroes and were never written.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.allocation.run.is_some_and(|run| run.fresh)
+    }
 }
 
 impl Drop for InFlight<'_> {
@@ -291,7 +311,7 @@ impl Drop for InFlight<'_> {
 }
 
 /// A part of a write that is ready to be carried out.
-enum Part<'a> {
+pub(crate) enum Part<'a> {
     InPlace { range: ByteRange, host: u64, _visit: Visit<'a> },
     Allocate(InFlight<'a>),
 }
@@ -360,7 +380,7 @@ impl Qcow2 {
         }
     }
 
-    fn next_part(&self, range: ByteRange) -> Attempt<Part<'_>> {
+    pub(crate) fn next_part(&self, range: ByteRange) -> Attempt<Part<'_>> {
         let mut state = self.lock();
         Ok(match state.plan_write(range, self.backing_size())? {
             Step::InPlace { range, host } => {
@@ -378,17 +398,20 @@ impl Qcow2 {
             }
             Part::Allocate(in_flight) => in_flight,
         };
-        let allocation = &in_flight.allocation;
-        let written = self.write_allocated(allocation, data).await;
-        let finished = match written {
-            Ok(()) => self.attempt(|state| state.finish_write(allocation)).await,
+        let finished = match self.write_allocated(&in_flight.allocation, data).await {
+            Ok(()) => self.finish_part(&in_flight).await,
             Err(error) => Err(error),
         };
-        if let (Err(_), Some(run)) = (&finished, allocation.run) {
+        if let (Err(_), Some(run)) = (&finished, in_flight.allocation.run) {
             // Where even that fails, the space is lost until a check gives it back.
             let _ = self.attempt(|state| state.abandon(run)).await;
         }
         finished
+    }
+
+    /// The data is there: changes the mapping.
+    pub(crate) async fn finish_part(&self, in_flight: &InFlight<'_>) -> io::Result<()> {
+        self.attempt(|state| state.finish_write(&in_flight.allocation)).await
     }
 
     /// Writes the data, and around it what becomes data with it.
@@ -430,7 +453,7 @@ impl Qcow2 {
 }
 
 impl Part<'_> {
-    fn range(&self) -> ByteRange {
+    pub(crate) fn range(&self) -> ByteRange {
         match self {
             Self::InPlace { range, .. } => *range,
             Self::Allocate(in_flight) => in_flight.allocation.write,
