@@ -106,6 +106,7 @@ impl Landing<'_> {
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
         if let Some(visit) = self.0.take() {
+            visit.driver.lock().epochs.leak(visit.epoch);
             std::mem::forget(visit);
         }
     }
