@@ -185,4 +185,4 @@ pub async fn check(file: &ImageFile, options: CheckOptions<'_>) -> Result<CheckR
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::driver::qcow2) mod tests;
