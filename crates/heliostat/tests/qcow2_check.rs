@@ -389,6 +389,8 @@ fn every_version_cluster_size_and_width_is_checked_alike() {
             compare(folder.path(), &format!("{name}, {options}"), &base.damaged(damage), *afterwards);
         }
     }
+    let empty = Image::make(folder.path(), "", "0", &[]);
+    compare(folder.path(), "a disk of no bytes", &empty, Sound);
     // A count of one bit cannot say two.
     let narrow = Image::make(folder.path(), "refcount_bits=1", "64M", &["write 0 256k"]);
     let shared = narrow.damaged(|image| image.set_l2(1, image.u64(image.l2_at(2))));

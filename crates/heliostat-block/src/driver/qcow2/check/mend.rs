@@ -30,13 +30,14 @@ pub(super) async fn names(file: &ImageFile, notes: &mut Notes) -> Result<bool, F
     let snapshots = SnapshotTable::read(file, &header).await?;
     if header.snapshots.len == 0 && header.snapshots.offset != 0 {
         notes.push("the header says where a snapshot table is, though there is none".to_owned());
-        write_snapshots(file, &header, &snapshots).await?;
+        point_to_snapshots(file, 0, 0).await?;
         return Ok(true);
     }
     if let Some(broken) = &snapshots.broken {
         let (lost, kept) = (u64::from(header.snapshots.len), snapshots.entries.len());
         notes.push(format!("{broken}: {} snapshots are given up", lost - u64_from(kept)));
-        write_snapshots(file, &header, &snapshots).await?;
+        let offset = if kept > 0 { header.snapshots.offset } else { 0 };
+        point_to_snapshots(file, kept, offset).await?;
         return Ok(true);
     }
     if let Err(error) = names::bitmaps(file, &header).await {
@@ -55,27 +56,33 @@ pub(super) async fn drop_bitmaps(file: &ImageFile, mut header: Header) -> Result
     Ok(file.flush().await?)
 }
 
-/// Writes the snapshot table anew, behind the end of the file, and then says in the header where it is.
-async fn write_snapshots(
-    file: &ImageFile,
-    header: &Header,
-    table: &SnapshotTable,
-) -> Result<(), FormatError> {
-    let bytes = table.encode(header);
-    let mut fields = u32::try_from(table.entries.len()).unwrap_or(0).to_be_bytes().to_vec();
-    let mut offset = 0;
-    if !bytes.is_empty() {
-        offset = file.size().next_multiple_of(header.layout.cluster_size());
-        file.set_size(
-            offset + header.layout.clusters_for(u64_from(bytes.len())) * header.layout.cluster_size(),
-        )
-        .await?;
-        file.write(offset, bytes.into()).await?;
-        file.flush().await?;
-    }
+/// Says in the header how many snapshots there are, and where.
+async fn point_to_snapshots(file: &ImageFile, count: usize, offset: u64) -> Result<(), FormatError> {
+    let mut fields = u32::try_from(count).unwrap_or(0).to_be_bytes().to_vec();
     fields.extend_from_slice(&offset.to_be_bytes());
     file.write(SNAPSHOTS_FIELDS, fields.into()).await?;
     Ok(file.flush().await?)
+}
+
+/// Writes the snapshot table anew, behind all that is in use, and then says in the header where it is.
+async fn write_snapshots(
+    file: &ImageFile,
+    examination: &Examination,
+    table: &SnapshotTable,
+) -> Result<(), FormatError> {
+    let layout = examination.header.layout;
+    let bytes = table.encode(&examination.header);
+    if bytes.is_empty() {
+        return point_to_snapshots(file, 0, 0).await;
+    }
+    let offset = examination.free_from(file) << layout.cluster_bits;
+    let end = offset + (layout.clusters_for(u64_from(bytes.len())) << layout.cluster_bits);
+    if file.size() < end {
+        file.set_size(end).await?;
+    }
+    file.write(offset, bytes.into()).await?;
+    file.flush().await?;
+    point_to_snapshots(file, table.entries.len(), offset).await
 }
 
 /// Gives up what leads nowhere: snapshots, bitmaps, L1 and L2 entries. Durable when it returns.
@@ -146,7 +153,7 @@ impl Mender<'_> {
             if lost > 0 {
                 self.notes.push(format!("{lost} snapshots without a table are given up"));
             }
-            write_snapshots(self.file, header, &left).await?;
+            write_snapshots(self.file, self.examination, &left).await?;
         }
         Ok(left)
     }

@@ -324,9 +324,8 @@ async fn rebuild(file: &ImageFile, examination: &Examination) -> Result<(), Form
         }
     }
     let behind = |cluster: u64| NewCounts::plan(examination, &used, cluster << layout.cluster_bits);
-    let file_end = layout.clusters_for(file.size()).max(references.end());
     // A file may be so long, and so empty at its end, that no table reaches there.
-    let plan = behind(file_end).or_else(|| behind(references.end())).ok_or_else(|| {
+    let plan = behind(examination.free_from(file)).or_else(|| behind(references.end())).ok_or_else(|| {
         FormatError::Invalid("the image uses clusters that no refcount table can reach".into())
     })?;
     let first = layout.cluster_index(plan.start);

@@ -20,11 +20,21 @@ use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, Traits
 pub(in super::super) struct Memory {
     bytes: Mutex<Vec<u8>>,
     writes_left: AtomicU64,
+    can_resize: bool,
 }
 
 impl Memory {
     pub(in super::super) fn new(bytes: Vec<u8>, writes_left: u64) -> Arc<Self> {
-        Arc::new(Self { bytes: Mutex::new(bytes), writes_left: AtomicU64::new(writes_left) })
+        Arc::new(Self {
+            bytes: Mutex::new(bytes),
+            writes_left: AtomicU64::new(writes_left),
+            can_resize: true,
+        })
+    }
+
+    /// As a block device: its length stays.
+    fn fixed(bytes: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self { bytes: Mutex::new(bytes), writes_left: AtomicU64::new(u64::MAX), can_resize: false })
     }
 
     pub(in super::super) fn bytes(&self) -> Vec<u8> {
@@ -49,7 +59,7 @@ impl Storage for Memory {
             read_only: false,
             can_discard: false,
             can_zero_fast: true,
-            can_resize: true,
+            can_resize: self.can_resize,
             remote: false,
         }
     }
@@ -59,6 +69,9 @@ impl Storage for Memory {
     }
 
     fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        if !self.can_resize {
+            return IoFuture::ready(Err(std::io::ErrorKind::Unsupported.into()));
+        }
         self.write_one(|bytes| bytes.resize(usize_from(size), 0))
     }
 
@@ -246,6 +259,20 @@ fn counts_of_an_image_that_was_not_closed_are_repaired_and_nothing_else_is() {
     let memory = Memory::new(bytes.clone(), u64::MAX);
     assert!(matches!(run(repair_dirty(&ImageFile::new(memory.clone()))), Err(FormatError::Invalid(_))));
     assert_eq!(memory.bytes(), bytes);
+}
+
+#[test]
+fn what_cannot_grow_is_made_and_repaired_within_its_length() {
+    let memory = Memory::fixed(vec![7; 4 << 20]);
+    let options = CreateOptions { size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
+    run(create(&ImageFile::new(memory.clone()), None, &options)).unwrap();
+    let mut bytes = memory.bytes();
+    assert!(check_bytes(bytes.clone(), CheckOptions::default()).unwrap().is_clean());
+    put(&mut bytes, 1 << 12, 3 << 50);
+    let memory = Memory::fixed(bytes);
+    let all = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
+    assert!(run(check(&ImageFile::new(memory.clone()), all)).unwrap().is_clean());
+    assert_eq!(memory.bytes().len(), 4 << 20);
 }
 
 #[test]

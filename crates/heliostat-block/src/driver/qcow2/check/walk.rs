@@ -55,6 +55,16 @@ pub(super) struct Examination {
     pub(super) bitmaps_are_broken: bool,
 }
 
+impl Examination {
+    /// The first cluster that nobody can want: behind the end of the file, where nothing lost lies either. What cannot
+    /// grow, a block device, has only what follows the last cluster that is used or counted.
+    pub(super) fn free_from(&self, file: &ImageFile) -> u64 {
+        let layout = self.header.layout;
+        let used = self.references.end().max(layout.cluster_index(self.report.image_end_offset));
+        if file.storage().traits().can_resize { used.max(layout.clusters_for(file.size())) } else { used }
+    }
+}
+
 /// What an L2 entry names, seen without trust.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Named {
