@@ -20,7 +20,7 @@ use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
 
-use crate::faults::{EIO, Kind, Plan, Profile, error};
+use crate::faults::{EIO, ENOSPC, Kind, Plan, Profile, error};
 use crate::medium::{Content, Medium};
 use crate::random::Random;
 use crate::world::World;
@@ -34,8 +34,24 @@ pub(crate) struct SimStorage {
     state: Arc<Mutex<State>>,
 }
 
+/// What only a storage that holds an image does.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Quirks {
+    /// The request with this number, counted from now on, fails once with this error.
+    pub(crate) fails: Option<(u64, i32)>,
+    /// It cannot be made longer than this.
+    pub(crate) size_max: Option<u64>,
+    /// Its requests may be dropped; they are carried out all the same.
+    pub(crate) may_be_dropped: bool,
+    /// A flush that fails has lost nothing.
+    pub(crate) keeps_after_flush: bool,
+    /// Requests are torn between sectors only, also where there are no blocks: what an image's tables count on.
+    pub(crate) keeps_sectors: bool,
+}
+
 struct State {
     medium: Medium,
+    quirks: Quirks,
     random: Random,
     in_flight: u64,
     errors: u64,
@@ -76,6 +92,7 @@ impl SimStorage {
             medium,
             hints: random.clone().fork(),
             writeback_failed: false,
+            quirks: Quirks::default(),
             random,
             in_flight: 0,
             errors: 0,
@@ -89,6 +106,19 @@ impl SimStorage {
 
     pub(crate) fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    /// From now on it behaves so. [`Quirks::fails`] counts from the next request.
+    pub(crate) fn set_quirks(&self, quirks: Quirks) {
+        let mut state = lock(&self.state);
+        let requests = state.requests;
+        state.quirks =
+            Quirks { fails: quirks.fails.map(|(after, errno)| (requests + after, errno)), ..quirks };
+    }
+
+    /// Whether the fault that it was given is still to come.
+    pub(crate) fn has_fault_left(&self) -> bool {
+        lock(&self.state).quirks.fails.is_some()
     }
 
     /// Requests that have begun and not ended.
@@ -151,7 +181,17 @@ impl SimStorage {
         let now = self.world.time();
         let on_lane = self.world.is_on_lane();
         let mut state = lock(&self.state);
-        let plan = self.profile.plan(kind, range, now, &mut state.random);
+        let mut plan = self.profile.plan(kind, range, now, &mut state.random);
+        if let Some((_, errno)) = state.quirks.fails.filter(|(number, _)| *number == state.requests) {
+            plan.error = Some(errno);
+            state.quirks.fails = None;
+        }
+        if state.quirks.keeps_sectors {
+            let snap = |at: u64| if at == range.end() { at } else { range.offset().max(at & !511) };
+            for (_, piece) in &mut plan.pieces {
+                *piece = ByteRange::from_bounds(snap(piece.offset()), snap(piece.end()));
+            }
+        }
         state.in_flight += 1;
         state.requests += 1;
         state.on_lanes += u64::from(on_lane);
@@ -179,6 +219,10 @@ impl SimStorage {
         if !lock(&self.state).random.chance(self.profile.inline) {
             return IoFuture::pending(async move { begin(false).await });
         }
+        Self::answer_now(begin)
+    }
+
+    fn answer_now<'a, T: Unpin + 'a>(begin: impl FnOnce(bool) -> Answer<T> + 'a) -> IoFuture<'a, T> {
         let mut answer = begin(true);
         answer.ended = true;
         let ready = lock(&answer.slot).answer.take();
@@ -221,7 +265,8 @@ impl SimStorage {
         } else {
             self.world.at(plan.end.max(now + Duration::from_nanos(1)), end)
         }
-        Answer { slot, world: Arc::clone(&self.world), ended: false }
+        let may_be_dropped = lock(&self.state).quirks.may_be_dropped;
+        Answer { slot, world: Arc::clone(&self.world), ended: may_be_dropped }
     }
 
     fn put(&self, what: (Kind, ByteRange, bool), content: Content, durability: Durability) -> Answer<()> {
@@ -273,6 +318,7 @@ fn finish<T>(slot: &Shared<T>, answer: io::Result<T>) {
 struct Answer<T> {
     slot: Shared<T>,
     world: Arc<World>,
+    /// It has ended, or nobody minds that it is dropped before.
     ended: bool,
 }
 
@@ -320,6 +366,14 @@ impl Storage for SimStorage {
     }
 
     fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        let may_be_dropped = {
+            let mut state = lock(&self.state);
+            if state.quirks.size_max.is_some_and(|most| size > most) {
+                state.errors += 1;
+                return IoFuture::ready(Err(error(ENOSPC)));
+            }
+            state.quirks.may_be_dropped
+        };
         let begin = move |inline| {
             let nowhere = ByteRange::from_bounds(0, 0);
             self.carry_out(
@@ -332,7 +386,8 @@ impl Storage for SimStorage {
                 },
             )
         };
-        self.answer(begin)
+        // Changes of the length take turns, also when one is dropped.
+        if may_be_dropped { Self::answer_now(begin) } else { self.answer(begin) }
     }
 
     fn allocated_size(&self) -> Option<u64> {
@@ -413,8 +468,13 @@ impl Storage for SimStorage {
                 |_, _| (),
                 move |state, good| {
                     state.flush_failures += u64::from(!good);
+                    let keeps = state.quirks.keeps_after_flush;
                     let State { medium, random, .. } = state;
-                    if good { medium.flush_succeeds(start, random) } else { medium.flush_fails(random) }
+                    match good {
+                        true => medium.flush_succeeds(start, random),
+                        false if keeps => {}
+                        false => medium.flush_fails(random),
+                    }
                 },
             )
         };

@@ -126,6 +126,17 @@ impl World {
         self.state().on_lane = on_lane;
     }
 
+    /// Stops everything at this moment, as a power cut does: nothing that is due happens any more.
+    pub(crate) fn cut(&self) {
+        let due = {
+            let mut state = self.state();
+            state.over = true;
+            std::mem::take(&mut state.due)
+        };
+        // What waits here holds this world.
+        drop(due);
+    }
+
     pub(crate) fn is_over(&self) -> bool {
         self.state().over
     }
@@ -319,7 +330,7 @@ impl Executor {
     pub(crate) fn run(&self, world: &World, random: &mut Random, cost: Duration) -> u64 {
         CURRENT.set(Some(self.clone()));
         let mut steps = 0;
-        while self.tasks.borrow().left > 0 && world.failure().is_none() {
+        while self.tasks.borrow().left > 0 && world.failure().is_none() && !world.is_over() {
             world.let_happen(false);
             let next = {
                 let mut list = self.runnable.list();

@@ -43,10 +43,12 @@ use self::header::{Compression, Header, incompatible};
 use self::layout::Layout;
 use self::slices::Kind;
 use self::state::{Attempt, Obstacle, State};
+use crate::buffer::Buffer;
+use crate::convert::usize_from;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
-use crate::storage::{Traits, ZeroSpace};
+use crate::storage::Traits;
 
 pub use bitmaps::StoredBitmap;
 pub use open::{CACHE_MAX, OpenOptions};
@@ -64,6 +66,8 @@ pub struct Qcow2 {
     /// Where guest data is, if not in `file`.
     data_file: Option<ImageFile>,
     backing: Option<Arc<Node>>,
+    /// The image names a backing file, and it was opened without.
+    lacks_backing: bool,
     /// Its persistent dirty bitmaps; empty where it is not written.
     bitmaps: Vec<StoredBitmap>,
     /// Held for look-ups and changes, never across I/O.
@@ -88,6 +92,25 @@ impl Drop for Visit<'_> {
     }
 }
 
+/// A write that has begun. Dropped before its end it may still land, at any time: nothing that it saw is used anew
+/// then, so all that is freed from now on is lost space, until a check gives it back.
+struct Landing<'a>(Option<Visit<'a>>);
+
+impl Landing<'_> {
+    /// It has ended.
+    fn end(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        if let Some(visit) = self.0.take() {
+            std::mem::forget(visit);
+        }
+    }
+}
+
 /// Slices that stay in memory while something is tried.
 struct Pins<'a> {
     driver: &'a Qcow2,
@@ -108,6 +131,19 @@ impl Qcow2 {
     #[must_use]
     pub fn header(&self) -> Header {
         self.lock().header.clone()
+    }
+
+    /// How it is laid out.
+    #[must_use]
+    pub const fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Says whether the image names a backing file and was opened without one. What it does not hold reads as zero
+    /// now, and as something else later.
+    #[must_use]
+    pub const fn lacks_backing(&self) -> bool {
+        self.lacks_backing
     }
 
     /// What is below it.
@@ -187,6 +223,12 @@ impl Qcow2 {
         self.backing.as_ref().map_or(0, |backing| backing.size())
     }
 
+    /// Where what is below ends, for whoever wants to know whether it would show through a hole. Ends nowhere where it
+    /// is missing and its size not known.
+    fn below_end(&self) -> u64 {
+        if self.lacks_backing { u64::MAX } else { self.backing_size() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -220,6 +262,12 @@ impl Qcow2 {
                 Ok(())
             }
             Obstacle::NeedsTable(index) => self.make_table(index).await,
+            Obstacle::NeedsLength(end) => {
+                self.file.grow_to(end).await?;
+                let size = self.file.size();
+                self.lock().file_end = size;
+                Ok(())
+            }
             Obstacle::Fail(error) => {
                 let found = error.get_ref().and_then(|inner| inner.downcast_ref::<Corruption>()).cloned();
                 if let Some(corruption) = found {
@@ -258,27 +306,33 @@ impl Qcow2 {
         }
         let run = Box::pin(self.attempt(|state| state.allocate(1))).await?;
         let host = self.lock().clusters(run.first, 1);
-        let written = async {
+        let content = async {
+            self.file.grow_to(host.end()).await?;
             match shared {
                 Some(table) => {
                     let from = ByteRange::from_bounds(table, table + layout.cluster_size());
-                    let copy = self.file.read(from).await?;
-                    self.file.write(host.offset(), copy.freeze()).await
+                    self.file.read(from).await.map(Some)
                 }
-                None if run.fresh => self.file.grow_to(host.end()).await,
-                None => self.file.write_zeroes(host, ZeroSpace::Keep).await,
+                None if run.fresh => Ok(None),
+                None => Ok(Some(Buffer::zeroed(usize_from(host.len())))),
             }
         };
-        if let Err(error) = written.await {
-            let _ = Box::pin(self.attempt(|state| state.drop_reference(run.first))).await;
-            return Err(error);
-        }
+        let content = match content.await {
+            Ok(content) => content,
+            Err(error) => {
+                let _ = Box::pin(self.attempt(|state| state.drop_reference(run.first))).await;
+                return Err(error);
+            }
+        };
         let mut state = self.lock();
-        state.link_table(index, host.offset());
-        if shared.is_none() {
-            // What is known need not be read: its first users are waiting.
-            state.slices.insert_zeroes(host, Kind::L2);
+        match content {
+            // The next commit writes it, and writes it again if it fails: a table that is written here and lost by
+            // a flush that fails would be linked all the same.
+            Some(content) => state.put_table(host.offset(), &content),
+            // It is in the file as it is. What is known need not be read: its first users are waiting.
+            None => state.slices.insert_zeroes(host, Kind::L2),
         }
+        state.link_table(index, host.offset());
         if let Some(table) = shared {
             state.tables.remove(&layout.cluster_index(table));
             state.drop_later([layout.cluster_index(table)], false);

@@ -121,8 +121,10 @@ impl Qcow2 {
             free_hint: 0,
             fresh_from: layout.clusters_for(size),
             used_end: layout.clusters_for(size),
+            file_end: size,
             tables: BTreeMap::new(),
             commits: Commits::default(),
+            haunted: BTreeSet::new(),
             corrupt: None,
             header,
         };
@@ -138,6 +140,7 @@ impl Qcow2 {
             size: AtomicU64::new(state.header.size),
             file,
             data_file: options.data_file.map(ImageFile::new),
+            lacks_backing: options.backing.is_none() && state.header.backing_file.is_some(),
             backing: options.backing,
             bitmaps,
             state: Mutex::new(state),
