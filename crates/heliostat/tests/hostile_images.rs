@@ -32,7 +32,8 @@ impl Scene {
         fs::write(folder.path().join("other/secret"), [7; 65536]).unwrap();
         qemu_img(folder.path(), &["create", "-q", "-f", "qcow2", "images/plain", "1M"]);
         let socket = folder.path().join("control");
-        let arguments: Vec<_> = arguments.iter().map(|text| text.replace("DIR", folder.path().to_str().unwrap())).collect();
+        let arguments: Vec<_> =
+            arguments.iter().map(|text| text.replace("DIR", folder.path().to_str().unwrap())).collect();
         let own = ["serve", "--control", socket.to_str().unwrap()].map(str::to_owned);
         let mut daemon = start_heliostat(own.iter().chain(&arguments));
         daemon.listens(&socket).unwrap();
@@ -155,7 +156,8 @@ fn a_format_that_an_image_does_not_say_is_not_guessed_unless_that_is_allowed() {
     scene.image("no-format", "plain", None);
     scene.open("no-format").unwrap();
     let nodes = scene.nodes();
-    let formats: Vec<_> = nodes.as_array().unwrap().iter().map(|node| node["drv"].as_str().unwrap()).collect();
+    let formats: Vec<_> =
+        nodes.as_array().unwrap().iter().map(|node| node["drv"].as_str().unwrap()).collect();
     assert_eq!(formats, ["qcow2", "file", "qcow2", "file"]);
     scene.close();
 }

@@ -167,7 +167,9 @@ impl Daemon {
         // QEMU names the user that came last, but for nodes above, of which it speaks only without others.
         match roles.iter().rev().find(|role| !matches!(role, Role::Child { .. })) {
             Some(Role::MirrorSource { .. }) => return Err(DaemonError::NodeBusy(name())),
-            Some(Role::Backing { of }) => return Err(DaemonError::NodeIsBacking { node: name(), of: of.clone() }),
+            Some(Role::Backing { of }) => {
+                return Err(DaemonError::NodeIsBacking { node: name(), of: of.clone() });
+            }
             Some(_) => return Err(DaemonError::NodeInUse(name())),
             None => {}
         }
@@ -180,7 +182,9 @@ impl Daemon {
     fn make_node(&self, spec: &NodeSpec, making: Making) -> Result<Below, DaemonError> {
         let name = self.check_new(spec, making)?;
         match &spec.driver {
-            DriverSpec::File(file) => self.make_file(name, spec, making, open_file(file, spec, "file")?, &file.path),
+            DriverSpec::File(file) => {
+                self.make_file(name, spec, making, open_file(file, spec, "file")?, &file.path)
+            }
             DriverSpec::HostDevice(file) => {
                 self.make_file(name, spec, making, open_file(file, spec, "host_device")?, &file.path)
             }

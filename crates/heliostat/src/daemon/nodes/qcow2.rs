@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
+use heliostat_block::driver::Driver;
 use heliostat_block::driver::qcow2::file::ImageFile;
 use heliostat_block::driver::qcow2::header::Header;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::qcow2::{OpenOptions, Qcow2};
-use heliostat_block::driver::Driver;
 use heliostat_block::graph::{Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard};
@@ -20,7 +20,9 @@ use heliostat_host::runtime;
 use super::super::gate::{CHAIN_MAX, Format, GateError, Namer, Purpose, tree_of};
 use super::super::open;
 use super::super::{Daemon, DaemonError};
-use super::{BackingSpec, Below, Child, DriverSpec, Making, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache};
+use super::{
+    BackingSpec, Below, Child, DriverSpec, Making, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache,
+};
 
 impl Daemon {
     /// Opens an image and what it stands on. `above` is the image that named this one, if one did.
@@ -206,7 +208,6 @@ impl Daemon {
         }
         Ok(())
     }
-
 }
 
 /// What others may do with a file below an image: anything, where that holds for the image.
@@ -275,7 +276,8 @@ fn check_guess(image: &Qcow2Spec, header: &Header, by: &Namer) -> Result<(), Dae
 impl TableCache {
     /// Bytes for all tables. We divide them up as they are needed.
     fn budget(&self) -> Option<u64> {
-        let budget = self.total.or_else(|| self.maps.map(|maps| maps.saturating_add(self.counts.unwrap_or(0))));
+        let budget =
+            self.total.or_else(|| self.maps.map(|maps| maps.saturating_add(self.counts.unwrap_or(0))));
         budget.map(|bytes| bytes.max(TABLES_MIN))
     }
 }
@@ -288,7 +290,9 @@ fn check_tables(cache: &TableCache, lazy: bool, header: &Header) -> Result<(), D
     let refused = |text: &str| Err(DaemonError::Tables(text.to_owned()));
     if let Some(total) = cache.total {
         if cache.maps.is_some() && cache.counts.is_some() {
-            return refused("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time");
+            return refused(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
+            );
         }
         if cache.maps.is_some_and(|bytes| bytes > total) {
             return refused("l2-cache-size may not exceed cache-size");
