@@ -21,27 +21,45 @@ use crate::range::ByteRange;
 /// Where the header says how many snapshots there are, and where.
 const SNAPSHOTS_FIELDS: u64 = 60;
 
-/// What has been given up, in words.
-pub(super) type Notes = Vec<String>;
+/// What has been given up, in words, up to a limit.
+pub(super) struct Notes {
+    pub(super) texts: Vec<String>,
+    pub(super) left_out: u64,
+    max: usize,
+}
+
+impl Notes {
+    pub(super) const fn new(max: usize) -> Self {
+        Self { texts: Vec::new(), left_out: 0, max }
+    }
+
+    pub(super) fn push(&mut self, text: impl FnOnce() -> String) {
+        if self.texts.len() < self.max {
+            self.texts.push(text());
+        } else {
+            self.left_out += 1;
+        }
+    }
+}
 
 /// Puts right what keeps an image from being examined at all. Returns whether anything was.
 pub(super) async fn names(file: &ImageFile, notes: &mut Notes) -> Result<bool, FormatError> {
     let header = Header::read(file).await?;
     let snapshots = SnapshotTable::read(file, &header).await?;
     if header.snapshots.len == 0 && header.snapshots.offset != 0 {
-        notes.push("the header says where a snapshot table is, though there is none".to_owned());
+        notes.push(|| "the header says where a snapshot table is, though there is none".to_owned());
         point_to_snapshots(file, 0, 0).await?;
         return Ok(true);
     }
     if let Some(broken) = &snapshots.broken {
         let (lost, kept) = (u64::from(header.snapshots.len), snapshots.entries.len());
-        notes.push(format!("{broken}: {} snapshots are given up", lost - u64_from(kept)));
+        notes.push(|| format!("{broken}: {} snapshots are given up", lost - u64_from(kept)));
         let offset = if kept > 0 { header.snapshots.offset } else { 0 };
         point_to_snapshots(file, kept, offset).await?;
         return Ok(true);
     }
     if let Err(error) = names::bitmaps(file, &header).await {
-        notes.push(format!("the persistent bitmaps are given up: {error}"));
+        notes.push(|| format!("the persistent bitmaps are given up: {error}"));
         drop_bitmaps(file, header).await?;
         return Ok(true);
     }
@@ -95,7 +113,7 @@ pub(super) async fn tables(
     let mut mender = Mender { file, examination, layout: header.layout, notes };
     let snapshots = mender.snapshots().await?;
     if examination.bitmaps_are_broken {
-        mender.notes.push("the persistent bitmaps are given up: they lead out of the file".to_owned());
+        mender.notes.push(|| "the persistent bitmaps are given up: they lead out of the file".to_owned());
         drop_bitmaps(file, Header::read(file).await?).await?;
     }
     let mut l1_tables: Vec<Table> = snapshots.entries.iter().map(|entry| entry.l1).collect();
@@ -151,7 +169,7 @@ impl Mender<'_> {
         let is_outside = self.is_outside(header.snapshots.offset, snapshots.len) && snapshots.len > 0;
         if lost > 0 || is_outside || left.entries.iter().any(|entry| entry.is_incomplete) {
             if lost > 0 {
-                self.notes.push(format!("{lost} snapshots without a table are given up"));
+                self.notes.push(|| format!("{lost} snapshots without a table are given up"));
             }
             write_snapshots(self.file, self.examination, &left).await?;
         }
@@ -215,10 +233,12 @@ impl Mender<'_> {
                 continue;
             }
             let start = u64_from(index) * self.layout.l2_coverage();
-            self.notes.push(format!(
-                "{} bytes of the disk from {start:#x} are lost: L1 entry {entry:#x} leads to no table",
-                self.layout.l2_coverage()
-            ));
+            self.notes.push(|| {
+                format!(
+                    "{} bytes of the disk from {start:#x} are lost: L1 entry {entry:#x} leads to no table",
+                    self.layout.l2_coverage()
+                )
+            });
             *entry = 0;
         }
         if new != old {
@@ -240,10 +260,12 @@ impl Mender<'_> {
             };
             let Some((mended, loses)) = self.mended(entry, guest) else { continue };
             if loses {
-                self.notes.push(format!(
-                    "the cluster at {guest:#x} of the disk is lost: L2 entry {:#x} leads to no data",
-                    entry.descriptor
-                ));
+                self.notes.push(|| {
+                    format!(
+                        "the cluster at {guest:#x} of the disk is lost: L2 entry {:#x} leads to no data",
+                        entry.descriptor
+                    )
+                });
             }
             words[index * step] = mended.descriptor;
             if step == 2 {

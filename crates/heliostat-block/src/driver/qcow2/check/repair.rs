@@ -26,7 +26,7 @@ const ROUNDS_MAX: usize = 3;
 
 /// Checks and repairs as `options` ask.
 pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<CheckReport, FormatError> {
-    let mut notes = mend::Notes::new();
+    let mut notes = mend::Notes::new(options.findings_max);
     let mut first = examine(file, options).await;
     let mut fixed_before = 0;
     // Twice at most: the snapshot table and the bitmaps may both be beyond reading.
@@ -40,9 +40,10 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
     let mut examination = first?;
     let found = examination.report.clone();
     let features = examination.header.incompatible;
+    let mut keeps_leaks = false;
     if has_no_l1_table(&examination) {
         let mut report = examination.report;
-        report.note(FindingKind::CheckError, || {
+        report.note(FindingKind::Corruption, || {
             "nothing is put right: the active L1 table is not where the header says, and without it everything would \
              be given up"
                 .to_owned()
@@ -52,7 +53,7 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
     if examination.header.bitmaps.is_some()
         && super::names::bitmaps(file, &examination.header).await?.is_none()
     {
-        notes.push("the persistent bitmaps are given up: they are out of date".to_owned());
+        notes.push(|| "the persistent bitmaps are given up: they are out of date".to_owned());
         mend::drop_bitmaps(file, Header::read(file).await?).await?;
     }
     if !found.is_clean() {
@@ -75,9 +76,7 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
             }
             // Where tables contradict each other, what looks unused may be what a broken entry meant.
             _ if found.structural > 0 || found.check_errors > 0 => {
-                notes.push(
-                    "nothing: tables contradict each other, so what looks unused may be needed".to_owned(),
-                );
+                keeps_leaks = found.leaks > 0;
             }
             _ => {
                 leaks(file, &examination).await?;
@@ -89,6 +88,12 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
             }
         }
         examination = examine(file, options).await?;
+    }
+    if keeps_leaks {
+        examination.report.note(FindingKind::Leak, || {
+            "nothing is given back: tables contradict each other, so what looks unused may be needed"
+                .to_owned()
+        });
     }
     let is_good = examination.report.corruptions == 0 && examination.report.check_errors == 0;
     let bits = incompatible::DIRTY | incompatible::CORRUPT;
@@ -109,9 +114,8 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     let options = CheckOptions::default();
     let mut examination = examine(file, &options).await?;
     let found = examination.report.clone();
-    // Blocks that cannot be used are made anew; that costs nothing but what is known from the tables.
-    let blocks_only = examination.refcounts.is_sound || found.structural == 0;
-    if found.structural > 0 && blocks_only {
+    // Blocks that cannot be used are made anew: what they must hold is known from the tables.
+    if !examination.tables_are_sound {
         return Err(FormatError::Invalid(
             "the image was not closed and its tables contradict each other; heliostat check --repair all tells more"
                 .into(),
@@ -130,7 +134,7 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     let features = examination.header.incompatible & !incompatible::DIRTY;
     mark(file, &examination.header, features).await?;
     file.flush().await?;
-    Ok(conclude(examination.report, found, Vec::new(), 0))
+    Ok(conclude(examination.report, found, mend::Notes::new(0), 0))
 }
 
 /// Says whether the active L1 table is where none can be.
@@ -153,7 +157,8 @@ fn conclude(mut left: CheckReport, found: CheckReport, notes: mend::Notes, fixed
     left.corruptions_fixed = (found.corruptions + fixed_before).saturating_sub(left.corruptions);
     left.leaks_fixed = found.leaks.saturating_sub(left.leaks);
     let still = std::mem::take(&mut left.findings);
-    for text in notes {
+    left.findings_left_out += notes.left_out;
+    for text in notes.texts {
         left.repaired(|| text);
     }
     for finding in found.findings {
@@ -165,9 +170,6 @@ fn conclude(mut left: CheckReport, found: CheckReport, notes: mend::Notes, fixed
         left.note(kind, || text);
     }
     left.findings_left_out = left.findings_left_out.max(found.findings_left_out);
-    debug_assert!(
-        left.findings.iter().all(|finding| finding.kind != FindingKind::Repaired || !finding.text.is_empty())
-    );
     left
 }
 

@@ -272,6 +272,11 @@ fn counts_of_an_image_that_was_not_closed_are_repaired_and_nothing_else_is() {
     assert!(report.is_clean());
     assert_eq!(memory.bytes()[79], 0);
     assert!(check_bytes(memory.bytes(), CheckOptions::default()).unwrap().is_clean());
+    // Where a block cannot be used, all counts are made anew.
+    let mut without_block = bytes.clone();
+    put(&mut without_block, 1 << 12, 3 << 50);
+    let memory = Memory::new(without_block, u64::MAX);
+    assert!(run(repair_dirty(&ImageFile::new(memory.clone()))).unwrap().is_clean());
     // An entry that leads nowhere is for the operator to decide.
     put(&mut bytes, L2 + 16, (9 << 40) | COPIED);
     let memory = Memory::new(bytes.clone(), u64::MAX);
@@ -302,6 +307,7 @@ fn giving_back_leaks_touches_nothing_where_tables_contradict_each_other() {
     let leaks = CheckOptions { repair: Repair::Leaks, ..CheckOptions::default() };
     let report = run(check(&ImageFile::new(memory.clone()), leaks)).unwrap();
     assert_eq!((report.leaks, memory.bytes() == bytes), (2, true));
+    assert!(report.findings.iter().any(|finding| finding.text.starts_with("nothing is given back")));
 }
 
 #[test]

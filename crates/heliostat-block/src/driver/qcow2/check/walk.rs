@@ -51,6 +51,8 @@ pub(super) struct Examination {
     pub(super) snapshots: SnapshotTable,
     /// Every L2 table, by where it begins.
     pub(super) l2_tables: BTreeMap<u64, Uses>,
+    /// Nothing is wrong but counts, COPIED flags, and where the counts are.
+    pub(super) tables_are_sound: bool,
     /// Bitmaps lead to what is not in the file.
     pub(super) bitmaps_are_broken: bool,
 }
@@ -147,19 +149,30 @@ pub(super) async fn examine(
     walk.l2_tables().await?;
     walk.count(header.snapshots.offset, snapshots.len, 1, "the snapshot table")?;
     let table = header.refcount_table_range();
+    let mut tables_are_sound = walk.report.structural == 0;
     let table_is_inside = walk.count(table.offset(), table.len(), 1, "the refcount table")?;
     let before_bitmaps = walk.report.structural;
     if let Some((extension, bitmaps)) = &bitmaps {
         walk.bitmaps(*extension, bitmaps).await?;
     }
     let bitmaps_are_broken = walk.report.structural > before_bitmaps;
+    tables_are_sound &= !bitmaps_are_broken;
     walk.refcounts.is_sound = table_is_inside;
     walk.refcounts.count_blocks(&mut walk.references, &mut walk.report)?;
     let mut clusters = layout.cluster_index(table.offset())..layout.cluster_index(table.end());
     walk.refcounts.is_sound &= clusters.all(|cluster| walk.references.uses(cluster) == 1);
     walk.compare().await?;
     let Walk { report, references, refcounts, l2_tables, .. } = walk;
-    Ok(Examination { report, header, references, refcounts, snapshots, l2_tables, bitmaps_are_broken })
+    Ok(Examination {
+        report,
+        header,
+        references,
+        refcounts,
+        snapshots,
+        l2_tables,
+        tables_are_sound,
+        bitmaps_are_broken,
+    })
 }
 
 struct Walk<'a> {
