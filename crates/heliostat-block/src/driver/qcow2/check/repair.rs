@@ -43,11 +43,9 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
     let mut keeps_leaks = false;
     if has_no_l1_table(&examination) {
         let mut report = examination.report;
-        report.note(FindingKind::Corruption, || {
-            "nothing is put right: the active L1 table is not where the header says, and without it everything would \
-             be given up"
-                .to_owned()
-        });
+        let text = "nothing is put right: the active L1 table is not where the header says, and without it everything \
+                    would be given up";
+        report.note_first(FindingKind::Corruption, text);
         return Ok(report);
     }
     if examination.header.bitmaps.is_some()
@@ -59,20 +57,7 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
     if !found.is_clean() {
         match options.repair {
             Repair::All => {
-                mark(file, &examination.header, features | incompatible::DIRTY).await?;
-                if found.structural > 0 {
-                    mend::tables(file, &examination, &mut notes).await?;
-                    examination = examine(file, options).await?;
-                }
-                // New counts make the file longer, and what was beyond its end may be inside then.
-                for _ in 0..ROUNDS_MAX {
-                    all_counts(file, &mut examination, options).await?;
-                    copied_flags(file, &examination).await?;
-                    examination = examine(file, options).await?;
-                    if examination.report.is_clean() {
-                        break;
-                    }
-                }
+                all(file, &mut examination, options, &mut notes).await?;
             }
             // Where tables contradict each other, what looks unused may be what a broken entry meant.
             _ if found.structural > 0 || found.check_errors > 0 => {
@@ -90,16 +75,39 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
         examination = examine(file, options).await?;
     }
     if keeps_leaks {
-        examination.report.note(FindingKind::Leak, || {
-            "nothing is given back: tables contradict each other, so what looks unused may be needed"
-                .to_owned()
-        });
+        let text = "nothing is given back: tables contradict each other, so what looks unused may be needed";
+        examination.report.note_first(FindingKind::Leak, text);
     }
     let is_good = examination.report.corruptions == 0 && examination.report.check_errors == 0;
     let bits = incompatible::DIRTY | incompatible::CORRUPT;
     mark(file, &examination.header, if is_good { features & !bits } else { features }).await?;
     file.flush().await?;
     Ok(conclude(examination.report, found, notes, fixed_before))
+}
+
+/// Puts right all that can be.
+async fn all(
+    file: &ImageFile,
+    examination: &mut Examination,
+    options: &CheckOptions<'_>,
+    notes: &mut mend::Notes,
+) -> Result<(), FormatError> {
+    let features = examination.header.incompatible | incompatible::DIRTY;
+    mark(file, &examination.header, features).await?;
+    if examination.report.structural > 0 {
+        mend::tables(file, examination, notes).await?;
+        *examination = examine(file, options).await?;
+    }
+    // New counts make the file longer, and what was beyond its end may be inside then.
+    for _ in 0..ROUNDS_MAX {
+        all_counts(file, examination, options).await?;
+        copied_flags(file, examination).await?;
+        *examination = examine(file, options).await?;
+        if examination.report.is_clean() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Repairs the reference counts of an image that was not closed. Its tables must be sound: they are not touched, but
