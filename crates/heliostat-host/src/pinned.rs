@@ -48,8 +48,7 @@ impl Pinned {
     /// As [`FileStorage::open`], for what is missing, is no disk, or must not be looked at. `Io` without `/proc`.
     pub fn find(path: &Path) -> Result<Self, OpenError> {
         let failed = |errno| OpenError::from_open(path, Attempt::Read, errno);
-        let file =
-            rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+        let file = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
         let stat = fstat(&file).map_err(failed)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         check_kind(path, kind)?;

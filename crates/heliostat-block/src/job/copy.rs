@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Operation;
 use super::doubling::{Payload, TargetHalf};
-use super::scan::{Belief, reads_zero};
+use super::scan::{Belief, SyncMode};
 use crate::buffer::BufferPool;
 use crate::clock::{Moment, yield_once};
 use crate::convert::usize_from;
@@ -35,6 +35,8 @@ pub(crate) struct Route {
     /// Whether the target is believed when it says that a range reads as zero. Not after a failed flush: its
     /// cache may show what its medium has lost.
     pub(crate) trust_target: AtomicBool,
+    /// What the first pass copies.
+    pub(crate) sync: SyncMode,
 }
 
 /// How a range was brought over.
@@ -67,8 +69,20 @@ impl Route {
     pub(crate) fn belief(&self, target_is_zero: bool) -> Belief {
         match (self.trust_target.load(Ordering::Relaxed), target_is_zero) {
             (false, _) => Belief::Nothing,
-            (true, false) => Belief::WhatItSays,
-            (true, true) => Belief::AllZero,
+            (true, true) if self.target.backing().is_none() && !self.target.lacks_backing() => {
+                Belief::AllZero
+            }
+            // Through what a target does not hold, something else shows.
+            (true, _) => Belief::WhatItSays,
+        }
+    }
+
+    /// Says whether an extent of the target is known to read as zero, now and when all of its chain is open.
+    pub(crate) fn reads_zero(&self, extent: &Extent) -> bool {
+        match extent.status {
+            ExtentStatus::Data => false,
+            ExtentStatus::Zero => true,
+            ExtentStatus::Hole => !self.target.lacks_backing(),
         }
     }
 
@@ -143,7 +157,7 @@ impl Route {
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
             let part = match self.first_on_target(rest).await {
-                Some(first) if reads_zero(&first) => {
+                Some(first) if self.reads_zero(&first) => {
                     copied.skipped += first.range.len();
                     from = first.range.end();
                     continue;

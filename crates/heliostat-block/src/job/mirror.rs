@@ -81,6 +81,7 @@ impl Mirror {
         let bitmap = DirtyBitmap::new(size, options.granularity).expect("the caller has tried it");
         let doubling = Doubling::new(bitmap, options.target_deadline, Arc::clone(&clock));
         doubling.set_write_blocking(job.options().copy_mode == CopyMode::WriteBlocking);
+        doubling.set_whole_granules(target_node.lacks_backing());
         let now = clock.now();
         let tally = Tally::new(now, source_node.latencies());
         let piece = COPY_LEN_MAX.max(u64::from(options.granularity));
@@ -92,6 +93,7 @@ impl Mirror {
             detect_zeroes: options.detect_zeroes,
             zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
             trust_target: AtomicBool::new(true),
+            sync: options.sync,
         });
         Self {
             underway: Underway::new(Arc::clone(&route)),
@@ -201,8 +203,7 @@ impl Mirror {
         match step {
             Step::Scan => {
                 self.scan = Scan::Running;
-                let done =
-                    self.underway.scan(self.scanned_to, self.route.belief(self.options.target_is_zero)).await;
+                let done = self.underway.scan(self.scanned_to, self.options.target_is_zero).await;
                 self.take_in(done);
             }
             Step::Copy => self.start_copy().await,

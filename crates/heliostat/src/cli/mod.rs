@@ -8,10 +8,12 @@ mod compare;
 mod completions;
 mod control;
 pub mod demo;
+mod disk;
 mod ending;
 mod image;
 mod info;
 mod job;
+mod map;
 mod mirror;
 mod offer;
 mod output;
@@ -47,6 +49,7 @@ enum Verb {
     Mirror(mirror::Mirror),
     Job(job::Job),
     Info(info::Inspect),
+    Map(map::Map),
     Compare(compare::Compare),
     Completions(completions::Completions),
 }
@@ -59,6 +62,7 @@ impl Verb {
             Self::Mirror(mirror) => mirror.run(form),
             Self::Job(job) => job.run(form),
             Self::Info(info) => info.run(form),
+            Self::Map(map) => map.run(form),
             Self::Compare(compare) => compare.run(form),
             Self::Completions(completions) => completions.run(),
         }
