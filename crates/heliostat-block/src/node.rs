@@ -479,3 +479,42 @@ fn append(extents: &mut Vec<Extent>, next: Extent) {
         _ => extents.push(next),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::job::test_disk::{Disk, Says, Ticking, node_of};
+
+    fn hole(start: u64, end: u64) -> Extent {
+        Extent { range: ByteRange::from_bounds(start, end), status: ExtentStatus::Hole }
+    }
+
+    /// The extents of a whole disk of 2048 bytes that says `says` of it.
+    fn extents(says: Says) -> Vec<Extent> {
+        let disk = Disk::of(vec![1; 2048]);
+        disk.says(says);
+        let node = node_of("disk0", disk, &Arc::new(Ticking::default()));
+        let whole = ByteRange::from_bounds(0, 2048);
+        node.extents_below(whole).now_or_never().expect("it answers at once").expect("without an error")
+    }
+
+    #[test]
+    fn an_extents_answer_that_makes_no_sense_is_data() {
+        let senseless: [(&str, Says); 7] = [
+            ("none at all", |_| Vec::new()),
+            ("a gap at the start", |_| vec![hole(512, 2048)]),
+            ("a gap in the middle", |_| vec![hole(0, 512), hole(1024, 2048)]),
+            ("two that overlap", |_| vec![hole(0, 1024), hole(512, 2048)]),
+            ("in another order", |_| vec![hole(1024, 2048), hole(0, 1024)]),
+            ("an empty one", |_| vec![hole(0, 0), hole(0, 2048)]),
+            ("an empty one behind", |_| vec![hole(0, 1024), hole(1024, 1024)]),
+        ];
+        let data = Extent { range: ByteRange::from_bounds(0, 2048), status: ExtentStatus::Data };
+        for (what, says) in senseless {
+            assert_eq!(extents(says), [data], "{what}");
+        }
+        assert_eq!(extents(|_| vec![hole(0, 1024)]), [hole(0, 1024)], "stopping early is allowed");
+    }
+}

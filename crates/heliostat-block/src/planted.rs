@@ -1,7 +1,8 @@
 //! Bugs that the simulator's tests plant, to see that it finds them. Never in the program: without the feature
 //! `planted-bugs` nothing can be planted, and every question here is a constant.
 //!
-//! Each stands for a rule of MIRROR.md section 4 that is broken, at the one place that keeps it.
+//! Each stands for a rule that is broken, at the one place that keeps it: of MIRROR.md section 4, or of the order in
+//! which the qcow2 driver does things.
 
 /// A rule that is broken on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,26 @@ pub enum Bug {
     DoubledBesideCopy,
     /// A flush that fails takes no notice of copies on their way.
     FlushForgetsCopies,
+    /// qcow2: a mapping is visible before its data is there.
+    MappingBeforeData,
+    /// qcow2: L2 tables are written without waiting for reference counts and data to be durable.
+    TablesBeforeCounts,
+    /// qcow2: L1 entries are written without waiting for their tables to be durable.
+    LinksBeforeTables,
+    /// qcow2: a freed cluster is used anew before it is durable that it is free.
+    FreedBeforeCommit,
+    /// qcow2: a freed cluster is used anew while requests that saw it in use are in flight.
+    FreedBesideRead,
+    /// qcow2: allocations in flight are not looked at.
+    AllocationsForgotten,
+    /// qcow2: what is copied around a write covers data that others write in place meanwhile.
+    CopyOverData,
+    /// qcow2: FUA makes the data durable and not its mapping.
+    FuaWithoutMapping,
+    /// qcow2: tables that could not be written are not written again.
+    FailedCommitForgotten,
+    /// qcow2: a cluster that a snapshot uses too is written in place.
+    SharedInPlace,
 }
 
 #[cfg(feature = "planted-bugs")]

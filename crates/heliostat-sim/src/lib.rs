@@ -11,6 +11,8 @@
 mod bench;
 mod faults;
 mod guest;
+pub mod image;
+mod lanes;
 mod medium;
 mod operator;
 mod oracle;
@@ -38,8 +40,12 @@ pub enum Trace {
 /// # Errors
 /// What went wrong first, in words.
 pub fn run(seed: u64, trace: Trace) -> Result<Seen, String> {
-    let ended = catch_unwind(AssertUnwindSafe(|| scenario::run(random::mix(seed), trace == Trace::On)));
-    ended.unwrap_or_else(|panic| {
+    caught(|| scenario::run(random::mix(seed), trace == Trace::On))
+}
+
+/// Makes a panic an error.
+fn caught<T>(run: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");
         Err(format!("panic: {text}"))

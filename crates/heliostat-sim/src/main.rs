@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use heliostat_sim::{Seen, Trace};
+use heliostat_sim::{Seen, Trace, image};
 
 /// Runs the core against simulated storage and time, once for each seed.
 #[derive(Parser)]
@@ -26,6 +26,9 @@ struct Options {
     /// Say what happens in it.
     #[arg(long, requires = "seed")]
     trace: bool,
+    /// Use a qcow2 image, and no mirror.
+    #[arg(long)]
+    image: bool,
     /// Stop after so many failures.
     #[arg(long, default_value_t = 20)]
     failures: u64,
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         failures_max: options.failures,
         failed: Mutex::new(Vec::new()),
         seen: Mutex::default(),
+        image: options.image.then(Mutex::default),
         trace,
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -60,13 +64,10 @@ fn main() -> ExitCode {
     let passed = search.passed.load(Ordering::Relaxed);
     for (seed, what) in &failed {
         println!("seed {seed}: {what}");
-        println!("  again: cargo run --profile sim -p heliostat-sim -- --seed {seed} --trace");
+        let image = if options.image { " --image" } else { "" };
+        println!("  again: cargo run --profile sim -p heliostat-sim --{image} --seed {seed} --trace");
     }
-    let seen = *search.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    println!(
-        "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met",
-        seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors
-    );
+    search.say();
     let skipped = count - passed - u64::try_from(failed.len()).unwrap_or(0);
     println!("{passed} passed, {} failed, {skipped} skipped", failed.len());
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -80,6 +81,8 @@ struct Search {
     /// In the order in which they were found.
     failed: Mutex<Vec<(u64, String)>>,
     seen: Mutex<Seen>,
+    /// Where images are what is searched: what was seen of them.
+    image: Option<Mutex<image::Seen>>,
     trace: Trace,
 }
 
@@ -95,16 +98,50 @@ impl Search {
         failures >= self.failures_max || self.next.load(Ordering::Relaxed) >= self.end
     }
 
+    fn run(&self, seed: u64) -> Result<(), String> {
+        if let Some(all) = &self.image {
+            let seen = image::run(seed, self.trace)?;
+            all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
+        } else {
+            let seen = heliostat_sim::run(seed, self.trace)?;
+            self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
+        }
+        Ok(())
+    }
+
+    /// Says what was come across.
+    fn say(&self) {
+        if let Some(all) = &self.image {
+            let seen = *all.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            println!(
+                "{} guests' requests, {} dropped, {} failed; {} crash images, {} written on; {} closed; {} leaks",
+                seen.requests,
+                seen.dropped,
+                seen.errors,
+                seen.crashes,
+                seen.reopened,
+                seen.closed,
+                seen.leaks
+            );
+            return;
+        }
+        let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        println!(
+            "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met; {} requests by \
+             lanes",
+            seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors, seen.on_lanes
+        );
+    }
+
     fn work(&self) {
         while !self.is_over() {
             let seed = self.next.fetch_add(1, Ordering::Relaxed);
             if seed >= self.end {
                 return;
             }
-            match heliostat_sim::run(seed, self.trace) {
-                Ok(seen) => {
+            match self.run(seed) {
+                Ok(()) => {
                     self.passed.fetch_add(1, Ordering::Relaxed);
-                    self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
                 }
                 Err(what) => {
                     let mut failed = self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

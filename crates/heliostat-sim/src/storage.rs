@@ -20,7 +20,7 @@ use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
 
-use crate::faults::{Kind, Plan, Profile, error};
+use crate::faults::{EIO, ENOSPC, Kind, Plan, Profile, error};
 use crate::medium::{Content, Medium};
 use crate::random::Random;
 use crate::world::World;
@@ -34,14 +34,36 @@ pub(crate) struct SimStorage {
     state: Arc<Mutex<State>>,
 }
 
+/// What only a storage that holds an image does.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Quirks {
+    /// The request with this number, counted from now on, fails once with this error.
+    pub(crate) fails: Option<(u64, i32)>,
+    /// It cannot be made longer than this.
+    pub(crate) size_max: Option<u64>,
+    /// Its requests may be dropped; they are carried out all the same.
+    pub(crate) may_be_dropped: bool,
+    /// A flush that fails has lost nothing.
+    pub(crate) keeps_after_flush: bool,
+    /// Requests are torn between sectors only, also where there are no blocks: what an image's tables count on.
+    pub(crate) keeps_sectors: bool,
+}
+
 struct State {
     medium: Medium,
+    quirks: Quirks,
     random: Random,
     in_flight: u64,
     errors: u64,
     requests: u64,
+    /// How many of them lanes made.
+    on_lanes: u64,
     flush_failures: u64,
     forgets: bool,
+    /// The host could not write some of its cache back by itself; the next flush to end is told.
+    writeback_failed: bool,
+    /// Draws what the host does with a hint.
+    hints: Random,
 }
 
 /// What a request brings back, when it has ended.
@@ -66,13 +88,37 @@ impl SimStorage {
     ) -> Arc<Self> {
         let forgets = profile.forgets;
         let medium = Medium::new(bytes);
-        let state =
-            State { medium, random, in_flight: 0, errors: 0, requests: 0, flush_failures: 0, forgets };
+        let state = State {
+            medium,
+            hints: random.clone().fork(),
+            writeback_failed: false,
+            quirks: Quirks::default(),
+            random,
+            in_flight: 0,
+            errors: 0,
+            requests: 0,
+            on_lanes: 0,
+            flush_failures: 0,
+            forgets,
+        };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)) })
     }
 
     pub(crate) fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    /// From now on it behaves so. [`Quirks::fails`] counts from the next request.
+    pub(crate) fn set_quirks(&self, quirks: Quirks) {
+        let mut state = lock(&self.state);
+        let requests = state.requests;
+        state.quirks =
+            Quirks { fails: quirks.fails.map(|(after, errno)| (requests + after, errno)), ..quirks };
+    }
+
+    /// Whether the fault that it was given is still to come.
+    pub(crate) fn has_fault_left(&self) -> bool {
+        lock(&self.state).quirks.fails.is_some()
     }
 
     /// Requests that have begun and not ended.
@@ -88,6 +134,11 @@ impl SimStorage {
     /// Requests that have begun so far.
     pub(crate) fn requests(&self) -> u64 {
         lock(&self.state).requests
+    }
+
+    /// Requests of lanes that have begun so far.
+    pub(crate) fn requests_of_lanes(&self) -> u64 {
+        lock(&self.state).on_lanes
     }
 
     /// Flushes that have failed so far.
@@ -128,14 +179,27 @@ impl SimStorage {
     fn begin(&self, kind: Kind, range: ByteRange) -> Plan {
         self.check(kind, range);
         let now = self.world.time();
+        let on_lane = self.world.is_on_lane();
         let mut state = lock(&self.state);
-        let plan = self.profile.plan(kind, range, now, &mut state.random);
+        let mut plan = self.profile.plan(kind, range, now, &mut state.random);
+        if let Some((_, errno)) = state.quirks.fails.filter(|(number, _)| *number == state.requests) {
+            plan.error = Some(errno);
+            state.quirks.fails = None;
+        }
+        if state.quirks.keeps_sectors {
+            let snap = |at: u64| if at == range.end() { at } else { range.offset().max(at & !511) };
+            for (_, piece) in &mut plan.pieces {
+                *piece = ByteRange::from_bounds(snap(piece.offset()), snap(piece.end()));
+            }
+        }
         state.in_flight += 1;
         state.requests += 1;
+        state.on_lanes += u64::from(on_lane);
         drop(state);
         self.world.trace(|| {
             let took = (plan.end - now).as_secs_f64() * 1e3;
-            format!("{} {kind:?} {range} begins, {took:.3} ms, error {:?}", self.name, plan.error)
+            let lane = if on_lane { " on a lane" } else { "" };
+            format!("{} {kind:?} {range} begins{lane}, {took:.3} ms, error {:?}", self.name, plan.error)
         });
         plan
     }
@@ -155,6 +219,10 @@ impl SimStorage {
         if !lock(&self.state).random.chance(self.profile.inline) {
             return IoFuture::pending(async move { begin(false).await });
         }
+        Self::answer_now(begin)
+    }
+
+    fn answer_now<'a, T: Unpin + 'a>(begin: impl FnOnce(bool) -> Answer<T> + 'a) -> IoFuture<'a, T> {
         let mut answer = begin(true);
         answer.ended = true;
         let ready = lock(&answer.slot).answer.take();
@@ -184,10 +252,12 @@ impl SimStorage {
                 world.trace(|| format!("{name} {kind:?} {range} ends"));
                 let mut state = lock(&state);
                 state.in_flight -= 1;
-                state.errors += u64::from(plan.error.is_some());
-                let answer = last(&mut state, plan.error.is_none());
+                let untold = kind == Kind::Flush && std::mem::take(&mut state.writeback_failed);
+                let failure = plan.error.or(untold.then_some(EIO));
+                state.errors += u64::from(failure.is_some());
+                let answer = last(&mut state, failure.is_none());
                 drop(state);
-                finish(&slot, plan.error.map_or(Ok(answer), |errno| Err(error(errno))));
+                finish(&slot, failure.map_or(Ok(answer), |errno| Err(error(errno))));
             }
         };
         if inline {
@@ -195,7 +265,8 @@ impl SimStorage {
         } else {
             self.world.at(plan.end.max(now + Duration::from_nanos(1)), end)
         }
-        Answer { slot, world: Arc::clone(&self.world), ended: false }
+        let may_be_dropped = lock(&self.state).quirks.may_be_dropped;
+        Answer { slot, world: Arc::clone(&self.world), ended: may_be_dropped }
     }
 
     fn put(&self, what: (Kind, ByteRange, bool), content: Content, durability: Durability) -> Answer<()> {
@@ -247,6 +318,7 @@ fn finish<T>(slot: &Shared<T>, answer: io::Result<T>) {
 struct Answer<T> {
     slot: Shared<T>,
     world: Arc<World>,
+    /// It has ended, or nobody minds that it is dropped before.
     ended: bool,
 }
 
@@ -294,6 +366,14 @@ impl Storage for SimStorage {
     }
 
     fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        let may_be_dropped = {
+            let mut state = lock(&self.state);
+            if state.quirks.size_max.is_some_and(|most| size > most) {
+                state.errors += 1;
+                return IoFuture::ready(Err(error(ENOSPC)));
+            }
+            state.quirks.may_be_dropped
+        };
         let begin = move |inline| {
             let nowhere = ByteRange::from_bounds(0, 0);
             self.carry_out(
@@ -306,7 +386,8 @@ impl Storage for SimStorage {
                 },
             )
         };
-        self.answer(begin)
+        // Changes of the length take turns, also when one is dropped.
+        if may_be_dropped { Self::answer_now(begin) } else { self.answer(begin) }
     }
 
     fn allocated_size(&self) -> Option<u64> {
@@ -387,8 +468,13 @@ impl Storage for SimStorage {
                 |_, _| (),
                 move |state, good| {
                     state.flush_failures += u64::from(!good);
+                    let keeps = state.quirks.keeps_after_flush;
                     let State { medium, random, .. } = state;
-                    if good { medium.flush_succeeds(start, random) } else { medium.flush_fails(random) }
+                    match good {
+                        true => medium.flush_succeeds(start, random),
+                        false if keeps => {}
+                        false => medium.flush_fails(random),
+                    }
                 },
             )
         };
@@ -417,5 +503,26 @@ impl Storage for SimStorage {
             )
         };
         self.answer(begin)
+    }
+
+    /// Writes back some time later. That may fail, of which nobody hears before the next flush.
+    fn start_writeback(&self, range: ByteRange) {
+        let (at, fails) = {
+            let mut state = lock(&self.state);
+            let now = self.world.time();
+            let at = now + state.hints.time(self.profile.delay_max);
+            let fails = state.hints.chance(self.profile.writeback_errors);
+            (at, fails && at < self.profile.faults_until)
+        };
+        let (state, world, name) = (Arc::clone(&self.state), Arc::clone(&self.world), self.name);
+        self.world.at(at, move || {
+            world.trace(|| format!("{name} writes back {range}, fails: {fails}"));
+            let mut state = lock(&state);
+            if fails {
+                state.writeback_failed |= state.medium.lose(range);
+            } else {
+                state.medium.persist_cached(range);
+            }
+        });
     }
 }

@@ -13,6 +13,7 @@ use event_listener::EventListener;
 use futures_util::FutureExt;
 
 use super::attempt::Attempt;
+use super::bitmaps::Bitmaps;
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, Doubling};
 use super::figures::{Standing, Tally};
@@ -27,7 +28,6 @@ use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::buffer::BufferPool;
 use crate::clock::{Clock, Moment};
 use crate::convert::usize_from;
-use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
@@ -66,7 +66,7 @@ pub struct Mirror {
 
 impl Mirror {
     /// Makes a mirror of `source` to `target`, whose places the caller has attached in `graph`, and lets the
-    /// source's writes be heard from now on.
+    /// source's writes be heard from now on. `bitmaps` are those of `source` and of the granularity in `options`.
     #[must_use]
     pub fn new(
         job: Arc<Job>,
@@ -74,12 +74,12 @@ impl Mirror {
         source: Arc<Place>,
         target: Arc<Place>,
         options: MirrorOptions,
+        bitmaps: Bitmaps,
         clock: Arc<dyn Clock>,
     ) -> Self {
         let (source_node, target_node) = (source.node(), target.node());
-        let size = source_node.size();
-        let bitmap = DirtyBitmap::new(size, options.granularity).expect("the caller has tried it");
-        let doubling = Doubling::new(bitmap, options.target_deadline, Arc::clone(&clock));
+        let Bitmaps { dirty, unflushed } = bitmaps;
+        let doubling = Doubling::new(dirty, options.target_deadline, Arc::clone(&clock));
         doubling.set_write_blocking(job.options().copy_mode == CopyMode::WriteBlocking);
         doubling.set_whole_granules(target_node.lacks_backing());
         let now = clock.now();
@@ -101,7 +101,7 @@ impl Mirror {
             job,
             graph,
             _places: [source, target],
-            unflushed: Unflushed::new(size, options.granularity),
+            unflushed: Unflushed::new(unflushed),
             doubling,
             scan: if options.sync == SyncMode::None { Scan::Over } else { Scan::Ahead },
             options,

@@ -4,12 +4,15 @@
 //! (`mirror`); it reads its [`Orders`] here and says here what it has become. Nothing here does I/O.
 
 pub(crate) mod attempt;
+pub mod bitmaps;
 pub(crate) mod copy;
 pub mod doubling;
 pub mod figures;
 pub mod lanes;
 pub mod mirror;
 pub(crate) mod mirror_step;
+#[cfg(test)]
+mod mirror_tests;
 #[cfg(test)]
 mod model_tests;
 pub mod options;
@@ -19,6 +22,8 @@ pub(crate) mod rate;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;
+#[cfg(test)]
+pub(crate) mod test_disk;
 pub(crate) mod underway;
 pub(crate) mod unflushed;
 
@@ -27,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_listener::{Event, EventListener};
 
+pub use bitmaps::Bitmaps;
 pub use figures::Figures;
 pub use status::{
     CopyMode, End, ErrorAction, Force, IoStatus, JobEvent, JobStatus, OnError, Operation, Verb, VerbError,

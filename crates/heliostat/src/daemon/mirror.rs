@@ -7,7 +7,7 @@ use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::job::mirror::Mirror;
 use heliostat_block::job::options::MirrorOptions;
 use heliostat_block::job::scan::SyncMode;
-use heliostat_block::job::{CopyMode, Job, JobEvent, JobOptions, JobStatus, Observer, OnError};
+use heliostat_block::job::{Bitmaps, CopyMode, Job, JobEvent, JobOptions, JobStatus, Observer, OnError};
 use heliostat_block::limits::{BUF_SIZE_DEFAULT, GRANULARITY_DEFAULT, GRANULARITY_MAX, GRANULARITY_MIN};
 use heliostat_block::name::{NodeName, is_wellformed_id};
 use heliostat_block::node::{DetectZeroes, Node};
@@ -123,6 +123,7 @@ struct Start {
     source: Arc<Place>,
     target: Arc<Place>,
     options: MirrorOptions,
+    bitmaps: Bitmaps,
 }
 
 /// How a job's thread is given its work, how it says that it hears the source's writes, and the thread.
@@ -154,6 +155,9 @@ impl Daemon {
             return Err(DaemonError::JobId(spec.job_id.clone()));
         }
         self.check_new_job(&spec.job_id)?;
+        // Before the job is announced: what has no memory is refused, and does not fail in the middle.
+        let bitmaps = Bitmaps::new(&source, granularity)
+            .map_err(|error| DaemonError::Bitmaps { job: spec.job_id.clone(), error })?;
         let attached = self.attach(spec, &source, &target);
         let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
         let options = spec.options(granularity, &target);
@@ -166,7 +170,8 @@ impl Daemon {
             filter_node_name: spec.filter_node_name.clone(),
         };
         self.keep_job(entry, thread);
-        let start = Start { job: Arc::clone(&job), source: source_place, target: target_place, options };
+        let start =
+            Start { job: Arc::clone(&job), source: source_place, target: target_place, options, bitmaps };
         sender.send(start).expect("the job's thread waits for this");
         // From here on every write is heard: with `sync: none` the reply promises no less.
         listening.recv().expect("the job's thread says this before anything else");
@@ -182,9 +187,9 @@ impl Daemon {
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
-            let Start { job, source, target, options } = start;
+            let Start { job, source, target, options, bitmaps } = start;
             give_way();
-            let mirror = Mirror::new(job, graph, source, target, options, clock).with_lanes(lanes);
+            let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock).with_lanes(lanes);
             // Nobody left to hear it is no reason not to run.
             let _ = listens.send(());
             mirror.run().await;

@@ -109,7 +109,7 @@ pub fn decode_directory(bytes: &[u8], count: u32, layout: Layout) -> Result<Vec<
         if entries.iter().any(|other: &BitmapEntry| other.name == entry.name) {
             return Err(damaged("two bitmaps of one name"));
         }
-        rest = rest.get(entry.len()..).unwrap_or_default();
+        rest = rest.get(entry.len()..).ok_or_else(|| damaged("it ends too early"))?;
         entries.push(entry);
     }
     if rest.is_empty() { Ok(entries) } else { Err(damaged("it is longer than its bitmaps")) }

@@ -22,6 +22,7 @@ use super::Qcow2;
 use super::slices::Kind;
 use super::state::{Limbo, State, numbers_len, write_numbers};
 use crate::convert::{u64_from, usize_from};
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// Writes of tables that are under way at once.
@@ -59,6 +60,9 @@ pub(crate) struct Commits {
     durable: u64,
     /// Whether one is under way.
     pub(crate) is_running: bool,
+    /// Tables were being written when a commit was dropped. They may still land, at any time, over newer ones: so
+    /// nothing more is committed.
+    is_adrift: bool,
     /// What is unmapped for good, and may still be read by requests of that epoch or before.
     passing: Vec<(u64, Limbo)>,
 }
@@ -106,7 +110,7 @@ impl State {
     fn end_batch(&mut self, batch: Batch, is_durable: bool) {
         self.commits.is_running = false;
         let starts = batch.refcounts.iter().chain(&batch.l2).map(|(start, _)| *start);
-        if is_durable {
+        if is_durable || is_planted(Bug::FailedCommitForgotten) {
             self.slices.durable(starts);
             self.commits.durable = batch.number;
             let epoch = batch.epoch;
@@ -123,10 +127,28 @@ impl State {
     /// Takes what nobody uses any more, neither on the medium nor in memory.
     fn take_passed(&mut self) -> Vec<Limbo> {
         let all = mem::take(&mut self.commits.passing);
-        let (passed, passing): (Vec<_>, Vec<_>) =
-            all.into_iter().partition(|(epoch, _)| self.epochs.has_passed(*epoch));
+        let (passed, passing): (Vec<_>, Vec<_>) = all
+            .into_iter()
+            .partition(|(epoch, _)| self.epochs.has_passed(*epoch) || is_planted(Bug::FreedBesideRead));
         self.commits.passing = passing;
         passed.into_iter().map(|(_, limbo)| limbo).collect()
+    }
+}
+
+/// Tables that are being written. Dropped before [`Tables::end`], they are adrift.
+struct Tables<'a>(Option<&'a Qcow2>);
+
+impl Tables<'_> {
+    fn end(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Tables<'_> {
+    fn drop(&mut self) {
+        if let Some(driver) = self.0 {
+            driver.lock().commits.is_adrift = true;
+        }
     }
 }
 
@@ -146,12 +168,24 @@ impl Drop for Running<'_> {
 
 impl Qcow2 {
     /// Makes everything durable that has ended before this call.
+    ///
+    /// # Errors
+    /// The storage's; what could not be written is written again by the next. Any, for ever, after one was dropped
+    /// while it wrote tables.
     pub(crate) async fn flush(&self) -> io::Result<()> {
         let begun = self.lock().commits.begun;
         let _turn = self.turn.lock(ByteRange::from_bounds(0, 1)).await;
-        // One that began after this call, and ended well, has done it.
-        if self.lock().commits.durable > begun {
-            return Ok(());
+        {
+            let state = self.lock();
+            // One that began after this call, and ended well, has done it.
+            if state.commits.durable > begun {
+                return Ok(());
+            }
+            if state.commits.is_adrift {
+                return Err(io::Error::other(
+                    "a commit of the image was dropped while it wrote: the image has to be opened again",
+                ));
+            }
         }
         let batch = self.lock().take_batch();
         let mut running = Running { driver: self, batch: Some(batch) };
@@ -177,16 +211,20 @@ impl Qcow2 {
             self.write_all(&batch.refcount_table).await?;
             if let Some(words) = &batch.moved {
                 self.file.flush().await?;
-                self.file.write(REFCOUNT_TABLE_WORDS, words.clone()).await?;
+                self.write_all(&[(REFCOUNT_TABLE_WORDS, words.clone())]).await?;
             }
         }
         if let Some(data) = &self.data_file {
             data.flush().await?;
         }
-        self.file.flush().await?;
+        if !is_planted(Bug::TablesBeforeCounts) {
+            self.file.flush().await?;
+        }
         if !batch.l2.is_empty() {
             self.write_all(&batch.l2).await?;
-            self.file.flush().await?;
+            if !is_planted(Bug::LinksBeforeTables) {
+                self.file.flush().await?;
+            }
         }
         if !batch.l1.is_empty() {
             self.write_all(&batch.l1).await?;
@@ -197,12 +235,14 @@ impl Qcow2 {
 
     /// Writes pieces of the image file, neighbours together, several at once.
     async fn write_all(&self, pieces: &[(u64, Bytes)]) -> io::Result<()> {
+        let tables = Tables(Some(self));
         let mut writes = stream::iter(joined(pieces).into_iter().map(|(at, data)| self.file.write(at, data)))
             .buffer_unordered(WRITES_AT_ONCE);
         let mut failed = Ok(());
         while let Some(written) = writes.next().await {
             failed = failed.and(written);
         }
+        tables.end();
         failed
     }
 

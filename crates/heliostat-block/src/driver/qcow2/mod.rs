@@ -9,10 +9,13 @@
 
 pub mod bitmap_directory;
 mod bitmaps;
+pub mod check;
 mod commit;
 mod compressed;
+pub mod create;
 pub mod entry;
 pub mod error;
+mod extension;
 mod extents;
 pub mod file;
 pub mod header;
@@ -41,10 +44,12 @@ use self::header::{Compression, Header, incompatible};
 use self::layout::Layout;
 use self::slices::Kind;
 use self::state::{Attempt, Obstacle, State};
+use crate::buffer::Buffer;
+use crate::convert::usize_from;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
-use crate::storage::{Traits, ZeroSpace};
+use crate::storage::Traits;
 
 pub use bitmaps::StoredBitmap;
 pub use open::{CACHE_MAX, OpenOptions};
@@ -85,6 +90,25 @@ pub(crate) struct Visit<'a> {
 impl Drop for Visit<'_> {
     fn drop(&mut self) {
         self.driver.lock().epochs.leave(self.epoch);
+    }
+}
+
+/// A write that has begun. Dropped before its end it may still land, at any time: nothing that it saw is used anew
+/// then, so all that is freed from now on is lost space, until a check gives it back.
+struct Landing<'a>(Option<Visit<'a>>);
+
+impl Landing<'_> {
+    /// It has ended.
+    fn end(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        if let Some(visit) = self.0.take() {
+            std::mem::forget(visit);
+        }
     }
 }
 
@@ -173,9 +197,10 @@ impl Qcow2 {
         if self.read_only {
             return Ok(());
         }
-        if self.lock().corrupt.is_none() {
-            self.store_bitmaps().await?;
+        if self.lock().corrupt.is_some() {
+            return self.flush().await;
         }
+        self.store_bitmaps().await?;
         // What is unmapped is given back once that is durable, and that has to be written, too.
         self.flush().await?;
         if self.lock().is_changed() {
@@ -183,11 +208,8 @@ impl Qcow2 {
         }
         // Where the end cannot be found, the file stays a little longer.
         let _ = self.attempt(State::find_end).await;
-        let (is_sound, end) = {
-            let state = self.lock();
-            (state.corrupt.is_none(), state.used_end << self.layout.cluster_bits)
-        };
-        if is_sound && end < self.file.size() && self.file.storage().traits().can_resize {
+        let end = self.lock().used_end << self.layout.cluster_bits;
+        if end < self.file.size() && self.file.storage().traits().can_resize {
             self.file.set_size(end).await?;
         }
         Ok(())
@@ -241,6 +263,12 @@ impl Qcow2 {
                 Ok(())
             }
             Obstacle::NeedsTable(index) => self.make_table(index).await,
+            Obstacle::NeedsLength(end) => {
+                self.file.grow_to(end).await?;
+                let size = self.file.size();
+                self.lock().file_end = size;
+                Ok(())
+            }
             Obstacle::Fail(error) => {
                 let found = error.get_ref().and_then(|inner| inner.downcast_ref::<Corruption>()).cloned();
                 if let Some(corruption) = found {
@@ -279,22 +307,30 @@ impl Qcow2 {
         }
         let run = Box::pin(self.attempt(|state| state.allocate(1))).await?;
         let host = self.lock().clusters(run.first, 1);
-        let written = async {
+        let content = async {
+            self.file.grow_to(host.end()).await?;
             match shared {
                 Some(table) => {
                     let from = ByteRange::from_bounds(table, table + layout.cluster_size());
-                    let copy = self.file.read(from).await?;
-                    self.file.write(host.offset(), copy.freeze()).await
+                    self.file.read(from).await.map(Some)
                 }
-                None if run.fresh => self.file.grow_to(host.end()).await,
-                None => self.file.write_zeroes(host, ZeroSpace::Keep).await,
+                None if run.fresh => Ok(None),
+                None => Ok(Some(Buffer::zeroed(usize_from(host.len())))),
             }
         };
-        if let Err(error) = written.await {
-            let _ = Box::pin(self.attempt(|state| state.drop_reference(run.first))).await;
-            return Err(error);
-        }
+        let content = match content.await {
+            Ok(content) => content,
+            Err(error) => {
+                let _ = Box::pin(self.attempt(|state| state.drop_reference(run.first))).await;
+                return Err(error);
+            }
+        };
         let mut state = self.lock();
+        if let Some(content) = content {
+            // The next commit writes it, and writes it again if it fails: a table that is written here and lost by
+            // a flush that fails would be linked all the same.
+            state.put_table(host.offset(), &content);
+        }
         state.link_table(index, host.offset());
         if shared.is_none() {
             // What is known need not be read: its first users are waiting.

@@ -121,8 +121,10 @@ impl Qcow2 {
             free_hint: 0,
             fresh_from: layout.clusters_for(size),
             used_end: layout.clusters_for(size),
+            file_end: size,
             tables: BTreeMap::new(),
             commits: Commits::default(),
+            haunted: BTreeSet::new(),
             corrupt: None,
             header,
         };
@@ -190,6 +192,7 @@ impl State {
         bitmaps: &[StoredBitmap],
     ) -> Result<(), Corruption> {
         let layout = self.layout;
+        self.check_refcount_table()?;
         let mut places = vec![
             (ByteRange::from_bounds(0, layout.cluster_size()), "image header"),
             (self.header.l1_range(), "active L1 table"),
@@ -218,9 +221,6 @@ impl State {
             }
         }
         for block in self.refcount_table.iter().filter(|block| **block != 0) {
-            if layout.in_cluster(*block) != 0 || block >> 56 != 0 {
-                return Err(Corruption::Misplaced { what: "refcount table", entry: *block, offset: *block });
-            }
             places.push((ByteRange::from_bounds(*block, block + layout.cluster_size()), "refcount block"));
         }
         for (range, table) in places {

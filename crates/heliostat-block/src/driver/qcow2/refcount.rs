@@ -35,6 +35,18 @@ impl State {
         Ok(layout.refcount(slice, index))
     }
 
+    /// Where refcount blocks can be.
+    ///
+    /// # Errors
+    /// [`Corruption::Misplaced`] for the first that is elsewhere.
+    pub(crate) fn check_refcount_table(&self) -> Result<(), Corruption> {
+        let is_misplaced = |block: &&u64| self.layout.in_cluster(**block) != 0 || **block >> 56 != 0;
+        match self.refcount_table.iter().find(is_misplaced) {
+            Some(&entry) => Err(Corruption::Misplaced { what: "refcount table", entry, offset: entry }),
+            None => Ok(()),
+        }
+    }
+
     /// The slice that counts a cluster, and which count of it; `None` where there is no block.
     fn refcount_slice(&self, cluster: u64) -> Option<(u64, u64)> {
         let layout = self.layout;
@@ -172,6 +184,7 @@ impl State {
             return self.grow_refcount_table(index);
         }
         self.check_overlap(self.clusters(at, 1))?;
+        self.check_length(self.clusters(at, 1).end())?;
         if at != cluster {
             // Counted by a block that is there: this can meet an obstacle, so it comes first.
             self.set_refcount(at, 1)?;
@@ -202,7 +215,7 @@ impl State {
     /// blocks that are needed to count it there. All in memory: a commit writes it.
     fn grow_refcount_table(&mut self, index: u64) -> Attempt<()> {
         let layout = self.layout;
-        let base = self.used_end;
+        let base = self.uncounted_from(self.used_end)?;
         let old = self.header.refcount_table_range();
         let had = u64_from(self.refcount_table.len());
         let (mut blocks, mut clusters) = (0, 1);
@@ -223,6 +236,7 @@ impl State {
         };
         let run = base..base + blocks + clusters;
         self.check_overlap(self.clusters(base, blocks + clusters))?;
+        self.check_length(self.clusters(base, blocks + clusters).end())?;
         for cluster in run.clone() {
             // Every obstacle comes before the first change.
             if self.refcount(cluster)? != 0 {
@@ -251,6 +265,25 @@ impl State {
         self.fresh_from = self.fresh_from.max(run.end);
         self.used_end = run.end;
         Ok(())
+    }
+
+    /// The first cluster from `from` on behind which nothing is counted. A crash may leave counts of clusters that
+    /// the file did not become long enough for.
+    fn uncounted_from(&mut self, from: u64) -> Attempt<u64> {
+        let entries = self.layout.refcount_block_entries();
+        let blocks = u64_from(self.refcount_table.len());
+        let (mut last, mut cluster) = (from, from);
+        while cluster < blocks * entries {
+            if self.refcount_slice(cluster).is_none() {
+                cluster = (cluster / entries + 1) * entries;
+                continue;
+            }
+            if self.refcount(cluster)? != 0 {
+                last = cluster + 1;
+            }
+            cluster += 1;
+        }
+        Ok(last)
     }
 
     /// Where so many clusters are, in the image file.

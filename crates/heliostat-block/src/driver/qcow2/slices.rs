@@ -121,8 +121,13 @@ impl Slices {
     /// Takes in a slice that is all zero and has to be written.
     pub(crate) fn insert_new(&mut self, start: u64, kind: Kind) {
         let zeroes = vec![0; usize_from(self.slice_size)];
+        self.insert_changed(start, kind, zeroes);
+    }
+
+    /// Takes in a slice that has to be written, in the place of one that may be here.
+    pub(crate) fn insert_changed(&mut self, start: u64, kind: Kind, bytes: Vec<u8>) {
         self.forget(start);
-        self.insert(start, kind, zeroes);
+        self.insert(start, kind, bytes);
         self.get_mut(start);
     }
 

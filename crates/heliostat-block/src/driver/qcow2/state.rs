@@ -16,6 +16,7 @@ use super::in_flight::{Allocations, Epochs};
 use super::layout::Layout;
 use super::slices::{Kind, Slices};
 use crate::convert::{u64_from, usize_from};
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// Why something cannot be done under the lock, and what has to happen first.
@@ -27,6 +28,8 @@ pub(crate) enum Obstacle {
     Wait(EventListener),
     /// The L1 entry of this number needs an L2 table of its own.
     NeedsTable(u64),
+    /// The image file has to reach so far.
+    NeedsLength(u64),
     /// It cannot be done.
     Fail(io::Error),
 }
@@ -74,9 +77,13 @@ pub(crate) struct State {
     pub(crate) fresh_from: u64,
     /// The end of what is in use, by clusters: where the file may be cut.
     pub(crate) used_end: u64,
+    /// The image file is known to be so long.
+    pub(crate) file_end: u64,
     /// What must not be written by anybody but its owner: clusters of tables, by number.
     pub(crate) tables: BTreeMap<u64, &'static str>,
     pub(crate) commits: Commits,
+    /// Host clusters in which a write may land that was dropped before its end. Empty as long as nobody drops one.
+    pub(crate) haunted: BTreeSet<u64>,
     /// What was found wrong; from then on nothing is written.
     pub(crate) corrupt: Option<Corruption>,
 }
@@ -162,6 +169,7 @@ impl State {
         let l1 = self.l1_entry(guest);
         match l1.table(layout)? {
             Some(table) if l1.is_copied() => {
+                self.check_counted(ByteRange::from_bounds(table, table + layout.cluster_size()))?;
                 let start = self.slices.start_of(table + layout.l2_index(guest) * layout.l2_entry_size());
                 self.slice(start, Kind::L2).map(|_| ())
             }
@@ -177,6 +185,14 @@ impl State {
         (guest / coverage + 1).saturating_mul(coverage)
     }
 
+    /// What the new L2 table at `table` says, to be written.
+    pub(crate) fn put_table(&mut self, table: u64, content: &[u8]) {
+        let size = self.slices.slice_size();
+        for (number, bytes) in (0..).zip(content.chunks(usize_from(size))) {
+            self.slices.insert_changed(table + number * size, Kind::L2, bytes.to_vec());
+        }
+    }
+
     /// Puts a new L2 table in the place of the one that `expected` names, or of none.
     pub(crate) fn link_table(&mut self, index: u64, table: u64) {
         if let Some(entry) = self.l1.get_mut(usize_from(index)) {
@@ -184,6 +200,12 @@ impl State {
             self.l1_dirty.insert(index);
             self.tables.insert(self.layout.cluster_index(table), "active L2 table");
         }
+    }
+
+    /// That the image file reaches to `end`. Asked for before a table is put there: a file that cannot grow must
+    /// fail the request that needs more, not every commit from then on.
+    pub(crate) const fn check_length(&self, end: u64) -> Attempt<()> {
+        if end <= self.file_end { Ok(()) } else { Err(Obstacle::NeedsLength(end)) }
     }
 
     // ------------------------------------------------------------------ what must not be overwritten
@@ -205,6 +227,11 @@ impl State {
     /// refcount block that can have counted it.
     pub(crate) fn check_in_place(&self, host: ByteRange) -> Result<(), Corruption> {
         self.check_overlap(host)?;
+        self.check_counted(host)
+    }
+
+    /// That there is a refcount block that can have counted what is at `host`.
+    fn check_counted(&self, host: ByteRange) -> Result<(), Corruption> {
         let last = self.layout.cluster_index(host.end().saturating_sub(1));
         let index = usize_from(self.layout.refcount_table_index(last));
         match self.refcount_table.get(index) {
@@ -235,7 +262,9 @@ impl State {
     /// References to `clusters` end once that is durable.
     pub(crate) fn drop_later(&mut self, clusters: impl IntoIterator<Item = u64>, discard: bool) {
         let clusters: Vec<_> = clusters.into_iter().collect();
-        if !clusters.is_empty() {
+        if is_planted(Bug::FreedBeforeCommit) {
+            clusters.iter().for_each(|cluster| drop(self.drop_reference(*cluster)));
+        } else if !clusters.is_empty() {
             self.limbo.push(Limbo { clusters, discard });
         }
     }

@@ -14,9 +14,10 @@ use super::entry::{Cluster, Standard};
 use super::read::{Segment, Source, segments_of};
 use super::refcount::Run;
 use super::state::{Attempt, Obstacle, State};
-use super::{Qcow2, Visit};
+use super::{Landing, Qcow2, Visit};
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::storage::{Durability, IoFuture, ZeroSpace};
 
@@ -69,7 +70,9 @@ impl State {
         self.check_table(guest)?;
         let allocation = match old {
             Cluster::Standard(Standard { host: None, .. }) => self.plan_new(range, old)?,
-            Cluster::Standard(Standard { host: Some(host), copied, .. }) if copied || self.is_external() => {
+            Cluster::Standard(Standard { host: Some(host), copied, .. })
+                if self.is_external() || (copied && !self.haunted.contains(&host)) =>
+            {
                 if !self.is_external() {
                     self.check_in_place(ByteRange::from_bounds(host, host + layout.cluster_size()))?;
                 }
@@ -92,9 +95,12 @@ impl State {
     /// Where `part` of a cluster can be written in place.
     fn host_in_place(&self, cluster: Cluster, part: ByteRange) -> Option<u64> {
         let layout = self.layout;
-        let Cluster::Standard(Standard { host: Some(host), copied: true, data, .. }) = cluster else {
+        let Cluster::Standard(Standard { host: Some(host), copied, data, .. }) = cluster else {
             return None;
         };
+        if !copied && !is_planted(Bug::SharedInPlace) {
+            return None;
+        }
         let within = layout.in_cluster(part.offset());
         let bits = layout.subclusters_of(ByteRange::from_bounds(within, within + part.len()));
         (data & bits == bits).then_some(host + within)
@@ -162,7 +168,10 @@ impl State {
         let write = range.intersection(clusters).unwrap_or(range);
         let wide = write.widen(layout.unit(), u64::MAX);
         // What is data already may be written in place by others meanwhile, and is left alone.
-        let is_data = |at: u64| self.host_in_place(old, ByteRange::from_bounds(at, at + 1)).is_some();
+        let is_data = |at: u64| {
+            let found = self.host_in_place(old, ByteRange::from_bounds(at, at + 1)).is_some();
+            found && !is_planted(Bug::CopyOverData)
+        };
         let start = if is_data(write.offset()) { write.offset() } else { wide.offset() };
         let end = if is_data(write.end() - 1) { write.end() } else { wide.end() };
         let hull = ByteRange::from_bounds(start, end);
@@ -267,6 +276,14 @@ impl State {
         }
     }
 
+    /// A write that filled the cluster at `host` up was dropped and may still land there, with what was around it:
+    /// it must not be filled up again, nor be anybody else's.
+    fn haunt(&mut self, host: u64) {
+        self.haunted.insert(host);
+        // Never left, so nothing that is freed from now on is used anew.
+        self.epochs.enter();
+    }
+
     /// The data could not be written: gives the clusters back, which nothing names.
     fn abandon(&mut self, run: Run) -> Attempt<()> {
         for cluster in run.first..run.first + run.count {
@@ -284,6 +301,8 @@ impl State {
 pub(crate) struct InFlight<'a> {
     driver: &'a Qcow2,
     allocation: Allocation,
+    /// Its data is being written, and may land also when this is dropped.
+    may_land: bool,
 }
 
 impl InFlight<'_> {
@@ -306,13 +325,17 @@ impl InFlight<'_> {
 
 impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        self.driver.lock().allocations.leave(self.allocation.clusters);
+        let mut state = self.driver.lock();
+        if self.may_land && self.allocation.run.is_none() {
+            state.haunt(self.allocation.host);
+        }
+        state.allocations.leave(self.allocation.clusters);
     }
 }
 
 /// A part of a write that is ready to be carried out.
 pub(crate) enum Part<'a> {
-    InPlace { range: ByteRange, host: u64, _visit: Visit<'a> },
+    InPlace { range: ByteRange, host: u64, visit: Visit<'a> },
     Allocate(InFlight<'a>),
 }
 
@@ -323,8 +346,10 @@ impl Qcow2 {
             return match self.data().write_now(host, data, durability) {
                 ready @ IoFuture::Ready(_) => ready,
                 IoFuture::Pending(writing) => IoFuture::pending(async move {
-                    let _visit = visit;
-                    writing.await
+                    let landing = Landing(Some(visit));
+                    let written = writing.await;
+                    landing.end();
+                    written
                 }),
             };
         }
@@ -376,6 +401,7 @@ impl Qcow2 {
         }
         match durability {
             Durability::Cached => Ok(()),
+            Durability::Fua if is_planted(Bug::FuaWithoutMapping) => self.data().flush().await,
             Durability::Fua => self.flush().await,
         }
     }
@@ -385,19 +411,29 @@ impl Qcow2 {
         Ok(match state.plan_write(range, self.backing_size())? {
             Step::InPlace { range, host } => {
                 let visit = Visit { driver: self, epoch: state.epochs.enter() };
-                Part::InPlace { range, host, _visit: visit }
+                Part::InPlace { range, host, visit }
             }
-            Step::Allocate(allocation) => Part::Allocate(InFlight { driver: self, allocation }),
+            Step::Allocate(allocation) => {
+                Part::Allocate(InFlight { driver: self, allocation, may_land: false })
+            }
         })
     }
 
     async fn write_part(&self, part: Part<'_>, data: Bytes) -> io::Result<()> {
-        let in_flight = match part {
-            Part::InPlace { host, _visit, .. } => {
-                return self.data().write_now(host, data, Durability::Cached).await;
+        let mut in_flight = match part {
+            Part::InPlace { host, visit, .. } => {
+                let landing = Landing(Some(visit));
+                let written = self.data().write_now(host, data, Durability::Cached).await;
+                landing.end();
+                return written;
             }
             Part::Allocate(in_flight) => in_flight,
         };
+        in_flight.may_land = true;
+        if is_planted(Bug::MappingBeforeData) {
+            self.finish_part(&in_flight).await?;
+            return self.write_allocated(&in_flight.allocation, data).await;
+        }
         let finished = match self.write_allocated(&in_flight.allocation, data).await {
             Ok(()) => self.finish_part(&in_flight).await,
             Err(error) => Err(error),
@@ -406,6 +442,7 @@ impl Qcow2 {
             // Where even that fails, the space is lost until a check gives it back.
             let _ = self.attempt(|state| state.abandon(run)).await;
         }
+        in_flight.may_land = false;
         finished
     }
 

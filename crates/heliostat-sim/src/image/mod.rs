@@ -1,0 +1,177 @@
+//! Runs one qcow2 image against simulated storage: the driver that serves real images, with every delay, error,
+//! order of events and crash drawn from one number.
+//!
+//! An image made byte by byte has one or more lives. In each it is opened, guests use it at once and on the same
+//! bytes, and it is closed or the power fails; the next life begins with what is left. What lies on the medium is
+//! judged by a reader that shares no code with the driver: sound but for leaks, everything there that was flushed.
+
+mod bench;
+mod build;
+mod each;
+mod format;
+mod guest;
+mod judge;
+mod life;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use heliostat_block::convert::u64_from;
+use heliostat_block::range::ByteRange;
+
+pub use bench::Seen;
+pub use each::{drop_each, fail_each};
+
+use crate::Trace;
+use crate::faults::Profile;
+use crate::random::{Random, mix};
+use crate::storage::Quirks;
+use bench::Backing;
+use build::{Shape, build};
+use format::Image;
+use guest::Workload;
+use life::Life;
+
+/// Carries out what `seed` stands for. A panic in the core is a failure like any other.
+///
+/// # Errors
+/// What went wrong first, in words.
+pub fn run(seed: u64, trace: Trace) -> Result<Seen, String> {
+    crate::caught(|| lives(mix(seed ^ 0x71c0_77), trace == Trace::On))
+}
+
+/// The scale of things in one run.
+struct Settings {
+    delay_max: Duration,
+    step_cost: Duration,
+    faulty: bool,
+    drops: bool,
+}
+
+fn lives(seed: u64, tracing: bool) -> Result<Seen, String> {
+    let mut random = Random::new(seed);
+    let drops = random.chance(200);
+    let settings = Settings {
+        delay_max: Duration::from_micros(random.pick(&[50, 500, 5_000])),
+        step_cost: Duration::from_nanos(random.pick(&[0, 0, 1_000, 20_000])),
+        faulty: random.chance(400),
+        drops,
+    };
+    let shape = Shape::draw(&mut random);
+    let backing = random.chance(400).then(|| backing(shape.size, &mut random)).transpose()?;
+    let mut bytes = build(&shape, &mut random);
+    let mut seen = Seen::default();
+    for number in 0..random.pick(&[1, 1, 2, 4]) {
+        let life = draw(&settings, &shape, bytes, backing.clone(), tracing, &mut random);
+        let ended = life.live(&mut random).map_err(|wrong| format!("life {number}: {wrong}"))?;
+        seen.add(&ended.seen);
+        bytes = ended.bytes;
+    }
+    Ok(seen)
+}
+
+fn backing(size: u64, random: &mut Random) -> Result<Backing, String> {
+    let size = size * random.pick(&[250, 1000, 1000, 1500]) / 1000 & !511;
+    if random.chance(500) {
+        let shape =
+            Shape { size: size.max(512), snapshot: false, leaked: 0, filled: 500, ..Shape::draw(random) };
+        let bytes = build(&shape, random);
+        let image = Image::new(&bytes)?;
+        let content = Arc::new(image.content(image.l1, &[])?);
+        return Ok(Backing { bytes: Arc::new(bytes), is_image: true, content });
+    }
+    let content: Arc<Vec<u8>> = Arc::new((0..size / 8).flat_map(|_| random.next().to_le_bytes()).collect());
+    Ok(Backing { bytes: Arc::clone(&content), is_image: false, content })
+}
+
+fn draw(
+    settings: &Settings,
+    shape: &Shape,
+    bytes: Vec<u8>,
+    backing: Option<Backing>,
+    tracing: bool,
+    random: &mut Random,
+) -> Life {
+    let len = u64_from(bytes.len());
+    let has_little_room = settings.faulty && random.chance(200);
+    let room =
+        if has_little_room { random.below(shape.size + (64 << 10)) } else { 2 * shape.size + (256 << 10) };
+    // Mostly not as far as the driver would like: so much memory takes its time.
+    let size_max = if random.chance(50) { None } else { Some((len + room).next_multiple_of(4096)) };
+    let delay_max = settings.delay_max;
+    let life_max = delay_max * random.pick(&[50, 500, 2000]);
+    Life {
+        bytes,
+        backing,
+        profile: profile(settings, random),
+        quirks: Quirks {
+            fails: None,
+            size_max,
+            may_be_dropped: settings.drops,
+            keeps_sectors: true,
+            keeps_after_flush: random.chance(500),
+        },
+        cache: if random.chance(700) { Some(0) } else { None },
+        workload: workload(settings, shape, random),
+        guests: random.pick(&[1, 3, 6, 10]),
+        cut_at: random.chance(600).then(|| random.time(life_max)),
+        looks: random.pick(&[0, 5, 10]),
+        look_gap: delay_max * random.pick(&[5, 50]),
+        step_cost: settings.step_cost,
+        tracing,
+    }
+}
+
+fn profile(settings: &Settings, random: &mut Random) -> Profile {
+    let mut some = |of: &[u64]| if settings.faulty { random.pick(of) } else { 0 };
+    let (read_errors, write_errors, flush_errors) =
+        (some(&[0, 0, 10, 50]), some(&[0, 10, 50, 200]), some(&[0, 0, 100, 300]));
+    Profile {
+        block_size: if settings.drops { 1 } else { random.pick(&[1, 1, 512, 4096]) },
+        inline: random.pick(&[0, 0, 0, 300, 950]),
+        delay_max: settings.delay_max,
+        pieces_max: random.pick(&[1, 2, 4]),
+        hangs: 0,
+        hang_max: Duration::ZERO,
+        read_errors,
+        write_errors,
+        flush_errors,
+        extents_errors: 0,
+        writeback_errors: 0,
+        faults_until: settings.delay_max * random.pick(&[50, 300, 1000]),
+        knows_holes: true,
+        can_discard: random.chance(800),
+        can_zero_fast: random.chance(800),
+        cached: random.chance(900),
+        writeback: random.pick(&[0, 50, 500]),
+        // Here the guests' data is; what a failed flush has lost shows after a crash.
+        forgets: false,
+    }
+}
+
+fn workload(settings: &Settings, shape: &Shape, random: &mut Random) -> Workload {
+    let cluster = 1_u64 << shape.cluster_bits;
+    // With subclusters, what matters happens between two neighbours.
+    let small = if shape.extended { cluster / 16 } else { 4096 };
+    let len_max =
+        random.pick(&[512, small, cluster, 3 * cluster, 20 * cluster]).min(shape.size).min(256 << 10);
+    let hot_len = random.pick(&[512, small, 2 * cluster, shape.size]).min(shape.size);
+    let hot = random.below(shape.size - hot_len + 1);
+    Workload {
+        requests: random.pick(&[5, 20, 60, 100]),
+        think: settings.delay_max * random.pick(&[0, 0, 1, 5]),
+        len_max,
+        unit: if settings.drops || shape.extended { 1 } else { random.pick(&[1, 512, 512, 4096]) },
+        hot: ByteRange::from_bounds(hot, hot + hot_len),
+        hot_share: random.pick(&[0, 300, 700, 950]),
+        shares: [
+            random.pick(&[50, 200]),
+            random.pick(&[0, 20, 100]),
+            random.pick(&[0, 30]),
+            random.pick(&[0, 100, 250]),
+            random.pick(&[0, 100, 250]),
+        ],
+        fua: random.pick(&[0, 50, 300]),
+        drops: if settings.drops { random.pick(&[10, 100]) } else { 0 },
+    }
+}
