@@ -10,7 +10,7 @@ use std::process::Output;
 
 use serde_json::Value;
 
-use common::qcow2::{name_backing, qemu_img, qemu_io};
+use common::qcow2::{assert_same, assert_sound, name_backing, qemu_img, qemu_io};
 use common::{folder, heliostat, tool};
 
 /// A chain with something of everything in it: `base.raw`, `mid.qcow2`, `top.qcow2`.
@@ -218,4 +218,127 @@ fn a_disk_that_only_looks_like_an_image_opens_no_other_file() {
 #[test]
 fn a_format_that_is_not_there_is_a_usage_error() {
     assert_eq!(heliostat(["map", "--format", "vmdk", "x"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_mirror_makes_its_target_in_the_sources_format_unless_told_otherwise() {
+    if tool("qemu-img").is_none() {
+        return;
+    }
+    let folder = folder();
+    chain(folder.path());
+    let mirror = |arguments: &[&str]| {
+        let output = run(folder.path(), &[&["mirror", "-q"], arguments].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+    };
+    mirror(&["top.qcow2", "copy"]);
+    assert_sound(folder.path(), "copy");
+    assert_same(folder.path(), ("top.qcow2", "qcow2"), ("copy", "qcow2"));
+    mirror(&["top.qcow2", "flat", "--target-format", "raw"]);
+    assert_same(folder.path(), ("top.qcow2", "qcow2"), ("flat", "raw"));
+    mirror(&["flat", "flat2"]);
+    assert_same(folder.path(), ("flat", "raw"), ("flat2", "raw"));
+    mirror(&["flat", "image", "--target-format", "qcow2"]);
+    assert_sound(folder.path(), "image");
+    assert_same(folder.path(), ("flat", "raw"), ("image", "qcow2"));
+    // Onto one that is there.
+    mirror(&["flat", "image", "--existing"]);
+    assert_same(folder.path(), ("flat", "raw"), ("image", "qcow2"));
+    mirror(&["top.qcow2", "bytes", "--format", "raw"]);
+    assert_eq!(
+        fs::read(folder.path().join("bytes")).unwrap(),
+        fs::read(folder.path().join("top.qcow2")).unwrap()
+    );
+}
+
+#[test]
+fn the_top_alone_is_mirrored_onto_a_target_that_stands_on_the_same() {
+    if tool("qemu-img").is_none() {
+        return;
+    }
+    let folder = folder();
+    chain(folder.path());
+    fs::create_dir(folder.path().join("elsewhere")).unwrap();
+    let output = run(folder.path(), &["mirror", "-q", "--sync", "top", "top.qcow2", "elsewhere/top.qcow2"]);
+    assert!(output.status.success(), "{}", text(&output));
+    assert_sound(folder.path(), "elsewhere/top.qcow2");
+    assert_same(folder.path(), ("top.qcow2", "qcow2"), ("elsewhere/top.qcow2", "qcow2"));
+    let info = qemu_json(folder.path(), &["info", "--output=json", "elsewhere/top.qcow2"]);
+    let below = fs::canonicalize(folder.path().join("mid.qcow2")).unwrap();
+    assert_eq!(info["backing-filename"].as_str(), below.to_str());
+    assert_eq!(info["backing-filename-format"], "qcow2");
+    let depth_0 = |image: &str| -> u64 {
+        let map = qemu_json(folder.path(), &["map", "--output=json", image]);
+        let held =
+            map.as_array().unwrap().iter().filter(|part| part["depth"] == 0 && part["present"] == true);
+        held.map(|part| part["length"].as_u64().unwrap()).sum()
+    };
+    // Where nothing is below, zeroes need no place.
+    assert!(depth_0("elsewhere/top.qcow2") <= depth_0("top.qcow2"));
+}
+
+#[test]
+fn a_disk_that_looks_raw_is_kept_from_looking_like_an_image() {
+    let Some(qemu_io) = tool("qemu-io") else { return };
+    let folder = folder();
+    fs::write(folder.path().join("disk"), [0; 1 << 20]).unwrap();
+    let writes = |format: &[&str]| {
+        let socket = folder.path().join("s");
+        let disk = folder.path().join("disk");
+        let nbd = format!("unix:{}", socket.display());
+        let arguments = [&["serve", disk.to_str().unwrap(), "--nbd", &nbd], format].concat();
+        let mut daemon = common::start_heliostat(&arguments);
+        daemon.listens(&socket).unwrap();
+        let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+        let header = folder.path().join("header");
+        fs::write(&header, b"QFI\xfb\0\0\0\x03").unwrap();
+        let step = format!("write -s {} 0 512", header.display());
+        let output = std::process::Command::new(&qemu_io)
+            .args(["-f", "raw", "-c", &step, "-c", "write 512 4k", &uri])
+            .output();
+        let said = text(&output.unwrap());
+        assert!(daemon.stop().unwrap().success());
+        said
+    };
+    let said = writes(&[]);
+    assert!(said.contains("write failed: Operation not permitted") && said.contains("wrote 4096"), "{said}");
+    let said = writes(&["--format", "raw"]);
+    assert!(!said.contains("failed"), "an operator who says that it is raw means it: {said}");
+}
+
+#[test]
+fn an_image_is_served_and_left_in_order() {
+    let Some(qemu_io) = tool("qemu-io") else { return };
+    let folder = folder();
+    chain(folder.path());
+    qemu_img(folder.path(), &["convert", "-O", "raw", "top.qcow2", "flat.raw"]);
+    let socket = folder.path().join("s");
+    let image = folder.path().join("top.qcow2");
+    let nbd = format!("unix:{}", socket.display());
+    let mut daemon = common::start_heliostat(["serve", image.to_str().unwrap(), "--nbd", &nbd]);
+    daemon.listens(&socket).unwrap();
+    let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+    let output = std::process::Command::new(&qemu_io)
+        .args([
+            "-f",
+            "raw",
+            "-c",
+            "read -P 3 4M 64k",
+            "-c",
+            "write -P 9 100k 300k",
+            "-c",
+            "write -z 6M 1M",
+            &uri,
+        ])
+        .output()
+        .unwrap();
+    assert!(output.status.success() && !text(&output).contains("failed"), "{}", text(&output));
+    assert!(daemon.stop().unwrap().success());
+    assert_sound(folder.path(), "top.qcow2");
+    let raw_io = std::process::Command::new(&qemu_io)
+        .current_dir(folder.path())
+        .args(["-f", "raw", "-c", "write -P 9 100k 300k", "-c", "write -z 6M 1M", "flat.raw"])
+        .output();
+    assert!(raw_io.unwrap().status.success());
+    assert_same(folder.path(), ("top.qcow2", "qcow2"), ("flat.raw", "raw"));
 }

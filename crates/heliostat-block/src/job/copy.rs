@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Operation;
 use super::doubling::{Payload, TargetHalf};
+use super::options::MirrorOptions;
 use super::scan::{Belief, SyncMode};
 use crate::buffer::BufferPool;
 use crate::clock::{Moment, yield_once};
 use crate::convert::usize_from;
 use crate::error::BlockError;
-use crate::limits::{COPY_LEN_MAX, GUEST_QUIET};
+use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GUEST_QUIET};
 use crate::node::Node;
 use crate::planted;
 use crate::range::ByteRange;
@@ -54,6 +55,20 @@ pub(crate) struct Copied {
 pub(crate) type CopyError = (Operation, BlockError);
 
 impl Route {
+    /// The way from one node to the other, as `options` have it.
+    pub(crate) fn new(source: Arc<Node>, target: Arc<Node>, options: &MirrorOptions) -> Self {
+        let piece = COPY_LEN_MAX.max(u64::from(options.granularity));
+        Self {
+            source,
+            target,
+            buffers: BufferPool::new(usize_from(piece), COPIES_IN_FLIGHT_MAX),
+            detect_zeroes: options.detect_zeroes,
+            zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
+            trust_target: AtomicBool::new(true),
+            sync: options.sync,
+        }
+    }
+
     /// Whether copying is work for a core rather than for a disk.
     pub(crate) fn is_cached(&self) -> bool {
         let cached = |node: &Node| node.traits().block_size == 1 && !node.traits().remote;

@@ -478,6 +478,23 @@ mod tests {
     }
 
     #[test]
+    fn where_whole_granules_are_wanted_other_writes_are_plain() {
+        let doubling = doubling(false);
+        doubling.set_whole_granules(true);
+        for (offset, len, is_doubled) in
+            [(0, 512, true), (512, 1024, true), (0, 100, false), (512, 700, false), (100, 412, false)]
+        {
+            let begun = begin(&doubling, range(offset, len)).now_or_never().flatten();
+            assert_eq!(begun.is_some(), is_doubled, "{offset}+{len}");
+            if let Some(doubled) = begun {
+                let half = doubling.next_half().unwrap();
+                doubling.half_ended(half, true);
+                doubled.finish(true).now_or_never().unwrap();
+            }
+        }
+    }
+
+    #[test]
     fn a_dropped_wait_for_a_turn_has_left_the_table() {
         for polls in 0..3 {
             let doubling = doubling(false);

@@ -102,13 +102,18 @@ fn table(mappings: &[Mapping], files: &[String]) -> String {
     let mut lines = vec![format!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")];
     for mapping in mappings {
         let place = match (mapping.content, mapping.offset) {
-            (Content::Data, Some(offset)) => format!("{offset:#x}"),
+            (Content::Data, Some(offset)) => hex(offset),
             (Content::Data | Content::Compressed, _) => "compressed".to_owned(),
             (Content::Zero | Content::Hole, _) => continue,
         };
         let file = files.get(mapping.depth).map_or("", String::as_str);
-        let (start, len) = (format!("{:#x}", mapping.range.offset()), format!("{:#x}", mapping.range.len()));
+        let (start, len) = (hex(mapping.range.offset()), hex(mapping.range.len()));
         lines.push(format!("{start:<16}{len:<16}{place:<16}{file}"));
     }
     lines.join("\n")
+}
+
+/// As C prints it, which `qemu-img` does.
+fn hex(number: u64) -> String {
+    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
 }

@@ -1,13 +1,19 @@
 //! [`Target`]: the file or device that a mirror writes to: checked before anything is touched, made if it is
 //! missing, and removed again if the mirror that made it fails.
 
+use std::ffi::OsStr;
 use std::fs::Metadata;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use heliostat_block::driver::qcow2::create::{CreateOptions, create};
+use heliostat_block::driver::qcow2::file::ImageFile;
 use heliostat_host::file::FileStorage;
 use heliostat_host::open::{Access, Cache, Existing, OpenOptions};
+use heliostat_host::runtime::block_on;
 
 use super::disk::{Backing, FormatName, Kind, look_at, size_of};
 use super::image::{self, Format};
@@ -135,6 +141,12 @@ impl Plan {
         if self.backing.is_some() && self.kind.format() == Format::Raw {
             bail!("--sync top: a raw target can stand on no other image; leave --target-format out");
         }
+        if self.kind.format() == Format::Qcow2 && !self.size.is_multiple_of(512) {
+            bail!(
+                "the source has {} bytes, and a qcow2 image has whole sectors of 512; add --target-format raw",
+                units::count(self.size)
+            );
+        }
         Ok(self)
     }
 
@@ -164,11 +176,22 @@ impl Plan {
 }
 
 impl Plan {
-    fn make_qcow2(&self, _existing: Existing, _cache: Cache) -> Result<()> {
-        bail!(
-            "{}: making qcow2 images is not there yet; make it with qemu-img create, and add --existing",
-            self.path.display()
-        )
+    fn make_qcow2(&self, existing: Existing, cache: Cache) -> Result<()> {
+        let storage = FileStorage::create(&self.path, 0, existing, &options(cache))?;
+        let bytes = |text: &OsStr| text.as_bytes().to_vec();
+        let create_options = CreateOptions {
+            size: self.size,
+            backing_file: self.backing.as_ref().map(|backing| bytes(backing.name.as_os_str())),
+            backing_format: self.backing.as_ref().map(|backing| backing.format.clone().into_bytes()),
+            ..CreateOptions::default()
+        };
+        let file = ImageFile::new(Arc::new(storage));
+        let made = block_on(create(&file, None, &create_options)).context("cannot start the I/O engine")?;
+        made.with_context(|| format!("cannot create {}", self.path.display())).inspect_err(|_| {
+            if self.way == Way::Create {
+                let _ = std::fs::remove_file(&self.path);
+            }
+        })
     }
 }
 
