@@ -334,6 +334,8 @@ fn an_image_is_served_and_left_in_order() {
         .unwrap();
     assert!(output.status.success() && !text(&output).contains("failed"), "{}", text(&output));
     assert!(daemon.stop().unwrap().success());
+    let len = fs::metadata(&image).unwrap().len();
+    assert!(len < 4 << 20, "what it was made longer ahead of need is cut off: {len}");
     assert_sound(folder.path(), "top.qcow2");
     let raw_io = std::process::Command::new(&qemu_io)
         .current_dir(folder.path())

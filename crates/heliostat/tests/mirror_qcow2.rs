@@ -202,8 +202,10 @@ fn a_target_that_gets_its_backing_later_reads_the_same_then() {
         let uri = scene.export("s");
         scene.mirror(json!({ "sync": "top", "copy-mode": copy_mode }));
         scene.qmp.wait_event("BLOCK_JOB_READY", wait::LIMIT).unwrap();
-        scene
-            .guest(&uri, &["write -P 8 3M 4k", "write -z 7M 12k", "write -P 9 11M 2M", "write -z -u 12M 1M"]);
+        scene.guest(
+            &uri,
+            &["write -P 8 5632k 4k", "write -z 7M 12k", "write -P 9 11M 2M", "write -z -u 12M 1M"],
+        );
         scene.execute("block-job-cancel", json!({ "device": "j" }));
         scene.qmp.wait_event("BLOCK_JOB_COMPLETED", wait::LIMIT).unwrap();
         let folder = scene.end();
@@ -274,5 +276,36 @@ fn the_work_that_is_counted_is_the_work_that_there_is() {
     // 1 MiB and 4 KiB of data, 1 MiB and 64 KiB of zeroes, in granules of 64 KiB.
     assert_eq!((len, jobs[0]["offset"].as_u64().unwrap()), (2 * (1 << 20) + 2 * (64 << 10), len));
     scene.complete_now();
+    scene.end();
+}
+
+#[test]
+fn that_a_target_reads_as_zero_is_not_believed_where_something_is_below_it() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.chain();
+    scene.img(&["create", "-q", "-f", "qcow2", "s.qcow2", "16M"]);
+    scene.io("s.qcow2", &["write -P 1 1M 1M"]);
+    scene.img(&["create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", "t.qcow2"]);
+    scene.add("s", "s.qcow2", json!({}));
+    scene.add("t", "t.qcow2", json!({}));
+    scene.mirror(json!({ "target-is-zero": true }));
+    scene.complete();
+    let folder = scene.end();
+    assert_same(folder.path(), ("s.qcow2", "qcow2"), ("t.qcow2", "qcow2"));
+}
+
+#[test]
+fn an_image_whose_node_is_removed_is_left_in_order() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.chain();
+    scene.add("n", "top.qcow2", json!({}));
+    let uri = scene.export("n");
+    scene.guest(&uri, &["write -P 8 3M 200k"]);
+    scene.execute("nbd-server-stop", json!({}));
+    scene.execute("blockdev-del", json!({ "node-name": "n" }));
+    // The daemon still runs.
+    assert_sound(scene.folder.path(), "top.qcow2");
+    let len = std::fs::metadata(scene.path().join("top.qcow2")).unwrap().len();
+    assert!(len < 4 << 20, "what it was made longer ahead of need is cut off: {len}");
     scene.end();
 }
