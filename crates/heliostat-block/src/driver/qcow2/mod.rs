@@ -326,16 +326,14 @@ impl Qcow2 {
             }
         };
         let mut state = self.lock();
-        if let Some(content) = content {
+        match content {
             // The next commit writes it, and writes it again if it fails: a table that is written here and lost by
             // a flush that fails would be linked all the same.
-            state.put_table(host.offset(), &content);
+            Some(content) => state.put_table(host.offset(), &content),
+            // It is in the file as it is. What is known need not be read: its first users are waiting.
+            None => state.slices.insert_zeroes(host, Kind::L2),
         }
         state.link_table(index, host.offset());
-        if shared.is_none() {
-            // What is known need not be read: its first users are waiting.
-            state.slices.insert_zeroes(host, Kind::L2);
-        }
         if let Some(table) = shared {
             state.tables.remove(&layout.cluster_index(table));
             state.drop_later([layout.cluster_index(table)], false);
