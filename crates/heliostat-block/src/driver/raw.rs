@@ -92,6 +92,11 @@ impl Raw {
         self.storage.traits()
     }
 
+    /// Where in the storage it begins.
+    pub(crate) const fn start(&self) -> u64 {
+        self.start
+    }
+
     /// Its length in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {

@@ -321,7 +321,7 @@ static MIRROR: Record = record(&[
     optional(
         "granularity",
         Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default 64 KiB",
+        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
     ),
     optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
     optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),

@@ -21,6 +21,7 @@ pub mod file;
 pub mod header;
 mod in_flight;
 pub mod layout;
+mod map;
 mod open;
 mod read;
 mod refcount;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use heliostat_block::driver::null::{NullStorage, ReadsZero};
+use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::graph::{Place, Role};
@@ -59,6 +60,8 @@ pub struct NodeEntry {
     pub backing_is_given: bool,
     /// The snapshots in the image.
     pub snapshots: Vec<Snapshot>,
+    /// The persistent dirty bitmaps in the image, as they were when it was opened.
+    pub bitmaps: Vec<BitmapEntry>,
     /// How the page cache is used.
     pub cache: CacheUse,
 }
@@ -74,6 +77,7 @@ impl NodeEntry {
             backing: None,
             backing_is_given: false,
             snapshots: Vec::new(),
+            bitmaps: Vec::new(),
             cache,
         }
     }

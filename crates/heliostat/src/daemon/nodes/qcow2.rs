@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use heliostat_block::driver::Driver;
+use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
 use heliostat_block::driver::qcow2::file::ImageFile;
 use heliostat_block::driver::qcow2::header::Header;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
@@ -42,7 +43,7 @@ impl Daemon {
             return Err(DaemonError::TargetReadOnly);
         }
         let storage = file.storage()?;
-        let (header, snapshots) = read(&storage)?;
+        let (header, snapshots, bitmaps) = read(&storage)?;
         check_tables(&image.cache, image.lazy_refcounts, &header)?;
         let by = namer(&file, above);
         check_guess(image, &header, &by)?;
@@ -72,6 +73,7 @@ impl Daemon {
             backing: backing.map(|backing| backing.entry.node.name().clone()),
             backing_is_given: image.backing != BackingSpec::FromImage,
             snapshots,
+            bitmaps,
             ..NodeEntry::new(node, "qcow2", path, spec.cache)
         };
         self.keep_at(at, Below { entry, start: file.start, identity: file.identity }, places, making)
@@ -241,12 +243,17 @@ fn namer(file: &Below, above: Option<Namer>) -> Namer {
     Namer { path, tree, trail }
 }
 
-fn read(storage: &Arc<dyn Storage>) -> Result<(Header, Vec<Snapshot>), DaemonError> {
+/// What an image says of itself.
+type Read = (Header, Vec<Snapshot>, Vec<BitmapEntry>);
+
+fn read(storage: &Arc<dyn Storage>) -> Result<Read, DaemonError> {
     let file = ImageFile::new(Arc::clone(storage));
     let reading = async {
         let header = Header::read(&file).await?;
         let snapshots = header.read_snapshots(&file).await?;
-        Ok((header, snapshots))
+        // What cannot be believed is not shown; opening the image says why.
+        let bitmaps = header.read_bitmap_directory(&file).await.unwrap_or_default();
+        Ok((header, snapshots, bitmaps))
     };
     runtime::block_on(reading).map_err(DaemonError::Engine)?
 }
