@@ -61,7 +61,7 @@
 //! summaries of summaries: a writer beside a copier in all interleavings, larger cases up to a bound.
 
 #[cfg(loom)]
-mod loom_atomic;
+pub(crate) mod loom_atomic;
 #[cfg(test)]
 #[cfg(loom)]
 mod loom_tests;

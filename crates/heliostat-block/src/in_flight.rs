@@ -4,12 +4,24 @@
 //! leave a closed gate wakes whoever waits for quiet. It never knows what the requests do. Called by `node`.
 //!
 //! One word holds both the gate and the count, so that entering is one addition: there is no moment between
-//! "the gate is open" and "I am counted" in which a drain could find the node quiet.
+//! "the gate is open" and "I am counted" in which a drain could find the node quiet. Checked by loom in
+//! `loom_tests`.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+#[cfg(all(test, loom))]
+mod loom_tests;
+
+#[cfg(not(loom))]
+use std::sync::atomic::AtomicU64;
+#[cfg(not(loom))]
+use std::sync::{Mutex, MutexGuard};
+use std::sync::{PoisonError, atomic::Ordering};
 
 use event_listener::Event;
+#[cfg(loom)]
+use loom::sync::{Mutex, MutexGuard};
+
+#[cfg(loom)]
+use crate::dirty_bitmap::loom_atomic::AtomicU64;
 
 /// The bit that says that the gate is closed. The bits below count requests; 2^63 of them cannot be in memory.
 const CLOSED: u64 = 1 << 63;
@@ -97,12 +109,12 @@ impl InFlight {
         self.state.load(Ordering::SeqCst) & CLOSED != 0
     }
 
-    fn closers(&self) -> std::sync::MutexGuard<'_, u32> {
+    fn closers(&self) -> MutexGuard<'_, u32> {
         self.closers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::pin::pin;
 

@@ -4,6 +4,7 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::Driver;
+use crate::driver::{Driver, Preallocation};
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
@@ -74,7 +75,8 @@ pub struct Node {
     options: NodeOptions,
     /// Copied once: what clients negotiated must not change under them.
     traits: Traits,
-    size: u64,
+    /// Changed by a resize only, while nothing is in flight.
+    size: AtomicU64,
     in_flight: InFlight,
     /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
     watchers: RwLock<Watchers>,
@@ -87,14 +89,15 @@ impl Node {
     #[must_use]
     pub fn new(name: NodeName, driver: Driver, options: NodeOptions, clock: Arc<dyn Clock>) -> Arc<Self> {
         let traits = driver.traits();
+        let watchers = Watchers { bitmaps: driver.bitmaps(), doubling: None };
         Arc::new(Self {
             name,
-            size: driver.size(),
+            size: AtomicU64::new(driver.size()),
             blocks: Blocks::new(driver),
             options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
             traits,
             in_flight: InFlight::default(),
-            watchers: RwLock::default(),
+            watchers: RwLock::new(watchers),
             latencies: Latencies::default(),
             clock,
         })
@@ -108,14 +111,14 @@ impl Node {
 
     /// The virtual size in bytes.
     #[must_use]
-    pub const fn size(&self) -> u64 {
-        self.size
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
     }
 
     /// All of it.
     #[must_use]
-    pub const fn range(&self) -> ByteRange {
-        ByteRange::from_bounds(0, self.size)
+    pub fn range(&self) -> ByteRange {
+        ByteRange::from_bounds(0, self.size())
     }
 
     /// What its storage can do. Requests of any alignment are served all the same.
@@ -146,6 +149,22 @@ impl Node {
     #[must_use]
     pub fn backing(&self) -> Option<&Arc<Self>> {
         self.blocks.below().backing()
+    }
+
+    /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those
+    /// beyond the new end are refused. Clients that asked for the size before do not hear of it.
+    ///
+    /// # Errors
+    /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
+    pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
+        if self.options.read_only {
+            return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
+        }
+        let _drained = self.drain().await;
+        let resized = self.blocks.below().resize(size, preallocation).await;
+        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
@@ -354,7 +373,8 @@ impl Node {
                 append(&mut merged, extent);
                 continue;
             }
-            let inside = ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
+            let inside =
+                ByteRange::from_bounds(extent.range.offset(), extent.range.end().min(backing.size()));
             let mut at = inside.offset();
             while at < inside.end() {
                 if merged.len() >= EXTENTS_MAX {
@@ -393,7 +413,7 @@ impl Node {
 
     fn inside(&self, offset: u64, len: u64) -> Result<ByteRange, BlockError> {
         match ByteRange::new(offset, len) {
-            Ok(range) if range.end() <= self.size => Ok(range),
+            Ok(range) if range.end() <= self.size() => Ok(range),
             _ => Err(BlockError::new(ErrorKind::InvalidRequest, self.name.as_str(), None)),
         }
     }
@@ -431,5 +451,44 @@ fn append(extents: &mut Vec<Extent>, next: Extent) {
             last.range = ByteRange::from_bounds(last.range.offset(), next.range.end());
         }
         _ => extents.push(next),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::job::test_disk::{Disk, Says, Ticking, node_of};
+
+    fn hole(start: u64, end: u64) -> Extent {
+        Extent { range: ByteRange::from_bounds(start, end), status: ExtentStatus::Hole }
+    }
+
+    /// The extents of a whole disk of 2048 bytes that says `says` of it.
+    fn extents(says: Says) -> Vec<Extent> {
+        let disk = Disk::of(vec![1; 2048]);
+        disk.says(says);
+        let node = node_of("disk0", disk, &Arc::new(Ticking::default()));
+        let whole = ByteRange::from_bounds(0, 2048);
+        node.extents_below(whole).now_or_never().expect("it answers at once").expect("without an error")
+    }
+
+    #[test]
+    fn an_extents_answer_that_makes_no_sense_is_data() {
+        let senseless: [(&str, Says); 7] = [
+            ("none at all", |_| Vec::new()),
+            ("a gap at the start", |_| vec![hole(512, 2048)]),
+            ("a gap in the middle", |_| vec![hole(0, 512), hole(1024, 2048)]),
+            ("two that overlap", |_| vec![hole(0, 1024), hole(512, 2048)]),
+            ("in another order", |_| vec![hole(1024, 2048), hole(0, 1024)]),
+            ("an empty one", |_| vec![hole(0, 0), hole(0, 2048)]),
+            ("an empty one behind", |_| vec![hole(0, 1024), hole(1024, 1024)]),
+        ];
+        let data = Extent { range: ByteRange::from_bounds(0, 2048), status: ExtentStatus::Data };
+        for (what, says) in senseless {
+            assert_eq!(extents(says), [data], "{what}");
+        }
+        assert_eq!(extents(|_| vec![hole(0, 1024)]), [hole(0, 1024)], "stopping early is allowed");
     }
 }

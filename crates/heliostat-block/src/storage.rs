@@ -86,7 +86,7 @@ pub struct Traits {
 pub enum IoFuture<'a, T> {
     /// The answer. `None` once it has been taken.
     Ready(Option<io::Result<T>>),
-    /// The answer will come. Once polled, the I/O runs to its end whether or not this is dropped.
+    /// The answer will come. Must not be dropped once polled, see [`Storage`].
     Pending(Pin<Box<dyn Future<Output = io::Result<T>> + 'a>>),
 }
 
@@ -120,7 +120,9 @@ impl<T: Unpin> Future for IoFuture<'_, T> {
 /// run at once leave each byte as one of them wrote it.
 ///
 /// # Cancel safety
-/// Dropping a future does not undo or stop what was started: the I/O may still happen. Callers that must
+/// A future that is dropped after it was polled leaves open what becomes of the I/O: it may happen in whole, in
+/// part or not at all, at any time until the thread has ended. A kernel cancels what it has not begun, a request in
+/// several steps ends after one of them. Memory and descriptors stay until nobody uses them. Callers that must
 /// know (all of the core) never drop one that was polled.
 pub trait Storage: Send + Sync + 'static {
     /// What it can do, as probed when it was opened.

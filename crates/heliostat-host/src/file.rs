@@ -20,12 +20,11 @@ use rustix::io::{Errno, ReadWriteFlags};
 use crate::extents::Layout;
 use crate::fallocate::{self, Space};
 use crate::length::Length;
-use crate::lock::OpenFile;
+use crate::lock::{self, OpenFile, User};
 use crate::open::{Discard, Flush, OpenOptions};
 use crate::pace::Pace;
 use crate::probe::Shape;
 use crate::ring;
-use crate::runtime::run_blocking;
 use crate::writeback::Writeback;
 
 /// The longest request that is carried out in the calling thread. Copying it takes some tens of microseconds,
@@ -115,6 +114,15 @@ impl FileStorage {
     #[must_use]
     pub fn is_direct(&self) -> bool {
         !Arc::ptr_eq(&self.main, &self.cached)
+    }
+
+    /// Says who else has it open in a way that keeps it from being still, as far as locks tell. Takes none, so
+    /// that it disturbs nobody who is about to open it.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn writer(&self) -> io::Result<Option<User>> {
+        lock::in_the_way(self.cached.as_fd(), lock::STILL)
     }
 
     /// Refuses what lies outside, which would make the file longer, and what may not be changed.
@@ -333,7 +341,7 @@ impl Storage for FileStorage {
                 Some(result) => result?,
                 None => {
                     let worker = Arc::clone(&self.space);
-                    run_blocking(move || worker.zero(range, space, effort)).await?
+                    self.cached.share().run(move || worker.zero(range, space, effort)).await?
                 }
             };
             self.layout.forget();
@@ -361,7 +369,7 @@ impl Storage for FileStorage {
         }
         IoFuture::pending(async move {
             let worker = Arc::clone(&self.space);
-            let result = run_blocking(move || worker.discard(range)).await;
+            let result = self.cached.share().run(move || worker.discard(range)).await;
             self.layout.forget();
             result
         })
@@ -382,7 +390,7 @@ impl Storage for FileStorage {
             return IoFuture::ready(Ok(known));
         }
         let worker = Arc::clone(&self.layout);
-        IoFuture::pending(async move { run_blocking(move || worker.extents(range)).await })
+        IoFuture::pending(async move { self.cached.share().run(move || worker.extents(range)).await })
     }
 
     fn start_writeback(&self, range: ByteRange) {
@@ -404,4 +412,88 @@ fn write_now(file: &impl AsFd, offset: u64, data: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::{Mutex, mpsc};
+
+    use futures_util::future::join_all;
+
+    use super::*;
+    use crate::blocking::THREADS_OF_ONE;
+    use crate::open::{Cache, Existing};
+    use crate::runtime::{Driver, block_on_with, spawn_local, yield_now};
+
+    fn create(directory: &tempfile::TempDir, name: &str) -> FileStorage {
+        let options = OpenOptions { cache: Cache::Direct, ..OpenOptions::default() };
+        FileStorage::create(&directory.path().join(name), 1 << 20, Existing::Refuse, &options).unwrap()
+    }
+
+    /// Writes, reads, asks for holes and flushes, more at once than there are threads.
+    async fn use_it(storage: &FileStorage) {
+        let requests = (0..100_u64).map(|n| async move {
+            let offset = n * 8192;
+            storage.write(offset, vec![7; 8192].into(), Durability::Cached).await.unwrap();
+            assert_eq!(storage.read(offset, Buffer::zeroed(8192)).await.unwrap()[8191], 7);
+            let range = ByteRange::from_bounds(offset, offset + 8192);
+            storage.extents(range).await.unwrap();
+            storage.flush().await.unwrap();
+        });
+        join_all(requests).await;
+    }
+
+    /// Keeps all of the threads that `storage` may have, as calls do whose medium does not answer, until what this
+    /// returns is dropped.
+    async fn hang(storage: &FileStorage) -> mpsc::Sender<()> {
+        let (let_go, may_go) = mpsc::channel();
+        let (may_go, begun) = (Arc::new(Mutex::new(may_go)), Arc::new(AtomicUsize::new(0)));
+        for _ in 0..THREADS_OF_ONE {
+            let (file, may_go, counted) =
+                (Arc::clone(&storage.cached), Arc::clone(&may_go), Arc::clone(&begun));
+            let hang = move || {
+                counted.fetch_add(1, Ordering::SeqCst);
+                may_go.lock().unwrap().recv().unwrap_err()
+            };
+            spawn_local(async move {
+                file.share().run(hang).await;
+            });
+        }
+        while begun.load(Ordering::SeqCst) < THREADS_OF_ONE {
+            yield_now().await;
+        }
+        let_go
+    }
+
+    #[test]
+    fn a_write_that_is_dropped_while_it_waits_for_a_thread_is_left_undone() {
+        let directory = tempfile::tempdir().unwrap();
+        let storage = create(&directory, "disk");
+        block_on_with(Driver::Polling, async {
+            let let_go = hang(&storage).await;
+            let mut write = storage.write(0, vec![7; 8192].into(), Durability::Cached);
+            assert!(futures_util::poll!(&mut write).is_pending());
+            drop(write);
+            drop(let_go);
+            assert!(storage.read(0, Buffer::zeroed(8192)).await.unwrap().is_zero());
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_file_that_hangs_keeps_its_own_requests_waiting_and_nobody_elses() {
+        let directory = tempfile::tempdir().unwrap();
+        let [hung, other] = ["hung", "other"].map(|name| Arc::new(create(&directory, name)));
+        block_on_with(Driver::Polling, async {
+            let let_go = hang(&hung).await;
+            let mut waiting = Box::pin(use_it(&hung));
+            assert!(futures_util::poll!(waiting.as_mut()).is_pending());
+            use_it(&other).await;
+            assert!(futures_util::poll!(waiting.as_mut()).is_pending());
+            drop(let_go);
+            waiting.await;
+        })
+        .unwrap();
+    }
 }

@@ -13,7 +13,6 @@ use rustix::io::Errno;
 
 use crate::lock::OpenFile;
 use crate::probe::Shape;
-use crate::runtime::run_blocking;
 
 /// The length of one file or device.
 #[derive(Debug)]
@@ -61,7 +60,8 @@ impl Length {
     /// As [`heliostat_block::storage::Storage::set_size`].
     ///
     /// # Cancel safety
-    /// Once polled to where it waits for the host, it runs to its end even if this is dropped.
+    /// Dropped, it has changed the length, will change it, or never will; what [`Length::size`] says is true all
+    /// the same.
     pub(crate) async fn change(self: &Arc<Self>, size: u64) -> io::Result<()> {
         let turn = self.change.lock_arc().await;
         let has_tail = |size| self.shape.tail_of(size) != size;
@@ -70,11 +70,11 @@ impl Length {
             false => None,
         };
         let this = Arc::clone(self);
-        run_blocking(move || {
+        let work = move || {
             let _held = (turn, ways);
             this.change_now(size)
-        })
-        .await
+        };
+        self.file.share().run(work).await
     }
 
     fn change_now(&self, size: u64) -> io::Result<()> {

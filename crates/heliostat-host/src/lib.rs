@@ -3,6 +3,7 @@
 //! The only crate of the project that may hold `unsafe` code, and the only one that names the runtime. It
 //! decides nothing: policy belongs to `heliostat-block` and to the program.
 
+mod blocking;
 pub mod clock;
 mod extents;
 mod fallocate;

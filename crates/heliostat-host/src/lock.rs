@@ -15,6 +15,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::linux::fs::MetadataExt;
 use std::sync::Arc;
 
+use crate::blocking::Share;
+
 /// The first of the bytes that say what is used.
 const USES: u64 = 100;
 /// The first of the bytes that say what others must not use.
@@ -58,6 +60,10 @@ pub(crate) struct Claim {
     pub(crate) uses: &'static [Permission],
     pub(crate) refuses: &'static [Permission],
 }
+
+/// Reads, while nobody changes anything.
+pub(crate) const STILL: Claim =
+    Claim { uses: &[Permission::ConsistentRead], refuses: &[Permission::Write, Permission::Resize] };
 
 /// Why an image could not be locked. Prints as QEMU's tools do: `Failed to get "write" lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +117,20 @@ impl fmt::Display for Holder {
     }
 }
 
+/// A program that has an image open in a way that others have to know of. Prints as who it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User(pub Option<Holder>);
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(holder) => holder.fmt(f),
+            // Another's process, which we may not look into.
+            None => f.write_str("another program"),
+        }
+    }
+}
+
 /// How trying to lock came out.
 #[derive(Debug)]
 pub(crate) enum Outcome {
@@ -129,6 +149,8 @@ pub(crate) struct OpenFile {
     /// The same file, opened on its own, for those whose use does not matter to other programs, and who must not
     /// be told the errors that are a flush's to tell.
     for_writeback: Option<Arc<OwnedFd>>,
+    /// What it may have of the blocking threads; the same one however the file is opened.
+    share: Share,
     /// The same file, opened in another way, and holding the locks.
     _locked: Option<Arc<OpenFile>>,
 }
@@ -137,19 +159,37 @@ impl OpenFile {
     /// An open file on which the locks of `claim` have been taken.
     pub(crate) fn new(fd: OwnedFd, claim: Option<Claim>, for_writeback: Option<OwnedFd>) -> Arc<Self> {
         let fd = Arc::new(fd);
-        Arc::new(Self { fd, claim, for_writeback: for_writeback.map(Arc::new), _locked: None })
+        Arc::new(Self {
+            fd,
+            claim,
+            for_writeback: for_writeback.map(Arc::new),
+            share: Share::new(),
+            _locked: None,
+        })
     }
 
     /// The same file as `locked`, opened in another way.
     pub(crate) fn beside(locked: &Arc<Self>, fd: OwnedFd) -> Arc<Self> {
         let for_writeback = locked.for_writeback();
-        Arc::new(Self { fd: Arc::new(fd), claim: None, for_writeback, _locked: Some(Arc::clone(locked)) })
+        let share = locked.share.clone();
+        Arc::new(Self {
+            fd: Arc::new(fd),
+            claim: None,
+            for_writeback,
+            share,
+            _locked: Some(Arc::clone(locked)),
+        })
     }
 
     /// A descriptor for whoever writes back, if one could be had. Being late with closing it does no harm: the
     /// file can be opened again, by anybody, though it is being written back.
     pub(crate) fn for_writeback(&self) -> Option<Arc<OwnedFd>> {
         self.for_writeback.clone()
+    }
+
+    /// Where calls wait that block on this file.
+    pub(crate) const fn share(&self) -> &Share {
+        &self.share
     }
 }
 
@@ -189,6 +229,15 @@ pub(crate) fn lock(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Outcome> {
     }
 }
 
+/// Says who is in the way of `claim`, without taking any lock: nobody who opens the image now is disturbed.
+pub(crate) fn in_the_way(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Option<User>> {
+    match contradiction(file, claim) {
+        Ok(found) => Ok(found.map(|conflict| User(holder(file, conflict.byte())))),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 impl Claim {
     /// Every byte to hold, with what holding it means.
     fn conflicts(self) -> impl Iterator<Item = Conflict> {
@@ -214,14 +263,19 @@ fn try_lock(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Outcome> {
             Err(error) => return Err(error),
         }
     }
+    Ok(contradiction(file, claim)?.map_or(Outcome::Locked, |conflict| Outcome::Conflict(conflict, None)))
+}
+
+/// Looks what others hold that contradicts `claim`.
+fn contradiction(file: BorrowedFd<'_>, claim: Claim) -> io::Result<Option<Conflict>> {
     let used = claim.uses.iter().map(|p| Conflict { permission: *p, side: Side::TheyRefuse });
     let refused = claim.refuses.iter().map(|p| Conflict { permission: *p, side: Side::TheyUse });
-    for contradiction in used.chain(refused) {
-        if is_held_by_others(file, contradiction.byte())? {
-            return Ok(Outcome::Conflict(contradiction, None));
+    for conflict in used.chain(refused) {
+        if is_held_by_others(file, conflict.byte())? {
+            return Ok(Some(conflict));
         }
     }
-    Ok(Outcome::Locked)
+    Ok(None)
 }
 
 fn is_missing(error: &io::Error) -> bool {
@@ -307,8 +361,6 @@ mod tests {
         uses: &[Permission::ConsistentRead, Permission::Write],
         refuses: &[Permission::Write, Permission::Resize],
     };
-    const STABLE: Claim =
-        Claim { uses: &[Permission::ConsistentRead], refuses: &[Permission::Write, Permission::Resize] };
 
     fn twice() -> (tempfile::NamedTempFile, std::fs::File, std::fs::File) {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -329,12 +381,29 @@ mod tests {
     #[test]
     fn readers_share_with_anybody() {
         let (_file, one, other) = twice();
-        for claim in [READER, WRITER, STABLE] {
+        for claim in [READER, WRITER, STILL] {
             assert!(matches!(lock(one.as_fd(), claim).unwrap(), Outcome::Locked));
             assert!(matches!(lock(other.as_fd(), READER).unwrap(), Outcome::Locked));
             unlock(one.as_fd(), claim);
             unlock(other.as_fd(), READER);
         }
+    }
+
+    #[test]
+    fn who_only_looks_sees_the_writer_and_is_in_nobodys_way() {
+        let (file, one, other) = twice();
+        assert_eq!(in_the_way(other.as_fd(), STILL).unwrap(), None);
+        assert!(
+            matches!(lock(one.as_fd(), WRITER).unwrap(), Outcome::Locked),
+            "nothing was locked by looking"
+        );
+        let user = in_the_way(other.as_fd(), STILL).unwrap().expect("it is written");
+        assert_eq!(user.0.as_ref().map(|holder| holder.pid), Some(std::process::id()));
+        unlock(one.as_fd(), WRITER);
+        // Readers, also those that need it still, are no writers.
+        assert!(matches!(lock(one.as_fd(), STILL).unwrap(), Outcome::Locked));
+        assert_eq!(in_the_way(other.as_fd(), STILL).unwrap(), None);
+        drop(file);
     }
 
     #[test]
@@ -350,12 +419,12 @@ mod tests {
     #[test]
     fn who_needs_a_still_image_and_who_writes_exclude_each_other() {
         let (_file, one, other) = twice();
-        assert!(matches!(lock(one.as_fd(), STABLE).unwrap(), Outcome::Locked));
-        assert!(matches!(lock(other.as_fd(), STABLE).unwrap(), Outcome::Locked));
-        unlock(other.as_fd(), STABLE);
+        assert!(matches!(lock(one.as_fd(), STILL).unwrap(), Outcome::Locked));
+        assert!(matches!(lock(other.as_fd(), STILL).unwrap(), Outcome::Locked));
+        unlock(other.as_fd(), STILL);
         assert_eq!(conflict(&other, WRITER), "Failed to get \"write\" lock");
-        unlock(one.as_fd(), STABLE);
+        unlock(one.as_fd(), STILL);
         assert!(matches!(lock(one.as_fd(), WRITER).unwrap(), Outcome::Locked));
-        assert_eq!(conflict(&other, STABLE), "Failed to get shared \"write\" lock");
+        assert_eq!(conflict(&other, STILL), "Failed to get shared \"write\" lock");
     }
 }

@@ -1,8 +1,9 @@
 //! Reads, writes and flushes of a file through the thread's ring, finished when the kernel cuts them short.
 //!
 //! Called by the storages of this crate, on a thread that runs [`crate::runtime`]. An operation owns its
-//! memory and its descriptor until the kernel is done with them, dropped futures included. Where the ring is
-//! denied, the same operations run on blocking threads.
+//! memory and its descriptor until the kernel is done with them, dropped futures included. Dropping one asks the
+//! kernel to cancel the operation, which it does unless it has begun. Where the ring is denied, the same operations
+//! run on blocking threads, and one that has begun runs to its end.
 
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
@@ -20,8 +21,9 @@ use io_uring::opcode;
 use io_uring::types::{Fd, FsyncFlags};
 use rustix::io::ReadWriteFlags;
 
+use crate::blocking::Permit;
 use crate::lock::OpenFile;
-use crate::runtime::{BLOCKING, Driver, InFlight};
+use crate::runtime::{Driver, InFlight};
 
 /// The longest single operation: what Linux cuts reads and writes to (`MAX_RW_COUNT`), rounded down so that
 /// what is left stays aligned for direct I/O.
@@ -49,19 +51,20 @@ struct Operation<R> {
     file: Arc<OpenFile>,
     request: R,
     in_flight: Option<InFlight>,
+    /// Where it blocks a thread: as long as it does, whether or not anybody still waits.
+    permit: Option<Permit>,
 }
 
 impl<R: Request> Operation<R> {
     fn new(file: &Arc<OpenFile>, request: R) -> Self {
-        Self { file: Arc::clone(file), request, in_flight: None }
+        Self { file: Arc::clone(file), request, in_flight: None, permit: None }
     }
 
     /// Has the kernel do it. Where that blocks a thread, it waits for the right to.
     async fn run(mut self) -> (io::Result<usize>, Self) {
-        let _permit = match Driver::in_use() {
-            Driver::Polling => Some(BLOCKING.acquire().await),
-            _ => None,
-        };
+        if Driver::in_use() == Driver::Polling {
+            self.permit = Some(self.file.share().enter().await);
+        }
         self.in_flight = Some(InFlight::new());
         let BufResult(result, this) = Runtime::with_current(|runtime| runtime.submit(self)).await;
         (result, this)
@@ -84,6 +87,7 @@ unsafe impl<R: Request> IourOpCode for Operation<R> {
     // SAFETY: it asks nothing of its caller.
     unsafe fn set_result(&mut self, (): &mut (), _: &io::Result<usize>, _: &Extra) {
         self.in_flight = None;
+        self.permit = None;
     }
 }
 
@@ -102,6 +106,7 @@ unsafe impl<R: Request> PollOpCode for Operation<R> {
     // SAFETY: it asks nothing of its caller.
     unsafe fn set_result(&mut self, (): &mut (), _: &io::Result<usize>, _: &Extra) {
         self.in_flight = None;
+        self.permit = None;
     }
 }
 

@@ -12,18 +12,16 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use async_lock::Semaphore;
-use compio::BufResult;
-use compio::buf::IntoInner;
-use compio::driver::op::{Asyncify, OpCodeFlag};
-use compio::driver::{AsyncifyPool, DriverType, ProactorBuilder};
+use compio::driver::op::OpCodeFlag;
+use compio::driver::{DriverType, ProactorBuilder};
 use compio::runtime::{Runtime, RuntimeBuilder};
 use futures_util::FutureExt;
+
+use crate::blocking;
 
 /// The environment variable that forces a [`Driver`]: `auto`, `io_uring` or `polling`. For tests, and for
 /// hosts where io_uring is there but must not be used.
@@ -39,19 +37,6 @@ const RING_ENTRIES: u32 = 1024;
 /// Wake-ups from other threads that may wait for a thread to look. A waker that finds the queue full spins
 /// until there is room, so it holds what all guests' threads together can wake at once.
 const REMOTE_WAKES: usize = 1024;
-
-/// Threads of the whole process that may be inside a blocking call at once.
-const BLOCKING_THREADS: usize = 64;
-
-/// Threads beyond those, for work that nobody waits for.
-const DETACHED_THREADS: usize = 16;
-
-/// How long such a thread waits for more work before it ends.
-const BLOCKING_IDLE: Duration = Duration::from_secs(10);
-
-/// The right to be in a blocking call. The pool refuses work beyond its threads, and the runtime would spin
-/// until it takes it; so whoever gives it some has one of these.
-pub(crate) static BLOCKING: Semaphore = Semaphore::new(BLOCKING_THREADS);
 
 /// How a thread asks the kernel for I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,14 +118,8 @@ fn ring(setup: Ring) -> ProactorBuilder {
 
 fn proactor() -> ProactorBuilder {
     let mut proactor = ProactorBuilder::new();
-    proactor.capacity(RING_ENTRIES).reuse_thread_pool(pool().clone());
+    proactor.capacity(RING_ENTRIES).reuse_thread_pool(blocking::pool().clone());
     proactor
-}
-
-/// The blocking threads, shared by all runtimes of the process, so that their bound is one.
-fn pool() -> &'static AsyncifyPool {
-    static POOL: OnceLock<AsyncifyPool> = OnceLock::new();
-    POOL.get_or_init(|| AsyncifyPool::new(BLOCKING_THREADS + DETACHED_THREADS, BLOCKING_IDLE))
 }
 
 fn build(driver: Driver) -> io::Result<Runtime> {
@@ -454,36 +433,14 @@ pub async fn yield_now() {
     .await;
 }
 
-/// Runs `work` on a thread that may block, and returns what it returns.
-///
-/// # Cancel safety
-/// Once polled, the work runs to its end even if this is dropped.
-///
-/// # Panics
-/// Outside of a runtime's thread, or with the panic of `work`.
-pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    let _permit = BLOCKING.acquire().await;
-    let in_flight = InFlight::new();
-    let operation = Asyncify::new(move || {
-        let _in_flight = in_flight;
-        BufResult(Ok(0), work())
-    });
-    let BufResult(_, operation) = Runtime::with_current(|runtime| runtime.submit(operation)).await;
-    operation.into_inner()
-}
-
-/// Starts `work` on a thread that may block, from any thread, and does not wait. Says whether it could.
-pub(crate) fn run_detached(work: impl FnOnce() + Send + 'static) -> bool {
-    pool().dispatch(work).is_ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::rc::Rc;
     use std::sync::atomic::AtomicBool;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::blocking::Share;
     use crate::clock::RealClock;
     use crate::socket::Socket;
 
@@ -553,7 +510,8 @@ mod tests {
             let by_call = Arc::clone(&ended);
             block_on_with(driver, async {
                 let (go, may_go) = mpsc::channel();
-                let mut call = Box::pin(run_blocking(move || {
+                let share = Share::new();
+                let mut call = Box::pin(share.run(move || {
                     may_go.recv().unwrap();
                     // Gives a thread that does not wait every chance to end first.
                     (0..10_000).for_each(|_| std::thread::yield_now());
@@ -580,7 +538,7 @@ mod tests {
                 let ended = Rc::new(Cell::new(0));
                 let by_call = Rc::clone(&ended);
                 spawn_local(async move {
-                    run_blocking(|| ()).await;
+                    Share::new().run(|| ()).await;
                     by_call.set(by_call.get() + 1);
                 });
                 let (one, other) = Socket::pair().unwrap();
@@ -650,18 +608,6 @@ mod tests {
                 let before = Instant::now();
                 clock.sleep(Duration::from_millis(5)).await;
                 assert!(before.elapsed() >= Duration::from_millis(5));
-            })
-            .unwrap();
-        }
-    }
-
-    #[test]
-    fn more_blocking_calls_than_threads_all_end() {
-        for driver in BOTH {
-            block_on_with(driver, async {
-                let calls = (0..BLOCKING_THREADS * 3).map(|n| run_blocking(move || n));
-                let ended = futures_util::future::join_all(calls).await;
-                assert_eq!(ended.len(), BLOCKING_THREADS * 3);
             })
             .unwrap();
         }

@@ -4,6 +4,7 @@
 //! what a signal means.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -46,9 +47,10 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes over SIGTERM, SIGINT and SIGHUP: they no longer end the process. Nor does SIGXFSZ, which comes
-    /// with a write beyond the host's limit for files; the write fails, and that is enough. Child processes
-    /// start with the default behaviour.
+    /// Takes over SIGTERM, SIGINT and SIGHUP: they no longer end the process. One that whoever started the
+    /// process had it ignore stays ignored, as with SIGHUP under `nohup` and with SIGINT in a shell script's
+    /// background. Nor does SIGXFSZ end it, which comes with a write beyond the host's limit for files; the
+    /// write fails, and that is enough. Child processes start with the default behaviour.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -56,6 +58,9 @@ impl Signals {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let mut signals = Self { seen: Arc::default(), wake, handlers: Vec::new() };
         for (index, (_, number)) in ALL.iter().enumerate() {
+            if is_ignored(*number)? {
+                continue;
+            }
             let (seen, wake) = (Arc::clone(&signals.seen), Arc::clone(&signals.wake));
             let note = move || {
                 seen.counts[index].fetch_add(1, Ordering::Relaxed);
@@ -117,6 +122,18 @@ impl Signals {
             }
         }
     }
+}
+
+/// Says whether the process ignores a signal.
+fn is_ignored(number: i32) -> io::Result<bool> {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: without a new action the call only writes the present one, into memory made for it.
+    if unsafe { libc::sigaction(number, std::ptr::null(), action.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all zeroes are a value of this type of plain numbers, and the call has succeeded.
+    let action = unsafe { action.assume_init() };
+    Ok(action.sa_sigaction == libc::SIG_IGN)
 }
 
 impl Drop for Signals {

@@ -19,8 +19,8 @@ use rustix::net::{
     SocketType, sockopt,
 };
 
+use crate::blocking;
 use crate::readiness::{self, Readiness};
-use crate::runtime::run_blocking;
 
 /// Connections that wait to be accepted. The kernel cuts it to its own bound (4096 by default).
 const BACKLOG: i32 = 1024;
@@ -214,12 +214,11 @@ impl Socket {
     /// Dropping it lets a connection come about that is closed at once.
     pub async fn connect(address: &Address) -> io::Result<Self> {
         let target = address.clone();
-        let fd = run_blocking(move || match target {
+        let connect = blocking::connecting().run(move || match target {
             Address::Unix(path) => connect_unix(&path),
             Address::Tcp(socket) => connect_tcp(socket),
-        })
-        .await
-        .map_err(|error| explain("cannot connect to", address, error))?;
+        });
+        let fd = connect.await.map_err(|error| explain("cannot connect to", address, error))?;
         Self::new(fd, matches!(address, Address::Tcp(_)))
     }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use heliostat_block::range::ByteRange;
 use rustix::fs::Advice;
 
-use crate::runtime::run_detached;
+use crate::blocking::run_detached;
 
 /// Notes that wait; more are dropped. Copies come in some order, so a worker that keeps up sees a few.
 const NOTES_MAX: usize = 256;

@@ -1,6 +1,6 @@
 //! Random operations on qcow2 images of every kind that `qemu-img` makes, beside a plain vector of bytes; at the end
 //! QEMU's tools judge the image.
-#![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test")]
 
 mod common;
 
@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 use heliostat_block::buffer::Buffer;
 use heliostat_block::convert::{u64_from, usize_from};
 use heliostat_block::driver::qcow2::{OpenOptions as ImageOptions, Qcow2};
-use heliostat_block::driver::{Driver, Raw};
+use heliostat_block::driver::{Driver, Preallocation, Raw};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{Discard, Node, NodeOptions};
 use heliostat_block::range::ByteRange;
@@ -107,7 +107,8 @@ fn scene(random: &mut Random, direct: bool) -> Scene {
     let path = folder.path().join("image.qcow2");
     let version = if random.chance(25) { 2 } else { 3 };
     let cluster = random.pick(&[512_u64, 1024, 4096, 16 << 10, 64 << 10, 64 << 10, 64 << 10, 2 << 20]);
-    let size = (1 + random.below(8)) * (1 << 20) + if random.chance(50) { 512 * random.below(300) } else { 0 };
+    let size =
+        (1 + random.below(8)) * (1 << 20) + if random.chance(50) { 512 * random.below(300) } else { 0 };
     let mut options = format!("cluster_size={cluster},compat={}", if version == 2 { "0.10" } else { "1.1" });
     let mut data_file = None;
     let mut backing = None;
@@ -179,7 +180,8 @@ fn compress(random: &mut Random, scene: &mut Scene) {
     if scene.version == 3 && random.chance(50) {
         options += ",compression_type=zstd";
     }
-    run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &options, text(&scene.path), text(&packed)]).unwrap();
+    run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &options, text(&scene.path), text(&packed)])
+        .unwrap();
     scene.path = packed;
     scene.backing = None;
     scene.options = options + " compressed";
@@ -274,7 +276,11 @@ async fn carry_out(node: &Arc<Node>, operation: Operation, model: &[u8]) {
             let buffer = Buffer::copy_of(&vec![0xee; usize_from(range.len())]);
             let read = tracked.read(range.offset(), buffer).await.unwrap();
             let expected = &model[usize_from(range.offset())..usize_from(range.end())];
-            assert!(read[..] == *expected, "{range} reads wrong: first at {:?}", first_difference(&read, expected));
+            assert!(
+                read[..] == *expected,
+                "{range} reads wrong: first at {:?}",
+                first_difference(&read, expected)
+            );
         }
     }
 }
@@ -296,8 +302,12 @@ async fn settle_discard(node: &Arc<Node>, range: ByteRange, model: &mut [u8]) {
 
 async fn play(random: &mut Random, scene: &mut Scene) {
     let node = open_image(scene, false).await;
-    let size = node.size();
+    let may_resize = scene.snapshot.is_none() && scene.data_file.is_none();
     for _ in 0..random.below(40) {
+        if may_resize && random.chance(5) {
+            resize(random, &node, &mut scene.model).await;
+        }
+        let size = node.size();
         let batch = batch(random, size);
         let model = &scene.model;
         join_all(batch.iter().map(|operation| carry_out(&node, operation.clone(), model))).await;
@@ -305,7 +315,9 @@ async fn play(random: &mut Random, scene: &mut Scene) {
             let range = operation.range();
             let place = usize_from(range.offset())..usize_from(range.end());
             match operation {
-                Operation::Write(_, seed) => scene.model[place].copy_from_slice(&pattern(seed, range.len(), 0)),
+                Operation::Write(_, seed) => {
+                    scene.model[place].copy_from_slice(&pattern(seed, range.len(), 0))
+                }
                 Operation::Zero(..) => scene.model[place].fill(0),
                 Operation::Discard(_) => settle_discard(&node, range, &mut scene.model).await,
                 Operation::Read(_) => {}
@@ -317,6 +329,26 @@ async fn play(random: &mut Random, scene: &mut Scene) {
     }
     verify(&node, &scene.model).await;
     node.close().await.unwrap();
+}
+
+/// Makes the disk longer, or sometimes shorter.
+async fn resize(random: &mut Random, node: &Arc<Node>, model: &mut Vec<u8>) {
+    let old = node.size() & !511;
+    let new = match random.below(3) {
+        0 => 512 * (1 + random.below(old / 512)),
+        1 => old + 512 * random.below(1000),
+        _ => old + (1 + random.below(6)) * (1 << 20),
+    };
+    let how = random.pick(&[
+        Preallocation::Off,
+        Preallocation::Off,
+        Preallocation::Metadata,
+        Preallocation::Falloc,
+        Preallocation::Full,
+    ]);
+    node.resize(new, how).await.unwrap();
+    assert_eq!(node.size(), new);
+    model.resize(usize_from(new), 0);
 }
 
 async fn verify(node: &Arc<Node>, model: &[u8]) {

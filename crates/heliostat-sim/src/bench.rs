@@ -34,6 +34,8 @@ pub(crate) struct Bench {
     /// Guests should come to their end.
     pub(crate) last_orders: AtomicBool,
     pub(crate) requests: AtomicU64,
+    /// Until when guests make no request.
+    hushed_until: Mutex<Duration>,
     /// Nothing in this run takes long, so whoever waits for long has missed a wake-up and was saved by a timer.
     pub(crate) is_quick: bool,
     seen: Mutex<Seen>,
@@ -54,6 +56,8 @@ pub struct Seen {
     pub failed: u64,
     /// Errors that jobs met.
     pub errors: u64,
+    /// Requests that lanes made to storages.
+    pub on_lanes: u64,
 }
 
 impl Seen {
@@ -65,6 +69,7 @@ impl Seen {
         self.cancelled += other.cancelled;
         self.failed += other.failed;
         self.errors += other.errors;
+        self.on_lanes += other.on_lanes;
     }
 }
 
@@ -97,6 +102,7 @@ impl Bench {
             guests: AtomicU64::new(0),
             last_orders: AtomicBool::new(false),
             requests: AtomicU64::new(0),
+            hushed_until: Mutex::default(),
             is_quick,
             seen: Mutex::default(),
         })
@@ -109,6 +115,20 @@ impl Bench {
     /// What has been come across so far.
     pub(crate) fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on guests make no request for `time`.
+    pub(crate) fn hush(&self, time: Duration) {
+        *self.hushed_until() = self.world.time() + time;
+    }
+
+    /// How long guests shall make no request.
+    pub(crate) fn hushed(&self) -> Duration {
+        self.hushed_until().saturating_sub(self.world.time())
+    }
+
+    fn hushed_until(&self) -> MutexGuard<'_, Duration> {
+        self.hushed_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The number of the disk that guests use.

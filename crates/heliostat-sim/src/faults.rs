@@ -33,6 +33,8 @@ pub(crate) struct Profile {
     pub(crate) cached: bool,
     /// Sectors in the cache that become durable by themselves while something else happens.
     pub(crate) writeback: u64,
+    /// Hints to write back that fail.
+    pub(crate) writeback_errors: u64,
     /// Whether what a failed flush has lost may disappear from what is read, too.
     pub(crate) forgets: bool,
 }

@@ -40,6 +40,23 @@ pub(crate) struct Workload {
     pub(crate) shares: [u64; 5],
     /// What a step of the executor may cost.
     pub(crate) step_cost: Duration,
+    pub(crate) breaks: Option<Breaks>,
+}
+
+/// Times at which no guest makes a request: at the start, and again and again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Breaks {
+    pub(crate) every: Duration,
+    pub(crate) len: Duration,
+}
+
+impl Breaks {
+    /// What is left of a break at `now`; zero between two.
+    fn left(self, now: Duration) -> Duration {
+        let into = now.as_nanos() % self.every.as_nanos();
+        let into = Duration::from_nanos(u64::try_from(into).unwrap_or(u64::MAX));
+        self.len.saturating_sub(into)
+    }
 }
 
 /// One task of a guest.
@@ -62,6 +79,12 @@ impl Guest {
             }
             let think = self.random.time(self.workload.think);
             self.bench.clock.sleep(think).await;
+            if let Some(breaks) = self.workload.breaks {
+                let left = breaks.left(self.bench.world.time());
+                self.bench.clock.sleep(left).await;
+            }
+            let hushed = self.bench.hushed();
+            self.bench.clock.sleep(hushed).await;
             self.request().await;
             left = left.saturating_sub(1);
         }

@@ -12,6 +12,7 @@ mod bench;
 mod faults;
 mod guest;
 pub mod image;
+mod lanes;
 mod medium;
 mod operator;
 mod oracle;

@@ -169,6 +169,27 @@ impl Medium {
         some.into_iter().for_each(|sector| self.persist_sector(sector));
     }
 
+    /// What of `range` is in the cache becomes durable.
+    pub(crate) fn persist_cached(&mut self, range: ByteRange) {
+        for sector in
+            Self::sectors_of(range).filter(|sector| self.cached.contains(sector)).collect::<Vec<_>>()
+        {
+            self.persist_sector(sector);
+        }
+    }
+
+    /// What of `range` is in the cache is lost, as by a failed flush. Says whether there was any.
+    pub(crate) fn lose(&mut self, range: ByteRange) -> bool {
+        let mut any = false;
+        for sector in Self::sectors_of(range) {
+            if self.cached.remove(&sector) {
+                self.lost.insert(sector);
+                any = true;
+            }
+        }
+        any
+    }
+
     pub(crate) fn flush_begins(&self) -> FlushStart {
         let content =
             |sector: &usize| (*sector, self.version[*sector], self.visible[self.bytes_of(*sector)].to_vec());

@@ -7,9 +7,11 @@ use std::time::Duration;
 use heliostat_block::clock::Clock;
 use heliostat_block::graph::Role;
 use heliostat_block::job::mirror::{Mirror, MirrorOptions};
-use heliostat_block::job::{CopyMode, Force, Job, JobOptions, JobStatus, Verb};
+use heliostat_block::job::{Bitmaps, CopyMode, Force, Job, JobOptions, JobStatus, Verb};
+use heliostat_block::limits::GUEST_QUIET;
 
 use crate::bench::Bench;
+use crate::lanes::LaneTasks;
 use crate::random::Random;
 use crate::watch::{Known, Watch};
 use crate::world::Executor;
@@ -40,6 +42,8 @@ pub(crate) struct Errand {
     pub(crate) goal: Goal,
     /// The end is asked only when nothing is left to copy.
     pub(crate) patient: bool,
+    /// Guests are quiet when it starts, and for so long after.
+    pub(crate) hush: Option<Duration>,
 }
 
 /// Starts jobs and sees to them.
@@ -48,6 +52,7 @@ pub(crate) struct Operator {
     pub(crate) executor: Executor,
     pub(crate) random: Random,
     pub(crate) errands: Vec<Errand>,
+    pub(crate) lanes: Option<LaneTasks>,
     /// When nothing fails any more.
     pub(crate) faults_until: Duration,
 }
@@ -60,9 +65,16 @@ impl Operator {
     pub(crate) async fn run(mut self) {
         for (number, errand) in std::mem::take(&mut self.errands).into_iter().enumerate() {
             self.bench.clock.sleep(errand.before).await;
+            if let Some(hush) = errand.hush {
+                self.bench.hush(GUEST_QUIET + hush);
+                self.bench.clock.sleep(GUEST_QUIET).await;
+            }
             self.see_to(number, errand).await;
         }
         self.bench.last_orders.store(true, Ordering::SeqCst);
+        if let Some(lanes) = &self.lanes {
+            lanes.end();
+        }
     }
 
     async fn see_to(&mut self, number: usize, mut errand: Errand) {
@@ -80,6 +92,13 @@ impl Operator {
         let (Ok(at_source), Ok(at_target)) = places else {
             self.bench.world.fail("the graph refuses a mirror of nodes that nobody mirrors");
             return;
+        };
+        let bitmaps = match Bitmaps::new(source_node, errand.mirror.granularity) {
+            Ok(bitmaps) => bitmaps,
+            Err(refusal) => {
+                self.bench.world.fail(format!("no mirror of a disk as small as this: {refusal}"));
+                return;
+            }
         };
         let known = Known {
             source,
@@ -102,7 +121,11 @@ impl Operator {
         let job = Job::start(id, errand.job, Arc::new(move |job, event| hears.hear(job, event)));
         let clock: Arc<dyn Clock> = Arc::<crate::world::SimClock>::clone(&self.bench.clock);
         let graph = Arc::clone(&self.bench.graph);
-        let mirror = Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, clock);
+        let mut mirror =
+            Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, bitmaps, clock);
+        if let Some(lanes) = &mut self.lanes {
+            mirror = mirror.with_lanes(lanes.lanes(&self.bench.world, &self.executor));
+        }
         self.executor.spawn("mirror", mirror.run());
         self.play(&job, &watch, &errand).await;
         self.finish(&job, &watch, &errand).await;

@@ -11,17 +11,19 @@ use heliostat_block::graph::{Graph, Role};
 use heliostat_block::job::mirror::MirrorOptions;
 use heliostat_block::job::scan::SyncMode;
 use heliostat_block::job::{CopyMode, Force, JobOptions, JobStatus, OnError, Verb};
+use heliostat_block::limits::GUEST_QUIET;
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node, NodeOptions};
 use heliostat_block::range::ByteRange;
 
 use crate::bench::{Bench, Disk, Seen};
 use crate::faults::Profile;
-use crate::guest::{Guest, Workload};
+use crate::guest::{Breaks, Guest, Workload};
+use crate::lanes::LaneTasks;
 use crate::operator::{Errand, Goal, Operator};
 use crate::random::Random;
 use crate::storage::SimStorage;
-use crate::world::{Executor, SimClock, World};
+use crate::world::{Executor, Running, SimClock, World};
 
 const NAMES: [&str; 3] = ["disk0", "disk1", "disk2"];
 
@@ -35,22 +37,57 @@ struct Settings {
     step_cost: Duration,
     /// This run has faults.
     faulty: bool,
+    /// This run has lanes.
+    lanes: Option<LaneSettings>,
+    /// Hints to write back that fail, per mille.
+    writeback_errors: u64,
 }
 
 impl Settings {
-    fn draw(random: &mut Random) -> Self {
+    /// What belongs to lanes and to hints is drawn `apart`, so that the rest of a run is what it was before
+    /// there were any.
+    fn draw(random: &mut Random, apart: &mut Random) -> Self {
         let granularity = random.pick(&[512, 512, 1024, 4096, 4096, 16 << 10, 64 << 10]);
         let granules = random.pick(&[1, 2, 3, 5, 8, 20, 40]);
         let tail = if random.chance(500) { 0 } else { random.below(u64::from(granularity)) };
         let size = (granules * u64::from(granularity) + tail).min(512 << 10);
         let delay_max = Duration::from_micros(random.pick(&[50, 500, 5_000, 50_000]));
+        let step_cost = Duration::from_nanos(random.pick(&[0, 0, 1_000, 20_000]));
+        let faulty = random.chance(700);
         Self {
             size,
             granularity,
             delay_max,
             faults_until: delay_max * 400 + Duration::from_secs(2),
-            step_cost: Duration::from_nanos(random.pick(&[0, 0, 1_000, 20_000])),
-            faulty: random.chance(700),
+            step_cost,
+            faulty,
+            lanes: apart.chance(500).then(|| LaneSettings::draw(delay_max, apart)),
+            writeback_errors: if faulty { apart.pick(&[0, 0, 20, 200]) } else { 0 },
+        }
+    }
+}
+
+/// What a run with lanes draws besides.
+struct LaneSettings {
+    count: u64,
+    /// Copies go to lanes only between storages that have no blocks.
+    without_blocks: bool,
+    /// Copies go to lanes only while guests are quiet.
+    breaks: Option<Breaks>,
+    closes_after: Option<Duration>,
+}
+
+impl LaneSettings {
+    fn draw(delay_max: Duration, random: &mut Random) -> Self {
+        let breaks = random.chance(300).then(|| {
+            let len = GUEST_QUIET + delay_max * random.pick(&[1, 10, 60]);
+            Breaks { len, every: len + delay_max * random.pick(&[5, 20, 100]) }
+        });
+        Self {
+            count: random.pick(&[1, 1, 2, 3]),
+            without_blocks: random.chance(800),
+            breaks,
+            closes_after: random.chance(100).then(|| random.time(delay_max * 200)),
         }
     }
 }
@@ -60,14 +97,18 @@ impl Settings {
 /// # Errors
 /// What went wrong first.
 pub(crate) fn run(seed: u64, tracing: bool) -> Result<Seen, String> {
-    let mut random = Random::new(seed);
-    let settings = Settings::draw(&mut random);
-    let world = World::new(tracing);
-    let executor = Executor::new();
+    let mut apart = Random::new(!seed).fork();
+    let running = Running { world: World::new(tracing), executor: Executor::new(apart.fork()) };
+    run_in(&running, Random::new(seed), apart)
+}
+
+fn run_in(running: &Running, mut random: Random, mut apart: Random) -> Result<Seen, String> {
+    let Running { world, executor } = running;
+    let settings = Settings::draw(&mut random, &mut apart);
     let graph = Arc::new(Graph::default());
     let mut disks = Vec::new();
     for (number, name) in NAMES.iter().enumerate() {
-        disks.push(disk(number, name, &settings, &world, &mut random)?);
+        disks.push(disk(number, name, &settings, world, &mut random)?);
     }
     for disk in &disks {
         graph.add(Arc::clone(&disk.node)).map_err(|error| error.to_string())?;
@@ -75,29 +116,33 @@ pub(crate) fn run(seed: u64, tracing: bool) -> Result<Seen, String> {
     let is_quick = settings.delay_max <= Duration::from_micros(50)
         && settings.step_cost <= Duration::from_micros(1)
         && disks.iter().all(|disk| disk.storage.profile().hangs == 0);
-    let bench = Bench::new(Arc::clone(&world), graph, disks, is_quick);
-    start_guests(&bench, &executor, &settings, &mut random)?;
-    start_drainer(&bench, &executor, &settings, &mut random);
-    watch_for_crashes(&bench, &executor, &settings, &mut random);
-    let errands: Vec<_> =
+    let bench = Bench::new(Arc::clone(world), graph, disks, is_quick);
+    start_guests(&bench, executor, &settings, &mut random)?;
+    start_drainer(&bench, executor, &settings, &mut random);
+    watch_for_crashes(&bench, executor, &settings, &mut random);
+    let mut errands: Vec<_> =
         (0..random.pick(&[1, 1, 1, 2, 3])).map(|_| errand(&settings, &mut random)).collect();
+    for errand in errands.iter_mut().filter(|_| settings.lanes.is_some()) {
+        errand.hush = apart.chance(700).then(|| apart.time(settings.delay_max * 60));
+    }
     let operator = Operator {
         bench: Arc::clone(&bench),
         executor: executor.clone(),
         random: random.fork(),
         errands,
+        lanes: settings.lanes.as_ref().map(|lanes| LaneTasks::new(lanes.count, lanes.closes_after)),
         faults_until: settings.faults_until,
     };
     executor.spawn("operator", operator.run());
-    let steps = executor.run(&world, &mut random.fork(), settings.step_cost);
+    let steps = executor.run(world, &mut random.fork(), settings.step_cost);
     let result = match world.failure() {
         Some(failure) => Err(failure),
         None => check_after(&bench),
     };
     world.trace(|| format!("{steps} steps, {} requests", bench.requests.load(Ordering::SeqCst)));
-    world.end();
-    executor.clear();
-    result.map(|()| Seen { requests: bench.requests.load(Ordering::SeqCst), ..*bench.seen() })
+    let on_lanes = bench.disks.iter().map(|disk| disk.storage.requests_of_lanes()).sum();
+    let requests = bench.requests.load(Ordering::SeqCst);
+    result.map(|()| Seen { requests, on_lanes, ..*bench.seen() })
 }
 
 fn check_after(bench: &Bench) -> Result<(), String> {
@@ -124,6 +169,9 @@ fn disk(
     let mut profile = profile(settings, random);
     if number == 0 && random.chance(300) {
         profile = Profile { hangs: 0, ..profile };
+    }
+    if settings.lanes.as_ref().is_some_and(|lanes| lanes.without_blocks) {
+        profile.block_size = 1;
     }
     // One in fifty targets has another size: such a job must fail.
     let size = if number == 2 && random.chance(20) { settings.size + 512 } else { settings.size };
@@ -169,6 +217,7 @@ fn profile(settings: &Settings, random: &mut Random) -> Profile {
         can_zero_fast: random.chance(800),
         cached: random.chance(900),
         writeback: random.pick(&[0, 50, 500]),
+        writeback_errors: settings.writeback_errors,
         forgets: random.chance(500),
     }
 }
@@ -221,6 +270,7 @@ fn start_guests(
             random.pick(&[0, 130]),
         ],
         step_cost: settings.step_cost,
+        breaks: settings.lanes.as_ref().and_then(|lanes| lanes.breaks),
     };
     let exports = random.pick(&[1, 1, 2]);
     let mut places = Vec::new();
@@ -330,5 +380,23 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
         patience: settings.delay_max * random.pick(&[2, 20]) + Duration::from_millis(random.pick(&[1, 100])),
         goal: random.pick(&[Goal::Complete, Goal::Complete, Goal::Complete, Goal::Copy, Goal::Cancel]),
         patient: random.chance(200),
+        hush: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_a_run_is_left_when_it_is_over() {
+        for seed in 0..40 {
+            let mut apart = Random::new(!seed);
+            let running = Running { world: World::new(false), executor: Executor::new(apart.fork()) };
+            let world = Arc::downgrade(&running.world);
+            run_in(&running, Random::new(seed), apart).expect("an honest run passes");
+            drop(running);
+            assert!(world.upgrade().is_none(), "seed {seed}: something still holds the world");
+        }
     }
 }

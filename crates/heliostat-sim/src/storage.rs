@@ -2,7 +2,7 @@
 //! or be lost at a crash.
 //!
 //! What a request does to the bytes happens at moments drawn when it starts, whether or not anybody still
-//! waits for it: dropping its future does not stop it, as with a kernel. Two that overlap and are in flight at
+//! waits for it: dropping its future does not stop it, as a kernel may not either. Two that overlap and are in flight at
 //! once therefore land in either order, piece by piece.
 
 use std::future::Future;
@@ -20,7 +20,7 @@ use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
 
-use crate::faults::{ENOSPC, Kind, Plan, Profile, error};
+use crate::faults::{EIO, ENOSPC, Kind, Plan, Profile, error};
 use crate::medium::{Content, Medium};
 use crate::random::Random;
 use crate::world::World;
@@ -56,8 +56,14 @@ struct State {
     in_flight: u64,
     errors: u64,
     requests: u64,
+    /// How many of them lanes made.
+    on_lanes: u64,
     flush_failures: u64,
     forgets: bool,
+    /// The host could not write some of its cache back by itself; the next flush to end is told.
+    writeback_failed: bool,
+    /// Draws what the host does with a hint.
+    hints: Random,
 }
 
 /// What a request brings back, when it has ended.
@@ -85,10 +91,13 @@ impl SimStorage {
         let state = State {
             medium,
             quirks: Quirks::default(),
+            hints: random.clone().fork(),
+            writeback_failed: false,
             random,
             in_flight: 0,
             errors: 0,
             requests: 0,
+            on_lanes: 0,
             flush_failures: 0,
             forgets,
         };
@@ -125,6 +134,11 @@ impl SimStorage {
     /// Requests that have begun so far.
     pub(crate) fn requests(&self) -> u64 {
         lock(&self.state).requests
+    }
+
+    /// Requests of lanes that have begun so far.
+    pub(crate) fn requests_of_lanes(&self) -> u64 {
+        lock(&self.state).on_lanes
     }
 
     /// Flushes that have failed so far.
@@ -165,6 +179,7 @@ impl SimStorage {
     fn begin(&self, kind: Kind, range: ByteRange) -> Plan {
         self.check(kind, range);
         let now = self.world.time();
+        let on_lane = self.world.is_on_lane();
         let mut state = lock(&self.state);
         let mut plan = self.profile.plan(kind, range, now, &mut state.random);
         if let Some((_, errno)) = state.quirks.fails.filter(|(number, _)| *number == state.requests) {
@@ -179,10 +194,12 @@ impl SimStorage {
         }
         state.in_flight += 1;
         state.requests += 1;
+        state.on_lanes += u64::from(on_lane);
         drop(state);
         self.world.trace(|| {
             let took = (plan.end - now).as_secs_f64() * 1e3;
-            format!("{} {kind:?} {range} begins, {took:.3} ms, error {:?}", self.name, plan.error)
+            let lane = if on_lane { " on a lane" } else { "" };
+            format!("{} {kind:?} {range} begins{lane}, {took:.3} ms, error {:?}", self.name, plan.error)
         });
         plan
     }
@@ -235,10 +252,12 @@ impl SimStorage {
                 world.trace(|| format!("{name} {kind:?} {range} ends"));
                 let mut state = lock(&state);
                 state.in_flight -= 1;
-                state.errors += u64::from(plan.error.is_some());
-                let answer = last(&mut state, plan.error.is_none());
+                let untold = kind == Kind::Flush && std::mem::take(&mut state.writeback_failed);
+                let failure = plan.error.or(untold.then_some(EIO));
+                state.errors += u64::from(failure.is_some());
+                let answer = last(&mut state, failure.is_none());
                 drop(state);
-                finish(&slot, plan.error.map_or(Ok(answer), |errno| Err(error(errno))));
+                finish(&slot, failure.map_or(Ok(answer), |errno| Err(error(errno))));
             }
         };
         if inline {
@@ -484,5 +503,26 @@ impl Storage for SimStorage {
             )
         };
         self.answer(begin)
+    }
+
+    /// Writes back some time later. That may fail, of which nobody hears before the next flush.
+    fn start_writeback(&self, range: ByteRange) {
+        let (at, fails) = {
+            let mut state = lock(&self.state);
+            let now = self.world.time();
+            let at = now + state.hints.time(self.profile.delay_max);
+            let fails = state.hints.chance(self.profile.writeback_errors);
+            (at, fails && at < self.profile.faults_until)
+        };
+        let (state, world, name) = (Arc::clone(&self.state), Arc::clone(&self.world), self.name);
+        self.world.at(at, move || {
+            world.trace(|| format!("{name} writes back {range}, fails: {fails}"));
+            let mut state = lock(&state);
+            if fails {
+                state.writeback_failed |= state.medium.lose(range);
+            } else {
+                state.medium.persist_cached(range);
+            }
+        });
     }
 }

@@ -21,6 +21,9 @@ const STEPS_MAX: u64 = 3_000_000;
 /// The most simulated time of one run: everything in it is over in a few minutes, or never.
 const TIME_MAX: Duration = Duration::from_secs(3600);
 
+/// How often, per mille, a task with a core of its own goes on where another asks for the time.
+const BESIDE: u64 = 500;
+
 /// What is to happen at a moment.
 enum Due {
     Wake(Waker),
@@ -40,12 +43,21 @@ struct State {
     tracing: bool,
     /// The run is over: what is dropped from now on is no concern.
     over: bool,
+    /// The task that runs at this moment is a lane.
+    on_lane: bool,
 }
 
 impl World {
     pub(crate) fn new(tracing: bool) -> Arc<Self> {
-        let state =
-            State { now: Duration::ZERO, next: 0, due: BTreeMap::new(), failure: None, tracing, over: false };
+        let state = State {
+            now: Duration::ZERO,
+            next: 0,
+            due: BTreeMap::new(),
+            failure: None,
+            tracing,
+            over: false,
+            on_lane: false,
+        };
         Arc::new(Self { state: Mutex::new(state) })
     }
 
@@ -93,19 +105,25 @@ impl World {
         }
     }
 
+    /// Ends the run, as a power cut does: nothing that is due happens any more. What waits here holds storages and nodes, and they
+    /// hold this world, so it would never go away by itself.
     pub(crate) fn end(&self) {
-        self.state().over = true;
-    }
-
-    /// Stops everything at this moment, as a power cut does: nothing that is due happens any more.
-    pub(crate) fn cut(&self) {
         let due = {
             let mut state = self.state();
             state.over = true;
             std::mem::take(&mut state.due)
         };
-        // What waits here holds this world.
         drop(due);
+    }
+
+    /// Says whether a lane's task runs at this moment.
+    pub(crate) fn is_on_lane(&self) -> bool {
+        self.state().on_lane
+    }
+
+    /// Says whether a lane's task runs from now on.
+    pub(crate) fn set_on_lane(&self, on_lane: bool) {
+        self.state().on_lane = on_lane;
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -145,6 +163,10 @@ pub(crate) struct SimClock(pub(crate) Arc<World>);
 
 impl Clock for SimClock {
     fn now(&self) -> Moment {
+        // The core asks for the time between any two things it does; there another core may have gone on.
+        if !self.0.is_on_lane() {
+            Executor::step_beside();
+        }
         Moment::from_start(self.0.time())
     }
 
@@ -228,11 +250,14 @@ struct Task {
     waker: Waker,
 }
 
-#[derive(Default)]
 struct Tasks {
     /// By number; a task that has ended leaves its place empty.
     running: Vec<Option<Task>>,
     left: usize,
+    /// The numbers of those that have a core of their own.
+    beside: Vec<usize>,
+    /// Draws when they go on in the middle of another task's step.
+    random: Random,
 }
 
 /// Runs tasks on this thread, until all have ended.
@@ -242,9 +267,41 @@ pub(crate) struct Executor {
     runnable: Arc<Runnable>,
 }
 
+thread_local! {
+    /// The one that runs. A clock is shared by threads, so it cannot hold an executor.
+    static CURRENT: RefCell<Option<Executor>> = const { RefCell::new(None) };
+}
+
 impl Executor {
-    pub(crate) fn new() -> Self {
-        Self { tasks: Rc::default(), runnable: Arc::default() }
+    pub(crate) fn new(random: Random) -> Self {
+        let tasks = Tasks { running: Vec::new(), left: 0, beside: Vec::new(), random };
+        Self { tasks: Rc::new(RefCell::new(tasks)), runnable: Arc::default() }
+    }
+
+    /// Spawns a task that has a core of its own: it may also go on in the middle of another one's step, where
+    /// that one asks for the time.
+    pub(crate) fn spawn_beside(&self, name: impl Into<String>, work: impl Future<Output = ()> + 'static) {
+        let number = self.tasks.borrow().running.len();
+        self.spawn(name, work);
+        self.tasks.borrow_mut().beside.push(number);
+    }
+
+    /// Lets one of the tasks that have a core of their own take a step, or none.
+    fn step_beside() {
+        let Some(executor) = CURRENT.with_borrow(Clone::clone) else { return };
+        let number = {
+            let mut tasks = executor.tasks.borrow_mut();
+            if tasks.beside.is_empty() || !tasks.random.chance(BESIDE) {
+                return;
+            }
+            let Tasks { beside, random, .. } = &mut *tasks;
+            let mut list = executor.runnable.list();
+            let first = random.index(beside.len());
+            let turns = (0..beside.len()).map(|turn| beside[(first + turn) % beside.len()]);
+            let found = turns.filter_map(|task| list.iter().position(|other| *other == task)).next();
+            found.map(|place| list.swap_remove(place))
+        };
+        number.into_iter().for_each(|number| executor.step(number));
     }
 
     pub(crate) fn spawn(&self, name: impl Into<String>, work: impl Future<Output = ()> + 'static) {
@@ -260,6 +317,7 @@ impl Executor {
     /// Runs until no task is left or something has failed. Each step takes up to `cost` of simulated time.
     /// Says how many steps were taken.
     pub(crate) fn run(&self, world: &World, random: &mut Random, cost: Duration) -> u64 {
+        CURRENT.set(Some(self.clone()));
         let mut steps = 0;
         while self.tasks.borrow().left > 0 && world.failure().is_none() && !world.is_over() {
             world.let_happen(false);
@@ -309,8 +367,25 @@ impl Executor {
     }
 
     /// Drops every task that is left.
-    pub(crate) fn clear(&self) {
+    fn clear(&self) {
         let left = std::mem::take(&mut self.tasks.borrow_mut().running);
         drop(left);
+    }
+}
+
+/// A run that goes on. Dropped, it is over, also by a panic: tasks hold the executor that holds them, and what
+/// is due holds the world that holds it, so both are emptied.
+pub(crate) struct Running {
+    pub(crate) world: Arc<World>,
+    pub(crate) executor: Executor,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+        self.world.end();
+        self.executor.clear();
+        // Dropping tasks may have let something more be due.
+        self.world.end();
     }
 }

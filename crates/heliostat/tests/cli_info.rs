@@ -85,6 +85,27 @@ fn an_image_in_use_is_shown_with_its_user() {
 }
 
 #[test]
+fn looking_at_an_image_asks_for_no_lock() {
+    let Some(python) = tool("python3") else { return };
+    let folder = folder();
+    let path = folder.path().join("disk");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    // The byte that says "nobody else may write", held so that asking for it fails. Held shared, as QEMU's tools
+    // and ours do it, it keeps no reader from looking and no other from asking.
+    let hold = "import fcntl, sys; file = open(sys.argv[1], 'r+b'); \
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, 201); print('held', flush=True); sys.stdin.read()";
+    let mut command = Command::new(python);
+    command.args(["-c", hold]).arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut holder = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(holder.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "held\n");
+    assert_eq!(info(&path)["in-use-by"], Value::Null);
+    drop(holder.stdin.take());
+    assert!(holder.wait().unwrap().success());
+}
+
+#[test]
 fn an_empty_image_is_an_image() {
     let folder = folder();
     let path = folder.path().join("disk");

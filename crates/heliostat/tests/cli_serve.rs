@@ -344,6 +344,35 @@ fn a_second_signal_asks_what_it_waits_for_and_a_third_one_ends_it() {
 }
 
 #[test]
+fn a_signal_that_was_ignored_when_it_was_started_stays_ignored() {
+    let folder = folder();
+    let (disk, socket) = (disk(folder.path(), "disk"), folder.path().join("nbd"));
+    let arguments = [text(&disk), "--nbd", text(&socket)];
+    // As `nohup` and a script's background do it.
+    for (ignored, other) in [("HUP", "INT"), ("INT", "HUP")] {
+        let mut command = Command::new("sh");
+        let restart = format!("trap '' {ignored}; exec \"$0\" \"$@\"");
+        let server = Server::start_in(&arguments, command.args(["-c", &restart, HELIOSTAT]));
+        server.signal(ignored);
+        let mut greeting = [0; 8];
+        UnixStream::connect(&socket).unwrap().read_exact(&mut greeting).unwrap();
+        assert_eq!(&greeting, b"NBDMAGIC", "it serves all the same");
+        assert!(ignores(server.child.id(), ignored));
+        server.signal(other);
+        let (status, said) = server.end();
+        assert_eq!(status.code(), Some(0), "{said}");
+    }
+}
+
+/// Whether a process ignores a signal, as the kernel tells it.
+fn ignores(process: u32, name: &str) -> bool {
+    let number = ["HUP", "INT"].iter().position(|known| *known == name).unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap().trim();
+    u64::from_str_radix(mask, 16).unwrap() & (1 << number) != 0
+}
+
+#[test]
 fn people_are_told_how_to_connect() {
     let folder = folder();
     let (disk, socket) = (disk(folder.path(), "disk"), folder.path().join("nbd"));

@@ -8,6 +8,7 @@ mod nbd;
 
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -175,6 +176,34 @@ fn a_client_that_never_reads_is_no_longer_read_from() {
         assert!(matches!(guest.next().unwrap().outcome, Ok(Answered::Data(_))));
     }
     rest.join().unwrap().unwrap();
+}
+
+#[test]
+fn answers_that_nobody_reads_are_few() {
+    const READ: usize = 1 << 20;
+    const READS: u64 = 40;
+    /// Megabytes of answers that may wait, one that was begun before that, and what the socket takes.
+    const ANSWERED_MAX: u64 = 4 + 1 + 1;
+    let (served, memory) = Served::with_memory(READ);
+    let mut guest = served.guest("disk");
+    let mut output = BytesMut::new();
+    for _ in 0..READS {
+        let read = Ask::Read { offset: 0, buffer: Buffer::zeroed(READ) };
+        guest.conversation.ask(read, &mut output).unwrap();
+    }
+    // In one piece, which the server takes in at once: as far as it will.
+    guest.stream.write_all(&output).unwrap();
+    memory.wait_started(4);
+    // One thread serves both; when this one has been served, the other has had its turn.
+    let mut other = served.guest("disk");
+    for _ in 0..3 {
+        other.read(0, 1);
+    }
+    let answered = memory.started.load(Ordering::SeqCst) - 3;
+    assert!(answered <= ANSWERED_MAX, "{answered} reads were answered into memory");
+    for _ in 0..READS {
+        assert!(matches!(guest.next().unwrap().outcome, Ok(Answered::Data(_))));
+    }
 }
 
 fn is_served_beside(served: &Served) {

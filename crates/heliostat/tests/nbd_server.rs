@@ -152,11 +152,33 @@ fn a_stop_lets_requests_end_and_answers_them() {
     });
     wait::until("the listener's end", wait::LIMIT, || (!socket.exists()).then_some(())).unwrap();
     assert!(is_stopped.try_recv().is_err(), "it waits for the write");
+    // What comes now comes too late, and the client hears why.
+    let late = guest.send_write(0, b"late");
+    assert_eq!(guest.wait(late).unwrap_err().errno, Errno::Shutdown);
+    assert!(is_stopped.try_recv().is_err(), "it still waits for the write");
     memory.release();
     guest.wait(write).unwrap();
     assert_eq!(rest_of(&mut guest.stream), b"");
     stopping.join().unwrap();
     assert_eq!(memory.bytes(0, 4), b"kept");
+}
+
+#[test]
+fn a_stop_hangs_up_on_who_waits_for_its_turn_to_connect() {
+    let served = Served::start(ServerSettings { connections_max: 1, ..ServerSettings::default() });
+    let memory = Memory::new(4096);
+    served.export("disk", served.node("disk", Arc::clone(&memory)));
+    let mut guest = served.guest("disk");
+    memory.hold();
+    let write = guest.send_write(0, b"kept");
+    memory.wait_started(1);
+    let mut waiting = served.raw();
+    let Served { server, graph: _graph, .. } = served;
+    let stopping = thread::spawn(move || server.stop());
+    assert_eq!(rest_of(&mut waiting), b"", "at once, though another's request is still in flight");
+    memory.release();
+    guest.wait(write).unwrap();
+    stopping.join().unwrap();
 }
 
 #[test]

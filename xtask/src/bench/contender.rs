@@ -77,10 +77,10 @@ impl ControlledDaemon {
         Ok(Self { process, qmp })
     }
 
-    /// Adds a raw node over a file.
+    /// Adds a node over a file.
     pub fn add_disk(&mut self, name: &str, file: &Path, disk: DiskOptions) -> Result<()> {
         let node = json!({
-            "driver": "raw",
+            "driver": disk.format.name(),
             "node-name": name,
             "discard": if disk.thin { "unmap" } else { "ignore" },
             "file": {
@@ -120,6 +120,27 @@ pub struct DiskOptions {
     pub direct: bool,
     /// Zeroes may become holes.
     pub thin: bool,
+    /// How the file keeps the disk's bytes.
+    pub format: Format,
+}
+
+/// How a file keeps a disk's bytes.
+#[derive(Clone, Copy, Default)]
+pub enum Format {
+    /// One to one.
+    #[default]
+    Raw,
+    /// As a qcow2 image.
+    Qcow2,
+}
+
+impl Format {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// A server of one raw disk on a Unix socket, without a control connection.

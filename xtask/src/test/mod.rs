@@ -130,7 +130,8 @@ const INTEGRATION: [&str; 5] = ["--workspace", "--exclude", "heliostat-sim", "--
 /// The test runner: nextest where it is installed, because it stops what hangs, else cargo's own.
 fn runner(arguments: &[&str], profile: Option<&str>) -> Command {
     if process::succeeds(&mut process::cargo(&["nextest", "--version"])) {
-        let mut command = process::cargo(&["nextest", "run", "--no-fail-fast", "--no-tests", "pass"]);
+        let mut command = heeding_signals(process::cargo(&["nextest", "run", "--no-fail-fast"]));
+        command.args(["--no-tests", "pass"]);
         command.args(["--status-level", "slow", "--final-status-level", "fail"]);
         if let Some(profile) = profile {
             command.args(["--cargo-profile", profile]);
@@ -138,13 +139,28 @@ fn runner(arguments: &[&str], profile: Option<&str>) -> Command {
         command.args(arguments);
         command
     } else {
-        let mut command = process::cargo(&["test", "--quiet", "--no-fail-fast"]);
+        let mut command = heeding_signals(process::cargo(&["test", "--quiet", "--no-fail-fast"]));
         if let Some(profile) = profile {
             command.args(["--profile", profile]);
         }
         command.args(arguments);
         command
     }
+}
+
+/// The same, started with no signal ignored. Where this runs in a script's background or under `nohup` some are,
+/// and the programs that tests start would take that over and not end when they are asked to.
+fn heeding_signals(command: Command) -> Command {
+    let reset = "--default-signal=HUP,INT,TERM";
+    if !process::succeeds(&mut process::command("env", &[reset, "true"])) {
+        return command;
+    }
+    let mut heeding = process::command("env", &[reset]);
+    heeding.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        heeding.env(name, value.unwrap_or_default());
+    }
+    heeding
 }
 
 /// Loom replaces the atomics of the whole crate, so its build has a directory of its own.

@@ -3,8 +3,17 @@
 use super::{File, Finding};
 
 /// What the core may depend on (DESIGN: crates): nothing here knows files, sockets, threads, time or chance.
-const CORE_MAY_USE: &[&str] =
-    &["async-lock", "bytes", "event-listener", "futures-util", "loom", "thiserror", "zerocopy"];
+const CORE_MAY_USE: &[&str] = &[
+    "async-lock",
+    "bytes",
+    "event-listener",
+    "futures-util",
+    "libdeflater",
+    "loom",
+    "thiserror",
+    "zerocopy",
+    "zstd",
+];
 /// What the core's tests may use besides.
 const CORE_TESTS_MAY_USE: &[&str] = &["criterion", "proptest"];
 

@@ -3,6 +3,18 @@
 //! Run by `RUSTFLAGS="--cfg loom" cargo test -p heliostat-block --release loom_`. Words have two bits here:
 //! granules 0 and 1 share a leaf, 0 to 3 a word of the first summary. A scan begins in the leaf where it is
 //! told to, so what is to be found by the summaries lies elsewhere.
+//!
+//! Tried out: a mark that does not acquire or release, a shortcut by one relaxed load or past its fence, a clear
+//! without its fence, a prune in another order or that looks by a load, summaries in another order or left
+//! early, each way to count wrongly: some model fails for each. No model can fail for these, because the
+//! argument in the head of `dirty_bitmap.rs` does without them; they are kept as the plain way to write it:
+//!
+//! - acquire and release of the `fetch_and` in `take`, and the order of the load before it: the fence behind
+//!   them acquires, and a later mark's change continues the chain whatever stands between.
+//! - the order of both changes of a summary in `prune`: what releases them is the look at the word below.
+//! - release of the `fetch_or` in `mark_summaries`: as a change it carries on what the scan's look released.
+//! - the order of a scan's and a merge's loads: they promise nothing of marks that have not returned, and for
+//!   those that have, that order is there already. What is then read from the disk is ordered by `clear`.
 
 use std::collections::BTreeSet;
 

@@ -14,11 +14,12 @@ use bytes::Bytes;
 
 use crate::blocks::Below;
 use crate::buffer::Buffer;
+use crate::dirty_bitmap::DirtyBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
 
-pub use qcow2::Qcow2;
+pub use qcow2::{Preallocation, Qcow2};
 pub use raw::Raw;
 
 /// How a node keeps its bytes.
@@ -59,6 +60,34 @@ impl Driver {
         match self {
             Self::Raw(_) => None,
             Self::Qcow2(qcow2) => qcow2.backing(),
+        }
+    }
+
+    /// Changes the virtual size. Nobody may use it meanwhile.
+    pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> io::Result<()> {
+        match self {
+            Self::Raw(raw) => {
+                let old = raw.size();
+                raw.resize(size).await?;
+                match ByteRange::from_bounds(old, size) {
+                    gained if preallocation == Preallocation::Off || gained.is_empty() => Ok(()),
+                    gained => {
+                        raw.write_zeroes(gained, ZeroSpace::Keep, ZeroEffort::Any, Durability::Cached).await
+                    }
+                }
+            }
+            Self::Qcow2(qcow2) => Ok(qcow2.resize(size, preallocation).await?),
+        }
+    }
+
+    /// Bitmaps that it keeps, and that have to follow every write.
+    pub(crate) fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
+        match self {
+            Self::Raw(_) => Vec::new(),
+            Self::Qcow2(qcow2) => {
+                let enabled = qcow2.bitmaps().iter().filter(|bitmap| bitmap.is_enabled());
+                enabled.filter_map(|bitmap| bitmap.bits.clone()).collect()
+            }
         }
     }
 

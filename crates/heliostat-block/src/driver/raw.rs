@@ -1,6 +1,8 @@
 //! [`Raw`]: a node whose bytes stand one to one in a storage, or in a window of one.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
@@ -11,7 +13,11 @@ use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, 
 /// A window of a storage.
 pub struct Raw {
     storage: Arc<dyn Storage>,
-    window: ByteRange,
+    start: u64,
+    /// Changed by a resize only.
+    len: AtomicU64,
+    /// Whether it is all of the storage, and ends where that does.
+    is_whole: bool,
 }
 
 /// Why a window does not fit.
@@ -39,8 +45,7 @@ impl Raw {
     /// All of `storage`.
     #[must_use]
     pub fn whole(storage: Arc<dyn Storage>) -> Self {
-        let window = ByteRange::from_bounds(0, storage.size());
-        Self { storage, window }
+        Self { start: 0, len: AtomicU64::new(storage.size()), is_whole: true, storage }
     }
 
     /// The part of `storage` that starts at `offset` and has `size` bytes, or reaches to the end.
@@ -61,11 +66,12 @@ impl Raw {
         if !aligned(window.offset()) || !aligned(window.end()) {
             return Err(WindowError::Unaligned { window, block_size });
         }
-        Ok(Self { storage, window })
+        let is_whole = window.offset() == 0 && window.end() == there;
+        Ok(Self { start: window.offset(), len: AtomicU64::new(window.len()), is_whole, storage })
     }
 
     fn shifted(&self, range: ByteRange) -> ByteRange {
-        ByteRange::from_bounds(self.window.offset() + range.offset(), self.window.offset() + range.end())
+        ByteRange::from_bounds(self.start + range.offset(), self.start + range.end())
     }
 
     pub(crate) fn traits(&self) -> Traits {
@@ -73,12 +79,25 @@ impl Raw {
     }
 
     pub(crate) fn size(&self) -> u64 {
-        self.window.len()
+        self.len.load(Ordering::Acquire)
     }
 
     /// Where the last block of the storage ends: behind the window if the storage has become longer.
     pub(crate) fn end(&self) -> u64 {
-        self.storage.size().saturating_sub(self.window.offset())
+        self.storage.size().saturating_sub(self.start)
+    }
+
+    /// Makes the storage `size` bytes long, and the window with it.
+    ///
+    /// # Errors
+    /// As [`Storage::set_size`]; `Unsupported` where it shows a part only.
+    pub(crate) async fn resize(&self, size: u64) -> io::Result<()> {
+        if !self.is_whole {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.storage.set_size(size).await?;
+        self.len.store(size, Ordering::Release);
+        Ok(())
     }
 
     pub(crate) fn allocated_size(&self) -> Option<u64> {
@@ -86,11 +105,11 @@ impl Raw {
     }
 
     pub(crate) fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
-        self.storage.read(self.window.offset() + offset, buffer)
+        self.storage.read(self.start + offset, buffer)
     }
 
     pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
-        self.storage.write(self.window.offset() + offset, data, durability)
+        self.storage.write(self.start + offset, data, durability)
     }
 
     pub(crate) fn write_zeroes(
@@ -112,7 +131,7 @@ impl Raw {
     }
 
     pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        let start = self.window.offset();
+        let start = self.start;
         if start == 0 {
             return self.storage.extents(range);
         }

@@ -137,3 +137,137 @@ impl Returns {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    use futures_util::FutureExt;
+
+    use super::super::doubling::Doubling;
+    use super::super::test_disk::{Bench, Disk, SECTOR, Ticking};
+    use super::super::unflushed::Unflushed;
+    use super::*;
+    use crate::buffer::BufferPool;
+    use crate::dirty_bitmap::DirtyBitmap;
+    use crate::storage::ZeroSpace;
+
+    /// A mirror's side of lanes, for copies of one sector.
+    struct Sender {
+        route: Arc<Route>,
+        doubling: Arc<Doubling>,
+        unflushed: Unflushed,
+        returns: Arc<Returns>,
+    }
+
+    impl Sender {
+        fn new(target: &Arc<Disk>) -> Self {
+            let bench = Bench::new(Disk::of(vec![7; 8 * SECTOR]), Arc::clone(target));
+            let size = bench.source.size();
+            let fresh = || DirtyBitmap::new(size, 512).unwrap();
+            let doubling = Doubling::new(fresh(), Duration::ZERO, Arc::<Ticking>::clone(&bench.clock));
+            doubling.bitmap().mark_all();
+            let route = Route {
+                source: bench.source,
+                target: bench.target,
+                buffers: BufferPool::new(SECTOR, 1),
+                detect_zeroes: false,
+                zero_space: ZeroSpace::Keep,
+                trust_target: AtomicBool::new(true),
+            };
+            let unflushed = Unflushed::new([fresh(), fresh()]);
+            Self { route: Arc::new(route), doubling, unflushed, returns: Arc::default() }
+        }
+
+        fn errand(&self) -> Errand {
+            Errand {
+                route: Arc::clone(&self.route),
+                begun: self.unflushed.write_begins(),
+                copying: self.doubling.begin_copy(0, 512).expect("something is dirty"),
+                returns: Arc::clone(&self.returns),
+            }
+        }
+
+        fn take_one(&self) -> bool {
+            let Some((_, copying, copied)) = self.returns.take_one() else { return false };
+            self.doubling.end_copy(copying, copied.is_ok());
+            true
+        }
+    }
+
+    fn target() -> Arc<Disk> {
+        Disk::of(vec![0; 8 * SECTOR])
+    }
+
+    #[test]
+    fn a_copy_comes_back_when_it_has_ended_and_its_mirror_hears_of_it() {
+        let target = target();
+        let sender = Sender::new(&target);
+        let lanes = Arc::<Lanes>::default();
+        let mut lane = Box::pin(Arc::clone(&lanes).run());
+        assert!(lane.as_mut().now_or_never().is_none(), "it idles");
+        assert_eq!(lanes.count(), 1);
+        target.hold_writes();
+        assert!(lanes.send(sender.errand()).is_ok());
+        let mut heard = sender.returns.listen();
+        assert!(lane.as_mut().now_or_never().is_none(), "the target holds it up");
+        assert!(!sender.take_one() && (&mut heard).now_or_never().is_none());
+        target.release();
+        assert!(lane.as_mut().now_or_never().is_none(), "it idles again");
+        assert!(heard.now_or_never().is_some());
+        assert!(sender.take_one() && !sender.take_one());
+        assert_eq!(target.shown()[..SECTOR], [7; SECTOR]);
+        lanes.close();
+        assert!(lane.now_or_never().is_some(), "it ends");
+        assert_eq!(lanes.count(), 0);
+    }
+
+    #[test]
+    fn no_more_waits_than_there_are_lanes() {
+        let sender = Sender::new(&target());
+        let lanes = Arc::<Lanes>::default();
+        let give_back = |sent: Result<(), Errand>| match sent {
+            Ok(()) => true,
+            Err(errand) => {
+                sender.doubling.end_copy(errand.copying, false);
+                false
+            }
+        };
+        assert!(!give_back(lanes.send(sender.errand())), "there is no lane");
+        let mut lane = Box::pin(Arc::clone(&lanes).run());
+        assert!(lane.as_mut().now_or_never().is_none());
+        assert!(give_back(lanes.send(sender.errand())));
+        assert!(!give_back(lanes.send(sender.errand())), "the lane has not come to the first yet");
+        assert!(lane.as_mut().now_or_never().is_none());
+        assert!(give_back(lanes.send(sender.errand())));
+    }
+
+    #[test]
+    fn what_waits_is_taken_back_by_nobody_but_its_own_mirror() {
+        let (one, other) = (Sender::new(&target()), Sender::new(&target()));
+        let lanes = Arc::<Lanes>::default();
+        let mut lane = Box::pin(Arc::clone(&lanes).run());
+        assert!(lane.as_mut().now_or_never().is_none());
+        assert!(lanes.send(one.errand()).is_ok());
+        assert!(lanes.take_back(&other.returns).is_none());
+        let errand = lanes.take_back(&one.returns).expect("no lane has begun it");
+        one.doubling.end_copy(errand.copying, false);
+        assert!(lane.as_mut().now_or_never().is_none());
+        assert!(!one.take_one(), "nothing is left for the lane");
+    }
+
+    #[test]
+    fn closed_lanes_carry_out_what_waits_and_take_no_more() {
+        let sender = Sender::new(&target());
+        let lanes = Arc::<Lanes>::default();
+        let mut lane = Box::pin(Arc::clone(&lanes).run());
+        assert!(lane.as_mut().now_or_never().is_none());
+        assert!(lanes.send(sender.errand()).is_ok());
+        lanes.close();
+        let refused = lanes.send(sender.errand()).expect_err("they are closed");
+        sender.doubling.end_copy(refused.copying, false);
+        assert!(lane.now_or_never().is_some(), "it ends");
+        assert!(sender.take_one(), "and not before what waited was carried out");
+    }
+}

@@ -13,6 +13,7 @@ use event_listener::EventListener;
 use futures_util::FutureExt;
 
 use super::attempt::Attempt;
+use super::bitmaps::Bitmaps;
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, Doubling};
 use super::figures::{Standing, Tally};
@@ -27,7 +28,6 @@ use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::buffer::BufferPool;
 use crate::clock::{Clock, Moment};
 use crate::convert::usize_from;
-use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
@@ -66,7 +66,7 @@ pub struct Mirror {
 
 impl Mirror {
     /// Makes a mirror of `source` to `target`, whose places the caller has attached in `graph`, and lets the
-    /// source's writes be heard from now on.
+    /// source's writes be heard from now on. `bitmaps` are those of `source` and of the granularity in `options`.
     #[must_use]
     pub fn new(
         job: Arc<Job>,
@@ -74,12 +74,12 @@ impl Mirror {
         source: Arc<Place>,
         target: Arc<Place>,
         options: MirrorOptions,
+        bitmaps: Bitmaps,
         clock: Arc<dyn Clock>,
     ) -> Self {
         let (source_node, target_node) = (source.node(), target.node());
-        let size = source_node.size();
-        let bitmap = DirtyBitmap::new(size, options.granularity).expect("the caller has tried it");
-        let doubling = Doubling::new(bitmap, options.target_deadline, Arc::clone(&clock));
+        let Bitmaps { dirty, unflushed } = bitmaps;
+        let doubling = Doubling::new(dirty, options.target_deadline, Arc::clone(&clock));
         doubling.set_write_blocking(job.options().copy_mode == CopyMode::WriteBlocking);
         let now = clock.now();
         let tally = Tally::new(now, source_node.latencies());
@@ -99,7 +99,7 @@ impl Mirror {
             job,
             graph,
             _places: [source, target],
-            unflushed: Unflushed::new(size, options.granularity),
+            unflushed: Unflushed::new(unflushed),
             doubling,
             scan: if options.sync == SyncMode::None { Scan::Over } else { Scan::Ahead },
             options,
@@ -139,8 +139,9 @@ impl Mirror {
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
-            self.tell_figures(false);
-            match next_step(self.view()) {
+            let step = next_step(self.view());
+            self.tell_figures(step.is_said());
+            match step {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
@@ -213,9 +214,8 @@ impl Mirror {
                 self.take_in(done);
             }
             Step::BecomeReady => {
-                self.tell_figures(true);
                 self.job.become_status(JobStatus::Ready);
-                self.job.say(&JobEvent::Ready);
+                self.job.say(JobEvent::Ready);
             }
             Step::BecomePaused => self.job.become_status(match self.job.status() {
                 JobStatus::Ready => JobStatus::Standby,
@@ -231,9 +231,8 @@ impl Mirror {
                 });
             }
             Step::BecomePending => {
-                self.tell_figures(true);
                 if self.job.orders().end.is_some_and(|end| self.job.leave_ready(end)) {
-                    self.job.say(&JobEvent::Pending);
+                    self.job.say(JobEvent::Pending);
                 }
             }
             Step::CloseGate => {
@@ -372,13 +371,6 @@ impl Mirror {
         };
         let no_space = error.kind() == ErrorKind::NoSpace;
         let action = policy.action(no_space);
-        self.job.say(&JobEvent::Error {
-            operation,
-            action,
-            node: error.node().to_owned(),
-            range: error.range(),
-            errno: error.errno(),
-        });
         match action {
             ErrorAction::Report => {
                 self.failure.get_or_insert_with(|| error.to_string());
@@ -394,6 +386,14 @@ impl Mirror {
                 self.rest.begin(self.clock.now());
             }
         }
+        // Last: who hears of it may resume or finalize at once.
+        self.job.say(JobEvent::Error {
+            operation,
+            action,
+            node: error.node().to_owned(),
+            range: error.range(),
+            errno: error.errno(),
+        });
     }
 
     // ------------------------------------------------------------------ wait

@@ -107,6 +107,16 @@ pub(crate) enum Step {
     EndAborted,
 }
 
+impl Step {
+    /// Whether the job says it: its figures must be those of that moment.
+    pub(crate) const fn is_said(self) -> bool {
+        matches!(
+            self,
+            Self::BecomeReady | Self::BecomePaused | Self::Continue | Self::BecomePending | Self::Abort
+        )
+    }
+}
+
 /// Decides the next step. Looks at nothing but its argument.
 pub(crate) fn next_step(view: View) -> Step {
     if view.status == JobStatus::Aborting {

@@ -4,12 +4,15 @@
 //! (`mirror`); it reads its [`Orders`] here and says here what it has become. Nothing here does I/O.
 
 pub(crate) mod attempt;
+pub mod bitmaps;
 pub(crate) mod copy;
 pub mod doubling;
 pub mod figures;
 pub mod lanes;
 pub mod mirror;
 pub(crate) mod mirror_step;
+#[cfg(test)]
+mod mirror_tests;
 #[cfg(test)]
 mod model_tests;
 pub mod options;
@@ -19,13 +22,17 @@ pub(crate) mod rate;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;
+#[cfg(test)]
+pub(crate) mod test_disk;
 pub(crate) mod underway;
 pub(crate) mod unflushed;
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_listener::{Event, EventListener};
 
+pub use bitmaps::Bitmaps;
 pub use figures::Figures;
 pub use status::{
     CopyMode, End, ErrorAction, Force, IoStatus, JobEvent, JobStatus, OnError, Operation, Verb, VerbError,
@@ -68,7 +75,8 @@ impl Default for JobOptions {
     }
 }
 
-/// Hears what jobs say. Called on the job's thread, in order, without a lock; must not block.
+/// Hears what jobs say. Called in the order in which it happened, by one thread at a time, without a lock; must
+/// not block. The thread is the job's own, or that of an operator who dismisses it.
 pub type Observer = Arc<dyn Fn(&Job, &JobEvent) + Send + Sync>;
 
 /// An operator's handle on a job, and the job's own notice board.
@@ -89,8 +97,13 @@ struct State {
     figures: Figures,
     /// The last step of the end has begun: no verb can change it.
     committed: bool,
-    /// `BLOCK_JOB_COMPLETED` or `_CANCELLED` has been said.
+    /// `BLOCK_JOB_COMPLETED` or `_CANCELLED` is being said, or has been.
     ended: bool,
+    /// What has happened and has not been said: put in together with the change, so that its order is theirs.
+    /// A handful at most, as a status follows another.
+    unsaid: VecDeque<JobEvent>,
+    /// Somebody is calling the observer, and will go on until `unsaid` is empty.
+    is_speaking: bool,
 }
 
 impl Job {
@@ -113,9 +126,11 @@ impl Job {
             figures: Figures::default(),
             committed: false,
             ended: false,
+            unsaid: VecDeque::new(),
+            is_speaking: false,
         };
         let job = Arc::new(Self { id, options, observer, state: Mutex::new(state), changed: Event::new() });
-        job.say(&JobEvent::Status(JobStatus::Created));
+        job.say(JobEvent::Status(JobStatus::Created));
         job.become_status(JobStatus::Running);
         job
     }
@@ -169,26 +184,33 @@ impl Job {
         state.status != JobStatus::Null && !(state.ended && self.options.auto_dismiss)
     }
 
-    /// Waits until orders or status change.
+    /// Says whether nothing is left to be said at this moment. Of a job that is not listed any more: for ever.
+    #[must_use]
+    pub fn has_said_all(&self) -> bool {
+        let state = self.state();
+        state.unsaid.is_empty() && !state.is_speaking
+    }
+
+    /// Waits until orders or status change, or all has been said.
     #[must_use]
     pub fn listen(&self) -> EventListener {
         self.changed.listen()
     }
 
-    /// Asks something of the job. Returns when it is accepted, not when it is done.
+    /// Asks something of the job. Returns when it is accepted, not when it is done. May be called by the observer.
     ///
     /// # Errors
     /// [`VerbError`] when the status or an earlier verb does not allow it; nothing has changed then.
     pub fn ask(&self, verb: Verb) -> Result<(), VerbError> {
-        let dismissed = {
+        {
             let mut state = self.state();
             state.accept(verb)?;
-            verb == Verb::Dismiss
-        };
-        if dismissed {
-            self.become_status(JobStatus::Null);
+            if verb == Verb::Dismiss {
+                state.become_status(JobStatus::Null);
+            }
         }
         self.changed.notify(usize::MAX);
+        self.speak();
         Ok(())
     }
 
@@ -196,16 +218,9 @@ impl Job {
 
     /// Takes on a status and says so; nothing when it has it already.
     pub(crate) fn become_status(&self, status: JobStatus) {
-        {
-            let mut state = self.state();
-            if state.status == status {
-                return;
-            }
-            assert!(may_become(state.status, status), "no way from {:?} to {status:?}", state.status);
-            state.status = status;
-        }
+        self.state().become_status(status);
         self.changed.notify(usize::MAX);
-        self.say(&JobEvent::Status(status));
+        self.speak();
     }
 
     /// Leaves READY for the end `end`, unless another verb was accepted since the job looked: then nothing
@@ -217,11 +232,10 @@ impl Job {
             if orders.paused || orders.cancelled || orders.end != Some(end) {
                 return false;
             }
-            assert!(may_become(state.status, JobStatus::Waiting), "no end from {:?}", state.status);
-            state.status = JobStatus::Waiting;
+            state.become_status(JobStatus::Waiting);
         }
         self.changed.notify(usize::MAX);
-        self.say(&JobEvent::Status(JobStatus::Waiting));
+        self.speak();
         self.become_status(JobStatus::Pending);
         true
     }
@@ -233,8 +247,32 @@ impl Job {
         state.committed
     }
 
-    pub(crate) fn say(&self, event: &JobEvent) {
-        (self.observer)(self, event);
+    pub(crate) fn say(&self, event: JobEvent) {
+        self.state().unsaid.push_back(event);
+        self.speak();
+    }
+
+    /// Says what has not been said. Who finds another one speaking leaves it to them: nobody waits, and nothing
+    /// is said out of its order.
+    fn speak(&self) {
+        let mut is_mine = false;
+        loop {
+            let event = {
+                let mut state = self.state();
+                if state.is_speaking && !is_mine {
+                    return;
+                }
+                let event = state.unsaid.pop_front();
+                is_mine = event.is_some();
+                state.is_speaking = is_mine;
+                event
+            };
+            match event {
+                Some(event) => (self.observer)(self, &event),
+                None => break,
+            }
+        }
+        self.changed.notify(usize::MAX);
     }
 
     pub(crate) fn tell_figures(&self, figures: Figures) {
@@ -259,18 +297,21 @@ impl Job {
     /// Says the end, with the last figures, and concludes.
     pub(crate) fn conclude(&self, event: JobEvent) {
         {
+            // In one step: once it is not listed any more, all that it will ever say waits to be said.
             let mut state = self.state();
             state.ended = true;
             state.error = match &event {
                 JobEvent::Completed(error) => error.clone(),
                 _ => Some("Operation canceled".to_owned()),
             };
+            state.unsaid.push_back(event);
+            state.become_status(JobStatus::Concluded);
+            if self.options.auto_dismiss {
+                state.become_status(JobStatus::Null);
+            }
         }
-        self.say(&event);
-        self.become_status(JobStatus::Concluded);
-        if self.options.auto_dismiss {
-            self.become_status(JobStatus::Null);
-        }
+        self.changed.notify(usize::MAX);
+        self.speak();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -279,6 +320,15 @@ impl Job {
 }
 
 impl State {
+    /// Takes on a status, to be said; nothing when it has it already.
+    fn become_status(&mut self, status: JobStatus) {
+        if self.status != status {
+            assert!(may_become(self.status, status), "no way from {:?} to {status:?}", self.status);
+            self.status = status;
+            self.unsaid.push_back(JobEvent::Status(status));
+        }
+    }
+
     fn accept(&mut self, verb: Verb) -> Result<(), VerbError> {
         // "Not paused" is said before "not now" (QMP.md 1.3).
         if verb == Verb::Resume && !self.orders.paused {
@@ -303,12 +353,83 @@ impl State {
             Verb::Cancel(Force::Soft) if ready => self.orders.end = Some(End::Copy),
             Verb::Cancel(_) => {
                 self.orders.cancelled = true;
+                // Resumed, so that it can end.
                 self.orders.paused = false;
+                self.io_status = IoStatus::Ok;
             }
             Verb::Finalize => self.orders.finalize = true,
             Verb::Dismiss => {}
             Verb::Change(copy_mode) => self.orders.copy_mode = copy_mode,
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Heard = Arc<Mutex<Vec<JobEvent>>>;
+
+    /// A job whose events are noted after `first` has heard them.
+    fn job(auto_dismiss: bool, first: impl Fn(&Job, &JobEvent) + Send + Sync + 'static) -> (Arc<Job>, Heard) {
+        let heard = Heard::default();
+        let notes = Arc::clone(&heard);
+        let observer: Observer = Arc::new(move |job, event| {
+            first(job, event);
+            notes.lock().unwrap().push(event.clone());
+        });
+        let options = JobOptions { auto_dismiss, ..JobOptions::default() };
+        (Job::start("j".to_owned(), options, observer), heard)
+    }
+
+    const CONCLUDED: JobEvent = JobEvent::Status(JobStatus::Concluded);
+
+    /// The end of every job that is cancelled.
+    const LAST_WORDS: [JobEvent; 4] = [
+        JobEvent::Status(JobStatus::Aborting),
+        JobEvent::Cancelled,
+        CONCLUDED,
+        JobEvent::Status(JobStatus::Null),
+    ];
+
+    #[test]
+    fn a_job_that_is_dismissed_while_it_says_that_it_has_ended_says_so_first() {
+        // Asked here it is asked at the worst moment: as it is said, and before it was heard.
+        let (job, heard) = job(false, |job, event| {
+            if *event == CONCLUDED {
+                job.ask(Verb::Dismiss).unwrap();
+            }
+        });
+        job.become_status(JobStatus::Aborting);
+        job.conclude(JobEvent::Cancelled);
+        assert_eq!(heard.lock().unwrap()[2..], LAST_WORDS);
+        assert_eq!(job.ask(Verb::Dismiss), Err(VerbError::Status(JobStatus::Null)));
+    }
+
+    #[test]
+    fn whoever_finds_a_job_gone_finds_its_last_words_said_or_about_to_be() {
+        let (job, heard) = job(true, |job, event| {
+            let is_over = matches!(event, JobEvent::Cancelled | JobEvent::Status(JobStatus::Null));
+            assert!(!job.has_said_all(), "it is speaking");
+            assert!(job.is_listed() != (is_over || *event == CONCLUDED), "{event:?}");
+        });
+        assert!(job.has_said_all());
+        job.become_status(JobStatus::Aborting);
+        job.conclude(JobEvent::Cancelled);
+        assert_eq!(heard.lock().unwrap()[2..], LAST_WORDS);
+        assert!(job.has_said_all());
+    }
+
+    #[test]
+    fn the_first_error_stays_until_the_job_goes_on_or_is_cancelled() {
+        let (job, _) = job(true, |_, _| ());
+        for release in [Verb::Resume, Verb::Cancel(Force::Hard)] {
+            job.stop_for_error(true);
+            job.stop_for_error(false);
+            assert_eq!((job.io_status(), job.orders().paused), (IoStatus::NoSpace, true));
+            job.ask(release).unwrap();
+            assert_eq!((job.io_status(), job.orders().paused), (IoStatus::Ok, false));
+        }
     }
 }

@@ -12,8 +12,9 @@ use crate::range::ByteRange;
 pub(crate) struct Unflushed {
     /// Written since the last flush began.
     written: DirtyBitmap,
-    /// Written before the flush that is on its way.
-    flushing: Option<DirtyBitmap>,
+    /// Written before the flush that is on its way; clean when none is.
+    flushing: DirtyBitmap,
+    is_flushing: bool,
     failures: u64,
     succeeded: bool,
 }
@@ -23,8 +24,9 @@ pub(crate) struct Unflushed {
 pub(crate) struct Begun(u64);
 
 impl Unflushed {
-    pub(crate) fn new(size: u64, granularity: u32) -> Self {
-        Self { written: fresh(size, granularity), flushing: None, failures: 0, succeeded: false }
+    /// Makes one from two clean bitmaps of the same size and granularity as the job's own.
+    pub(crate) fn new([written, flushing]: [DirtyBitmap; 2]) -> Self {
+        Self { written, flushing, is_flushing: false, failures: 0, succeeded: false }
     }
 
     /// Says that a write begins; see [`Unflushed::is_lost`].
@@ -49,31 +51,32 @@ impl Unflushed {
 
     /// A flush begins: what was written until now is what it covers.
     pub(crate) fn flush_begins(&mut self) {
-        debug_assert!(self.flushing.is_none(), "one flush at a time");
-        let next = fresh(self.written.size(), self.written.granularity());
-        self.flushing = Some(std::mem::replace(&mut self.written, next));
+        debug_assert!(!self.is_flushing, "one flush at a time");
+        self.is_flushing = true;
+        std::mem::swap(&mut self.written, &mut self.flushing);
     }
 
     /// The flush has succeeded.
     pub(crate) fn flush_succeeded(&mut self) {
-        self.flushing = None;
+        self.is_flushing = false;
+        wipe(&self.flushing);
         self.succeeded = true;
     }
 
     /// The flush has failed: everything since the last good one goes into `dirty`. What was written beside
     /// the failed flush too, because its error may have been told to this one.
     pub(crate) fn flush_failed(&mut self, dirty: &DirtyBitmap) {
-        let lost = self.flushing.take();
+        self.is_flushing = false;
         if is_planted(Bug::FlushTriedAgain) {
-            lost.iter().for_each(|lost| self.written.merge(lost));
+            self.written.merge(&self.flushing);
+            wipe(&self.flushing);
             return;
         }
-        if let Some(lost) = lost {
-            dirty.merge(&lost);
-        }
         self.failures += 1;
-        dirty.merge(&self.written);
-        self.written = fresh(self.written.size(), self.written.granularity());
+        for lost in [&self.flushing, &self.written] {
+            dirty.merge(lost);
+            wipe(lost);
+        }
     }
 
     /// Bytes that the next flush covers.
@@ -82,27 +85,32 @@ impl Unflushed {
     }
 
     pub(crate) fn state(&self) -> TargetFlush {
-        match (&self.flushing, self.written.is_clean()) {
-            (Some(_), _) => TargetFlush::Running,
-            (None, false) => TargetFlush::Needed,
-            (None, true) => TargetFlush::Good,
+        match (self.is_flushing, self.written.is_clean()) {
+            (true, _) => TargetFlush::Running,
+            (false, false) => TargetFlush::Needed,
+            (false, true) => TargetFlush::Good,
         }
     }
 }
 
-fn fresh(size: u64, granularity: u32) -> DirtyBitmap {
-    DirtyBitmap::new(size, granularity).expect("the job's own bitmap has this granularity")
+/// Makes it clean; costs what was dirty, not what it could hold.
+fn wipe(bitmap: &DirtyBitmap) {
+    bitmap.clear(ByteRange::from_bounds(0, bitmap.size()));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn bitmap() -> DirtyBitmap {
+        DirtyBitmap::new(8192, 512).unwrap()
+    }
+
     #[test]
     fn a_failed_flush_makes_everything_since_the_last_good_one_dirty() {
         let range = |offset| ByteRange::new(offset, 512).unwrap();
-        let dirty = DirtyBitmap::new(8192, 512).unwrap();
-        let mut unflushed = Unflushed::new(8192, 512);
+        let dirty = bitmap();
+        let mut unflushed = Unflushed::new([bitmap(), bitmap()]);
         unflushed.wrote(range(0));
         unflushed.flush_begins();
         unflushed.flush_succeeded();
@@ -117,14 +125,18 @@ mod tests {
         assert!(dirty.is_dirty(range(1024)) && dirty.is_dirty(range(2048)));
         assert!(unflushed.has_succeeded());
         assert_eq!(unflushed.state(), TargetFlush::Good, "nothing is trusted, so nothing is to be flushed");
+        let dirty = bitmap();
+        unflushed.flush_begins();
+        unflushed.flush_failed(&dirty);
+        assert!(dirty.is_clean(), "what one failed flush has lost is not lost by the next one again");
     }
 
     #[test]
     fn a_write_on_its_way_is_lost_by_a_flush_that_fails() {
-        let mut unflushed = Unflushed::new(8192, 512);
+        let mut unflushed = Unflushed::new([bitmap(), bitmap()]);
         let begun = unflushed.write_begins();
         unflushed.flush_begins();
-        unflushed.flush_failed(&DirtyBitmap::new(8192, 512).unwrap());
+        unflushed.flush_failed(&bitmap());
         assert!(unflushed.is_lost(begun));
         assert!(!unflushed.is_lost(unflushed.write_begins()));
     }

@@ -121,6 +121,8 @@ pub struct Requests {
     state: State,
     pool: BufferPool,
     replies: Replies,
+    /// The server is going away: nothing is handed out any more.
+    shutting_down: bool,
 }
 
 #[derive(Debug)]
@@ -155,12 +157,25 @@ struct Header {
 /// Why a request is refused, and in which words.
 type Refusal = (Errno, &'static str);
 
+const GOING_AWAY: Refusal = (Errno::Shutdown, "the server is going away");
+
 impl Requests {
     /// Makes the parser of one connection. Long payloads take their buffers from `pool`; refusals go to
     /// `replies`.
     #[must_use]
     pub const fn new(terms: Terms, pool: BufferPool, replies: Replies) -> Self {
-        Self { terms, state: State::Header, pool, replies }
+        Self { terms, state: State::Header, pool, replies, shutting_down: false }
+    }
+
+    /// Refuses every request from now on, as the server is going away; one whose payload is on its way too.
+    /// A client that reads that is to end the connection (the document, "Terminating the transmission phase").
+    pub fn shut_down(&mut self) {
+        self.shutting_down = true;
+        if let State::Payload(Payload { cookie, buffer, filled, .. }) = &self.state {
+            let (errno, message) = GOING_AWAY;
+            self.replies.owe(*cookie).failed(errno, message);
+            self.state = State::Skip(u64_from(buffer.len() - filled));
+        }
     }
 
     /// Takes the next request off the front of `input`. A read or write of more than `room` bytes is left
@@ -231,6 +246,9 @@ impl Requests {
 
     /// Decides whether a request may be carried out, and on which range. Changes nothing.
     fn check(&self, header: Header) -> Result<ByteRange, Refusal> {
+        if self.shutting_down {
+            return Err(GOING_AWAY);
+        }
         let Terms { size, access, block_sizes, replies, allocation } = self.terms;
         let structured = replies == ReplyStyle::Structured;
         let (allowed, writes) = match header.kind {

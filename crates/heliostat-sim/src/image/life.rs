@@ -15,7 +15,7 @@ use super::guest::{Client, Guest, Workload};
 use crate::faults::Profile;
 use crate::random::Random;
 use crate::storage::{Quirks, SimStorage};
-use crate::world::{Executor, SimClock, World};
+use crate::world::{Executor, Running, SimClock, World};
 
 /// What a whole disk is read in.
 const PIECE: u64 = 64 << 10;
@@ -62,35 +62,33 @@ impl Life {
     /// # Errors
     /// What went wrong first.
     pub(crate) fn live(self, random: &mut Random) -> Result<Ended, String> {
-        let world = World::new(self.tracing);
-        let executor = Executor::new();
+        let running = Running { world: World::new(self.tracing), executor: Executor::new(random.fork()) };
+        let Running { world, executor } = &running;
         let outcome = Rc::new(RefCell::new(Outcome::default()));
-        let storages = self.storages(&world, random);
+        let storages = self.storages(world, random);
         let image = Arc::clone(&storages.image);
         let mut steps = random.fork();
         let step_cost = self.step_cost;
         if let Some(at) = self.cut_at {
-            let (outcome, world, image) = (Rc::clone(&outcome), Arc::clone(&world), Arc::clone(&image));
+            let (outcome, world, image) = (Rc::clone(&outcome), Arc::clone(world), Arc::clone(&image));
             executor.spawn("power", async move {
                 SimClock(Arc::clone(&world)).sleep(at).await;
                 world.trace(|| "the power fails".into());
                 outcome.borrow_mut().left = Some(image.crash());
-                world.cut();
+                world.end();
             });
         }
         let main =
-            self.main(Arc::clone(&world), executor.clone(), storages, random.fork(), Rc::clone(&outcome));
+            self.main(Arc::clone(world), executor.clone(), storages, random.fork(), Rc::clone(&outcome));
         executor.spawn("life", main);
-        executor.run(&world, &mut steps, step_cost);
+        executor.run(world, &mut steps, step_cost);
         let failure = world.failure();
         let ended = match failure {
             Some(failure) => Err(failure),
             None => judge(&outcome.borrow(), &image),
         };
-        world.cut();
+        // It holds the world.
         outcome.borrow_mut().bench = None;
-        executor.clear();
-        world.cut();
         ended
     }
 

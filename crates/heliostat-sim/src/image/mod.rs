@@ -143,6 +143,7 @@ fn profile(settings: &Settings, random: &mut Random) -> Profile {
         can_zero_fast: random.chance(800),
         cached: random.chance(900),
         writeback: random.pick(&[0, 50, 500]),
+        writeback_errors: 0,
         // Here the guests' data is; what a failed flush has lost shows after a crash.
         forgets: false,
     }

@@ -11,6 +11,7 @@ use heliostat_block::name::NodeName;
 use heliostat_block::node::{Node, NodeOptions};
 use heliostat_host::clock::RealClock;
 use heliostat_host::file::FileStorage;
+use heliostat_host::lock::User;
 use heliostat_host::open::{Access, Cache, Locking, OpenError, OpenOptions};
 
 /// An image that is open, to be read.
@@ -19,6 +20,7 @@ pub struct Image {
     pub path: PathBuf,
     /// Its bytes.
     pub node: Arc<Node>,
+    storage: Arc<FileStorage>,
     /// Whether it is a block device, not a file.
     pub is_device: bool,
     /// Whether the page cache is passed by.
@@ -39,15 +41,15 @@ pub fn open(path: &Path, cache: Cache, locking: Locking) -> Result<Image, OpenEr
 /// # Errors
 /// [`OpenError`], which says what to do.
 pub fn open_as(path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
-    let storage = FileStorage::open(path, options)?;
+    let storage = Arc::new(FileStorage::open(path, options)?);
     let (is_device, is_direct) = (storage.is_device(), storage.is_direct());
     let node = Node::new(
         NodeName::generated(0),
-        Driver::Raw(Raw::whole(Arc::new(storage))),
+        Driver::Raw(Raw::whole(storage.clone())),
         NodeOptions { read_only: true, ..NodeOptions::default() },
         Arc::new(RealClock::new()),
     );
-    Ok(Image { path: path.to_owned(), node, is_device, is_direct })
+    Ok(Image { path: path.to_owned(), node, storage, is_device, is_direct })
 }
 
 /// How an image says that it keeps its bytes.
@@ -74,6 +76,15 @@ impl Format {
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 impl Image {
+    /// Says who else has it open to write it, or so that nobody else may read it. Takes no lock.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn writer(&self) -> Result<Option<User>> {
+        let writer = self.storage.writer();
+        writer.with_context(|| format!("cannot look at the locks of {}", self.path.display()))
+    }
+
     /// Finds out what the image says that it is.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::ExtentStatus;
-use heliostat_host::open::{Cache, Locking, OpenError};
+use heliostat_host::open::{Cache, Locking};
 use heliostat_host::runtime::block_on;
 use serde_json::{Value, json};
 
@@ -48,14 +48,10 @@ impl Inspect {
     /// # Errors
     /// When the image cannot be opened or read.
     pub fn run(&self, form: Form) -> Result<Outcome> {
-        // Who writes it does not keep us from looking; it is one of the things to show.
-        let (image, in_use_by) = match image::open(&self.image, Cache::Page, Locking::Still) {
-            Err(OpenError::Locked { holder, .. }) => {
-                let holder = holder.map_or_else(|| "another program".to_owned(), |holder| holder.to_string());
-                (image::open(&self.image, Cache::Page, Locking::Off)?, Some(holder))
-            }
-            opened => (opened?, None),
-        };
+        // Who writes it does not keep us from looking, and we keep nobody from writing it: no lock is taken, not
+        // even for a moment, as somebody may be starting to use it in that moment.
+        let image = image::open(&self.image, Cache::Page, Locking::Off)?;
+        let in_use_by = image.writer()?.map(|user| user.to_string());
         let facts = block_on(async {
             let format = image.format().await?;
             let layout = look(&image).await?;

@@ -129,7 +129,12 @@ impl Shared {
         loop {
             let accepted = self.socket.accept();
             if self.stopping.load(Ordering::SeqCst) {
-                return;
+                match accepted {
+                    // Hung up on: it would wait for its greeting until the program has ended.
+                    Ok(_) => continue,
+                    // Nobody is left that had connected before the socket was closed.
+                    Err(_) => return,
+                }
             }
             match accepted {
                 Ok(stream) => self.take_on(stream),
@@ -270,4 +275,29 @@ fn turn_away(mut stream: UnixStream) {
     let refusal = refusal::Refusal::new(text).to_json();
     // A fresh connection takes so little at once; who cannot be told is turned away all the same.
     let _ = stream.write_all(&line(&serde_json::json!({ "error": refusal })));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_connected_and_was_not_accepted_is_hung_up_on_at_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let shared = Arc::new(Shared {
+            daemon: Daemon::new(),
+            socket: ControlSocket::bind(&path).unwrap(),
+            stopping: AtomicBool::new(true),
+            clients: Mutex::default(),
+            fewer: Condvar::new(),
+        });
+        let waiting: Vec<_> = (0..3).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        shared.socket.close();
+        shared.accept();
+        for mut client in waiting {
+            client.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            assert_eq!(client.read(&mut [0; 1]).unwrap(), 0, "the end, and no silence");
+        }
+    }
 }

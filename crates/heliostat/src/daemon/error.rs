@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use heliostat_block::driver::raw::WindowError;
+use heliostat_block::error::InvalidGranularity;
 use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_host::open::OpenError;
@@ -210,6 +211,14 @@ pub enum DaemonError {
     /// An export has clients, and was to be removed only without.
     #[error("export '{0}' still in use")]
     ExportInUse(String),
+    /// The host gives no memory for a mirror's bitmaps.
+    #[error("cannot start job '{job}': {error}")]
+    Bitmaps {
+        /// For which job.
+        job: String,
+        /// What is missing.
+        error: InvalidGranularity,
+    },
     /// The host gives no thread.
     #[error("cannot start a thread for job '{job}': {error}")]
     Thread {

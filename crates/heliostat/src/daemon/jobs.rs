@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use heliostat_block::job::{Force, Job, JobStatus, Observer, Verb};
+use event_listener::Listener;
+use heliostat_block::job::{Force, Job, JobStatus, Observer, Verb, VerbError};
 use heliostat_block::limits::JOBS_MAX;
 use heliostat_host::runtime::Thread;
 
@@ -20,6 +21,32 @@ pub struct JobEntry {
     pub target: String,
     /// A node's name that is kept free as long as the job lives.
     pub filter_node_name: Option<String>,
+}
+
+impl JobEntry {
+    /// Asks something of the job, as [`Job::ask`]. Of a job that is dismissed the last word has been said when
+    /// this returns, by this thread: clients hear it before they are answered.
+    ///
+    /// # Errors
+    /// As [`Job::ask`].
+    pub fn ask(&self, verb: Verb) -> Result<(), VerbError> {
+        if verb == Verb::Dismiss {
+            // Whoever is in the middle of saying that it has concluded would say the rest too.
+            wait_until_silent(&self.job);
+        }
+        self.job.ask(verb)
+    }
+}
+
+/// Waits until a job has said all that there is to say, which takes as long as telling those who listen.
+fn wait_until_silent(job: &Job) {
+    loop {
+        let changed = job.listen();
+        if job.has_said_all() {
+            return;
+        }
+        changed.wait();
+    }
 }
 
 /// The jobs, oldest first.
@@ -73,12 +100,12 @@ impl Daemon {
     /// Waits until a job of that id that has ended has said so to the last: what it says must not come between
     /// the words of a new one. It is about to, and waits for nobody.
     fn wait_for_last_words(&self, id: &str) {
-        let is_ending =
-            |running: &&mut Running| running.entry.job.id() == id && !running.entry.job.is_listed();
-        let thread = self.lock_jobs().list.iter_mut().find(is_ending).and_then(|old| old.thread.take());
-        if let Some(thread) = thread {
-            thread.join();
-        }
+        let is_over = |entry: &&JobEntry| entry.job.id() == id && !entry.job.is_listed();
+        let over: Vec<_> = {
+            let jobs = self.lock_jobs();
+            jobs.list.iter().map(|running| &running.entry).filter(is_over).cloned().collect()
+        };
+        over.iter().for_each(|entry| wait_until_silent(&entry.job));
     }
 
     pub(super) fn is_filter_name(&self, name: &str) -> bool {

@@ -7,7 +7,7 @@ use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::job::mirror::Mirror;
 use heliostat_block::job::options::MirrorOptions;
 use heliostat_block::job::scan::SyncMode;
-use heliostat_block::job::{CopyMode, Job, JobEvent, JobOptions, JobStatus, OnError};
+use heliostat_block::job::{Bitmaps, CopyMode, Job, JobEvent, JobOptions, JobStatus, Observer, OnError};
 use heliostat_block::limits::{BUF_SIZE_DEFAULT, GRANULARITY_DEFAULT, GRANULARITY_MAX, GRANULARITY_MIN};
 use heliostat_block::name::{NodeName, is_wellformed_id};
 use heliostat_block::node::{DetectZeroes, Node};
@@ -120,6 +120,7 @@ struct Start {
     source: Arc<Place>,
     target: Arc<Place>,
     options: MirrorOptions,
+    bitmaps: Bitmaps,
 }
 
 /// How a job's thread is given its work, how it says that it hears the source's writes, and the thread.
@@ -131,6 +132,10 @@ impl Daemon {
     /// # Errors
     /// [`DaemonError`] for each argument that cannot be used, in the order in which QEMU says them.
     pub fn start_mirror(&self, spec: &MirrorSpec) -> Result<Arc<Job>, DaemonError> {
+        self.start_mirror_heard_by(spec, self.job_observer())
+    }
+
+    fn start_mirror_heard_by(&self, spec: &MirrorSpec, observer: Observer) -> Result<Arc<Job>, DaemonError> {
         let _change = self.begin_change()?;
         let source = self.node(&spec.source)?;
         self.check_source(&source)?;
@@ -147,11 +152,14 @@ impl Daemon {
             return Err(DaemonError::JobId(spec.job_id.clone()));
         }
         self.check_new_job(&spec.job_id)?;
+        // Before the job is announced: what has no memory is refused, and does not fail in the middle.
+        let bitmaps = Bitmaps::new(&source, granularity)
+            .map_err(|error| DaemonError::Bitmaps { job: spec.job_id.clone(), error })?;
         let attached = self.attach(spec, &source, &target);
         let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
         let options = spec.options(granularity, &target);
         let (sender, listening, thread) = self.make_thread(&spec.job_id)?;
-        let job = Job::start(spec.job_id.clone(), spec.job_options(), self.job_observer());
+        let job = Job::start(spec.job_id.clone(), spec.job_options(), observer);
         let entry = JobEntry {
             job: Arc::clone(&job),
             source: source.name().to_string(),
@@ -159,7 +167,8 @@ impl Daemon {
             filter_node_name: spec.filter_node_name.clone(),
         };
         self.keep_job(entry, thread);
-        let start = Start { job: Arc::clone(&job), source: source_place, target: target_place, options };
+        let start =
+            Start { job: Arc::clone(&job), source: source_place, target: target_place, options, bitmaps };
         sender.send(start).expect("the job's thread waits for this");
         // From here on every write is heard: with `sync: none` the reply promises no less.
         listening.recv().expect("the job's thread says this before anything else");
@@ -175,9 +184,9 @@ impl Daemon {
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
-            let Start { job, source, target, options } = start;
+            let Start { job, source, target, options, bitmaps } = start;
             give_way();
-            let mirror = Mirror::new(job, graph, source, target, options, clock).with_lanes(lanes);
+            let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock).with_lanes(lanes);
             // Nobody left to hear it is no reason not to run.
             let _ = listens.send(());
             mirror.run().await;
@@ -297,7 +306,124 @@ pub(super) fn conflict(node: NodeName, present: &Role, writes: bool) -> DaemonEr
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    use heliostat_block::job::{ErrorAction, Force, Verb};
+    use rustix::fs::{MemfdFlags, SealFlags};
+
     use super::*;
+    use crate::daemon::{DriverSpec, NodeSpec};
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// How often a thread gives way to another that must not do what it is watched for.
+    const CHANCES: usize = 20_000;
+
+    fn with_two_nodes() -> Arc<Daemon> {
+        let daemon = Daemon::new();
+        for name in ["source", "target"] {
+            let driver = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
+            daemon.add_node(&NodeSpec::new(Some(name.to_owned()), driver)).unwrap();
+        }
+        daemon
+    }
+
+    #[test]
+    fn who_dismisses_a_job_has_heard_its_last_word_when_that_is_answered() {
+        let daemon = with_two_nodes();
+        let spec = MirrorSpec { auto_dismiss: false, ..MirrorSpec::new("j", "source", "target") };
+        let (concludes, is_concluding) = mpsc::channel();
+        let concludes = Mutex::new(concludes);
+        let last_word = Arc::new(Mutex::new(None));
+        let hears = Arc::clone(&last_word);
+        let observer: Observer = Arc::new(move |_, event| match event {
+            JobEvent::Status(JobStatus::Concluded) => {
+                concludes.lock().unwrap().send(()).unwrap();
+                // Takes its time, while the other dismisses it.
+                (0..CHANCES).for_each(|_| std::thread::yield_now());
+            }
+            JobEvent::Status(JobStatus::Null) => {
+                *hears.lock().unwrap() = Some(std::thread::current().id());
+            }
+            _ => {}
+        });
+        let job = daemon.start_mirror_heard_by(&spec, observer).unwrap();
+        job.ask(Verb::Cancel(Force::Hard)).unwrap();
+        is_concluding.recv_timeout(LIMIT).unwrap();
+        daemon.job("j").unwrap().ask(Verb::Dismiss).unwrap();
+        assert_eq!(*last_word.lock().unwrap(), Some(std::thread::current().id()));
+    }
+
+    #[test]
+    fn a_job_speaks_after_all_that_an_older_one_of_its_id_says() {
+        let daemon = with_two_nodes();
+        let spec = MirrorSpec::new("j", "source", "target");
+        let events = daemon.subscribe();
+        let newer_speaks = Arc::new(AtomicBool::new(false));
+        // The older one takes its time between its end, which frees its id, and its last words.
+        let (say, is_overtaken) = (daemon.job_observer(), Arc::clone(&newer_speaks));
+        let slowly: Observer = Arc::new(move |job, event| {
+            if *event == JobEvent::Status(JobStatus::Concluded) {
+                let _ = (0..CHANCES).find(|_| {
+                    std::thread::yield_now();
+                    is_overtaken.load(Ordering::SeqCst)
+                });
+            }
+            say(job, event);
+        });
+        let older = daemon.start_mirror_heard_by(&spec, slowly).unwrap();
+        older.ask(Verb::Cancel(Force::Hard)).unwrap();
+        let next = || match &events.next(LIMIT).expect("something is said").what {
+            Happening::Job { event, .. } => event.clone(),
+            Happening::ExportDeleted { .. } => panic!("there is no export"),
+        };
+        while next() != JobEvent::Cancelled {}
+        let say = daemon.job_observer();
+        let observer: Observer = Arc::new(move |job, event| {
+            newer_speaks.store(true, Ordering::SeqCst);
+            say(job, event);
+        });
+        let _newer = daemon.start_mirror_heard_by(&spec, observer).unwrap();
+        let said = [next(), next(), next()];
+        assert_eq!(said, [JobStatus::Concluded, JobStatus::Null, JobStatus::Created].map(JobEvent::Status));
+    }
+
+    #[test]
+    fn who_hears_that_an_error_has_stopped_a_job_can_resume_it_at_once() {
+        let daemon = Daemon::new();
+        let mut source = tempfile::NamedTempFile::new().unwrap();
+        source.write_all(&[7; 4096]).unwrap();
+        daemon.add_node(&NodeSpec::file("source", source.path())).unwrap();
+        // A file in memory that takes no writes any more once it is sealed, though it was opened for them.
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let target = File::from(rustix::fs::memfd_create("target", flags).unwrap());
+        target.set_len(4096).unwrap();
+        let path = format!("/proc/self/fd/{}", target.as_raw_fd());
+        daemon.add_node(&NodeSpec::file("target", path)).unwrap();
+        rustix::fs::fcntl_add_seals(&target, SealFlags::WRITE).unwrap();
+
+        let (heard, hear) = mpsc::channel();
+        let heard = Mutex::new(heard);
+        let observer: Observer = Arc::new(move |job, event| {
+            if let JobEvent::Error { action, errno, .. } = event {
+                // Nobody listens any more when it is over.
+                let _ = heard.lock().unwrap().send((*action, *errno, job.ask(Verb::Resume)));
+            }
+        });
+        let spec = MirrorSpec { on_target_error: OnError::Stop, ..MirrorSpec::new("j", "source", "target") };
+        let job = daemon.start_mirror_heard_by(&spec, observer).unwrap();
+        for _ in 0..3 {
+            let heard = hear.recv_timeout(LIMIT).unwrap();
+            assert_eq!(heard, (ErrorAction::Stop, Some(rustix::io::Errno::PERM.raw_os_error()), Ok(())));
+        }
+        job.ask(Verb::Cancel(Force::Hard)).unwrap();
+        daemon.shutdown().unwrap();
+    }
 
     #[test]
     fn the_default_granularity_grows_with_the_disk_so_that_memory_does_not() {

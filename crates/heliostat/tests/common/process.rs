@@ -31,6 +31,8 @@ impl Daemon {
     /// answered, and one that hangs up at once may crash it (seen with 10.0.2). It writes its process id when
     /// it is done with all that; so nobody connects before.
     ///
+    /// A write beyond its limit for files fails and does not kill it (SIGXFSZ is ignored), as with ours.
+    ///
     /// # Errors
     /// When the program cannot be started, has ended, or is not there within [`wait::LIMIT`].
     pub fn start_qemu(program: &Path, folder: &Path) -> io::Result<(Self, PathBuf)> {
@@ -39,7 +41,8 @@ impl Daemon {
             // One that was killed leaves them in a folder that is used again.
             let _ = std::fs::remove_file(left_behind);
         }
-        let mut command = Command::new(program);
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(program);
         command.arg("--chardev").arg(format!("socket,id=c,path={},server=on,wait=off", socket.display()));
         command.args(["--monitor", "chardev=c"]).arg("--pidfile").arg(&ready);
         let mut daemon = Self::start(&mut command)?;

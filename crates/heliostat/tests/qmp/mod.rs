@@ -5,6 +5,7 @@
 
 #![allow(dead_code, reason = "each test file is a program of its own and uses only its part of this")]
 
+pub mod faults;
 pub mod transcript;
 pub mod wire;
 
@@ -66,6 +67,11 @@ impl Peer {
     /// A new connection to it, before the greeting.
     pub fn connect(&self) -> Wire {
         Wire::connect(&self.socket())
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.daemon.as_ref().expect("taken by nobody yet").id()
     }
 
     /// The process.

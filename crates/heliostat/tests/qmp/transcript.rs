@@ -20,6 +20,8 @@ pub enum Step {
     Differs(&'static str, Value, &'static str),
     /// Wait for an event: its name, and where it is a status change, the status; and of whom.
     Await(&'static str, &'static str),
+    /// Something happens to the host, or a guest does something.
+    Meanwhile(Box<dyn Fn(&Peer)>),
 }
 
 /// What is said to both.
@@ -52,6 +54,9 @@ const JOB_FIELDS: [&str; 14] = [
     "error",
 ];
 
+/// Fields of `BLOCK_JOB_ERROR` that QEMU has.
+const ERROR_FIELDS: [&str; 3] = ["device", "operation", "action"];
+
 /// Goes through `script` with one daemon.
 pub fn run(peer: &Peer, script: &Script) -> Transcript {
     let mut reader = Reader {
@@ -69,13 +74,20 @@ pub fn run(peer: &Peer, script: &Script) -> Transcript {
                 replies.push((said, reader.execute(command, arguments)));
             }
             Step::Await(name, of) => reader.wait(name, of),
+            Step::Meanwhile(happens) => happens(peer),
         }
     }
     let mut events = BTreeMap::<_, Vec<_>>::new();
     for event in &reader.events {
         let data = &event["data"];
         let of = data["id"].as_str().or(data["device"].as_str()).unwrap_or_default();
-        events.entry(of.to_owned()).or_default().push(reader.plain(&sorted(&event["event"], data)));
+        let said = events.entry(of.to_owned()).or_default();
+        let event = reader.plain(&sorted(&event["event"], data));
+        // How often an error that is ignored comes again is a matter of time.
+        let is_again = said.last() == Some(&event) && data["action"] == "ignore";
+        if !is_again {
+            said.push(event);
+        }
     }
     Transcript { replies, events }
 }
@@ -83,15 +95,22 @@ pub fn run(peer: &Peer, script: &Script) -> Transcript {
 /// Goes through `script` with both daemons and fails where they differ, unless that is intended; and where they
 /// do not differ although that is said.
 pub fn compare(images: &[(&str, usize)], script: &Script) {
-    let Some(qemu) = Peer::qemu() else { return };
-    let ours = Peer::ours();
-    let [theirs, ours] = [&qemu, &ours].map(|peer| {
+    compare_on(script, |peer| {
         for (name, size) in images {
             peer.image(name, *size);
         }
-        run(peer, script)
     });
-    let steps = script.iter().filter(|step| !matches!(step, Step::Await(..)));
+}
+
+/// As [`compare`], with daemons whose folders `prepare` has furnished. What it gives lives as long as they do.
+pub fn compare_on<T>(script: &Script, prepare: impl Fn(&Peer) -> T) {
+    let Some(qemu) = Peer::qemu() else { return };
+    let ours = Peer::ours();
+    let [theirs, ours] = [qemu, ours].map(|peer| {
+        let _furniture = prepare(&peer);
+        run(&peer, script)
+    });
+    let steps = script.iter().filter(|step| matches!(step, Step::Do(..) | Step::Differs(..)));
     let mut wrong = Vec::new();
     for ((step, theirs), ours) in steps.zip(&theirs.replies).zip(&ours.replies) {
         let is_intended = matches!(step, Step::Differs(..));
@@ -179,10 +198,26 @@ fn drop_drains(events: &mut Vec<Value>) {
 /// A message with its keys in one order.
 fn sorted(name: &Value, data: &Value) -> Value {
     let data: BTreeMap<_, _> = data.as_object().into_iter().flatten().collect();
-    // How long guests were held is ours to say.
-    let data = data.into_iter().filter(|(key, _)| *key != "pause-us");
-    let data: Map<String, Value> = data.map(|(key, value)| (key.clone(), value.clone())).collect();
+    // How long guests were held, and where an error was met, is ours to say.
+    let is_ours = |key: &str| match name.as_str() {
+        Some("BLOCK_JOB_ERROR") => !ERROR_FIELDS.contains(&key),
+        _ => key == "pause-us",
+    };
+    let data = data.into_iter().filter(|(key, _)| !is_ours(key));
+    let data: Map<String, Value> =
+        data.map(|(key, value)| (key.clone(), without_place(key, value))).collect();
     json!({ "event": name, "data": data })
+}
+
+/// A field's value; of an error's text only the cause, as ours names node and range before it.
+fn without_place(key: &str, value: &Value) -> Value {
+    match value.as_str().filter(|text| key == "error" && text.starts_with("node \"")) {
+        Some(text) => {
+            let cause = text.rsplit_once(": ").expect("node, place: cause").1;
+            json!(cause.split(" (os error").next())
+        }
+        None => value.clone(),
+    }
 }
 
 /// Takes away what may differ.
@@ -193,6 +228,9 @@ fn comparable(command: &str, mut reply: Value) -> Value {
         }
     };
     for item in reply["return"].as_array_mut().into_iter().flatten() {
+        if let Some(error) = item.get_mut("error") {
+            *error = without_place("error", error);
+        }
         match command {
             "query-block-jobs" => keep(item, &JOB_FIELDS),
             "query-block-exports" => keep(item, &["node-name", "shutting-down", "type", "id"]),

@@ -88,7 +88,7 @@ fn direct(scene: &Scene, contender: Contender) -> Result<Sample> {
     if contender == FioReadWrite {
         return read_and_write_at_once(scene.disk(), &source, size);
     }
-    let disk = DiskOptions { direct: true, thin: false };
+    let disk = DiskOptions { direct: true, ..DiskOptions::default() };
     let run = Mirror { contender, folder: scene.disk(), source: &source, size, disk };
     run.to_the_end([(0, size)].into_iter())
 }
@@ -116,7 +116,7 @@ fn read_and_write_at_once(folder: &Path, source: &Path, size: u64) -> Result<Sam
 fn sparse(scene: &Scene, contender: Contender) -> Result<Sample> {
     let (size, places) = (1024 * scene.size(GIB), 256);
     let source = scene.sparse_disk(scene.memory(), size, places, MIB)?;
-    let disk = DiskOptions { direct: false, thin: true };
+    let disk = DiskOptions { thin: true, ..DiskOptions::default() };
     let run = Mirror { contender, folder: scene.memory(), source: &source, size, disk };
     run.to_the_end((0..places).map(|place| (place * (size / places), 2 * MIB)))
 }

@@ -3,6 +3,7 @@
 mod copy;
 mod guest;
 mod mirror;
+mod qcow2;
 mod serve;
 
 use anyhow::Result;
@@ -35,5 +36,10 @@ pub fn all() -> Vec<Row> {
         guest::QUIET,
         guest::BUSY,
         copy::FILES,
+        qcow2::IN_MEMORY,
+        qcow2::DIRECT,
+        qcow2::ALLOCATING,
+        qcow2::FULL,
+        qcow2::SPARSE,
     ]
 }

@@ -21,9 +21,9 @@ pub(crate) fn decompress(
     let damaged = Corruption::Compressed { offset };
     let mut cluster = vec![0; cluster_size];
     let written = match compression {
-        Compression::Deflate => {
-            libdeflater::Decompressor::new().deflate_decompress(data, &mut cluster).map_err(|_| damaged.clone())?
-        }
+        Compression::Deflate => libdeflater::Decompressor::new()
+            .deflate_decompress(data, &mut cluster)
+            .map_err(|_| damaged.clone())?,
         Compression::Zstd => {
             let frame = zstd::stream::read::Decoder::with_buffer(data).map_err(|_| damaged.clone())?;
             let mut frame = frame.single_frame();

@@ -17,7 +17,7 @@ use crate::range_lock::RangeLock;
 use crate::storage::{Durability, IoFuture, Storage, ZeroEffort, ZeroSpace};
 
 /// The least and the most that a file grows by at once.
-const STEP_MIN: u64 = 4 << 20;
+const STEP_MIN: u64 = 16 << 20;
 const STEP_MAX: u64 = 1 << 30;
 
 /// A file of an image.

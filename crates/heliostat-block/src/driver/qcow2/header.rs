@@ -5,6 +5,8 @@
 //! not touch.
 
 use super::error::FormatError;
+use super::extension::{self, Fields, bitmaps, extensions, feature_name_table, feature_names, name_features};
+pub use super::extension::{BitmapsExtension, Extension};
 use super::layout::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, Layout};
 use crate::convert::{u64_from, usize_from};
 use crate::range::ByteRange;
@@ -54,16 +56,6 @@ pub mod autoclear {
     pub(crate) const KNOWN: u64 = BITMAPS | RAW_EXTERNAL_DATA;
 }
 
-/// Extensions of the header, by type.
-mod extension {
-    pub(super) const END: u32 = 0;
-    pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
-    pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
-    pub(super) const BITMAPS: u32 = 0x2385_2875;
-    pub(super) const ENCRYPTION: u32 = 0x0537_be77;
-    pub(super) const EXTERNAL_DATA_FILE: u32 = 0x4441_5441;
-}
-
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compression {
@@ -81,26 +73,6 @@ pub struct Table {
     pub offset: u64,
     /// Entries of the L1 table and the snapshot table; clusters of the refcount table.
     pub len: u32,
-}
-
-/// Where the persistent dirty bitmaps are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BitmapsExtension {
-    /// How many there are.
-    pub count: u32,
-    /// Where their directory begins, in the image file.
-    pub directory_offset: u64,
-    /// Bytes in the directory.
-    pub directory_size: u64,
-}
-
-/// An extension that is kept as it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Extension {
-    /// Its type.
-    pub kind: u32,
-    /// Its bytes.
-    pub data: Vec<u8>,
 }
 
 /// The first cluster of an image.
@@ -136,24 +108,6 @@ pub struct Header {
     pub further_fields: Vec<u8>,
     /// Extensions that are not known, as they stand.
     pub further_extensions: Vec<Extension>,
-}
-
-/// A cursor over big-endian numbers. Missing bytes read as zero; lengths are checked by the caller.
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
-        let found = self.0.get(at..at + N).and_then(|bytes| bytes.try_into().ok());
-        found.unwrap_or([0; N])
-    }
-
-    fn u32(&self, at: usize) -> u32 {
-        u32::from_be_bytes(self.bytes(at))
-    }
-
-    fn u64(&self, at: usize) -> u64 {
-        u64::from_be_bytes(self.bytes(at))
-    }
 }
 
 impl Header {
@@ -461,108 +415,14 @@ fn compression(incompatible: u64, kind: u8) -> Result<Compression, FormatError> 
     match (kind, is_marked) {
         (0, false) => Ok(Compression::Deflate),
         (1, true) => Ok(Compression::Zstd),
-        (0, true) => Err(FormatError::header(
-            "qcow2: Compression type incompatible feature bit must not be set",
-        )),
+        (0, true) => {
+            Err(FormatError::header("qcow2: Compression type incompatible feature bit must not be set"))
+        }
         (1, false) => {
             Err(FormatError::header("qcow2: Compression type incompatible feature bit must be set"))
         }
         (other, _) => Err(unsupported(&format!("qcow2: unknown compression type: {other}"))),
     }
-}
-
-fn bitmaps(data: &[u8], layout: Layout) -> Result<BitmapsExtension, FormatError> {
-    if data.len() != 24 {
-        return Err(FormatError::header("bitmaps_ext: Invalid extension length"));
-    }
-    let fields = Fields(data);
-    let found = BitmapsExtension {
-        count: fields.u32(0),
-        directory_size: fields.u64(8),
-        directory_offset: fields.u64(16),
-    };
-    if fields.u32(4) != 0 {
-        return Err(FormatError::header("bitmaps_ext: Reserved field is not zero"));
-    }
-    if found.count == 0 {
-        return Err(FormatError::header("found bitmaps extension with zero bitmaps"));
-    }
-    if layout.in_cluster(found.directory_offset) != 0 || found.directory_offset >> 56 != 0 {
-        return Err(FormatError::header("bitmaps_ext: invalid bitmap directory offset"));
-    }
-    Ok(found)
-}
-
-/// The extensions in `room`, to the one that says that it is the last.
-fn extensions(room: &[u8]) -> impl Iterator<Item = Result<Extension, FormatError>> {
-    let mut at = 0;
-    let mut has_ended = false;
-    std::iter::from_fn(move || {
-        if has_ended || at + 8 > room.len() {
-            return None;
-        }
-        let fields = Fields(room);
-        let (kind, len) = (fields.u32(at), usize_from(u64::from(fields.u32(at + 4))));
-        at += 8;
-        if kind == extension::END {
-            has_ended = true;
-            return None;
-        }
-        let Some(data) = room.get(at..at.saturating_add(len)) else {
-            has_ended = true;
-            return Some(Err(FormatError::header("Header extension too large")));
-        };
-        at += len.next_multiple_of(8);
-        Some(Ok(Extension { kind, data: data.to_vec() }))
-    })
-}
-
-/// What the image itself calls its incompatible features: bit and name.
-fn feature_names(room: &[u8]) -> Vec<(u8, String)> {
-    let table = extensions(room).map_while(Result::ok).find(|found| found.kind == extension::FEATURE_NAMES);
-    let entries = table.iter().flat_map(|table| table.data.chunks_exact(48));
-    let name = |bytes: &[u8]| {
-        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-        String::from_utf8_lossy(&bytes[..end]).into_owned()
-    };
-    entries.filter(|entry| entry[0] == 0).map(|entry| (entry[1], name(&entry[2..]))).collect()
-}
-
-fn name_features(bits: u64, names: &[(u8, String)]) -> String {
-    let mut left = bits;
-    let mut said = Vec::new();
-    for (bit, name) in names {
-        let mask = 1_u64.checked_shl(u32::from(*bit)).unwrap_or(0);
-        if left & mask != 0 {
-            left &= !mask;
-            said.push(name.clone());
-        }
-    }
-    if left != 0 {
-        said.push(format!("Unknown incompatible feature: {left:x}"));
-    }
-    said.join(", ")
-}
-
-/// The names of the features that this program knows.
-fn feature_name_table() -> Vec<u8> {
-    const NAMES: [(u8, u8, &str); 8] = [
-        (0, 0, "dirty bit"),
-        (0, 1, "corrupt bit"),
-        (0, 2, "external data file"),
-        (0, 3, "compression type"),
-        (0, 4, "extended L2 entries"),
-        (1, 0, "lazy refcounts"),
-        (2, 0, "bitmaps"),
-        (2, 1, "raw external data"),
-    ];
-    let mut table = Vec::with_capacity(NAMES.len() * 48);
-    for (kind, bit, name) in NAMES {
-        table.extend_from_slice(&[kind, bit]);
-        table.extend_from_slice(name.as_bytes());
-        table.resize(table.len().next_multiple_of(48), 0);
-    }
-    table
 }
 
 #[cfg(test)]

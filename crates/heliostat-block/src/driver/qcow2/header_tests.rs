@@ -1,3 +1,5 @@
+//! Headers as they are written, as they are read, and damaged.
+
 use super::*;
 
 fn header() -> Header {

@@ -7,10 +7,13 @@
 //! need from the file is loaded on demand; what is changed goes back in [`commit`], in an order that leaves a sound
 //! image whenever it stops.
 
+pub mod bitmap_directory;
+mod bitmaps;
 mod commit;
 mod compressed;
 pub mod entry;
 pub mod error;
+mod extension;
 mod extents;
 pub mod file;
 pub mod header;
@@ -19,6 +22,7 @@ pub mod layout;
 mod open;
 mod read;
 mod refcount;
+mod resize;
 mod slices;
 pub mod snapshot;
 mod state;
@@ -26,6 +30,7 @@ mod write;
 mod zero;
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -43,7 +48,9 @@ use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
 use crate::storage::Traits;
 
+pub use bitmaps::StoredBitmap;
 pub use open::{CACHE_MAX, OpenOptions};
+pub use resize::Preallocation;
 
 /// An open image. Used from any thread.
 pub struct Qcow2 {
@@ -51,11 +58,14 @@ pub struct Qcow2 {
     read_only: bool,
     compression: Compression,
     is_data_file_raw: bool,
-    size: u64,
+    /// The virtual size; changed by a resize only.
+    size: AtomicU64,
     file: ImageFile,
     /// Where guest data is, if not in `file`.
     data_file: Option<ImageFile>,
     backing: Option<Arc<Node>>,
+    /// Its persistent dirty bitmaps; empty where it is not written.
+    bitmaps: Vec<StoredBitmap>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -144,8 +154,12 @@ impl Qcow2 {
         }
     }
 
-    pub(crate) const fn size(&self) -> u64 {
-        self.size
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn set_known_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
     }
 
     pub(crate) fn allocated_size(&self) -> Option<u64> {
@@ -165,16 +179,19 @@ impl Qcow2 {
         if self.read_only {
             return Ok(());
         }
+        if self.lock().corrupt.is_some() {
+            return self.flush().await;
+        }
+        self.store_bitmaps().await?;
         // What is unmapped is given back once that is durable, and that has to be written, too.
         self.flush().await?;
         if self.lock().is_changed() {
             self.flush().await?;
         }
-        let (is_sound, end) = {
-            let state = self.lock();
-            (state.corrupt.is_none(), state.used_end << self.layout.cluster_bits)
-        };
-        if is_sound && end < self.file.size() && self.file.storage().traits().can_resize {
+        // Where the end cannot be found, the file stays a little longer.
+        let _ = self.attempt(State::find_end).await;
+        let end = self.lock().used_end << self.layout.cluster_bits;
+        if end < self.file.size() && self.file.storage().traits().can_resize {
             self.file.set_size(end).await?;
         }
         Ok(())
@@ -285,10 +302,12 @@ impl Qcow2 {
             }
         };
         let mut state = self.lock();
-        if let Some(content) = content {
+        match content {
             // The next commit writes it, and writes it again if it fails: a table that is written here and lost by
             // a flush that fails would be linked all the same.
-            state.put_table(host.offset(), &content);
+            Some(content) => state.put_table(host.offset(), &content),
+            // What is known need not be read: its first users are waiting.
+            None => state.slices.insert_zeroes(host, Kind::L2),
         }
         state.link_table(index, host.offset());
         if let Some(table) = shared {

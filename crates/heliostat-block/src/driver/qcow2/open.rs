@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
-use super::Qcow2;
+use super::bitmaps as stored;
 use super::commit::Commits;
 use super::entry::L1Entry;
 use super::error::{Corruption, FormatError};
@@ -16,6 +17,7 @@ use super::in_flight::{Allocations, Epochs};
 use super::slices::Slices;
 use super::snapshot::{Snapshot, decode_table};
 use super::state::{State, read_numbers};
+use super::{Qcow2, StoredBitmap};
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
@@ -97,8 +99,10 @@ impl Qcow2 {
             return Err(FormatError::Invalid("'data-file' is required for this image".into()));
         }
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
+        let mut bitmaps = Vec::new();
         if !read_only {
             prepare_for_writing(&file, &mut header).await?;
+            bitmaps = stored::take(&file, &header).await?;
         }
         let l1 = read_numbers(&file.read(header.l1_range()).await?).into_iter().map(L1Entry).collect();
         let refcount_table = read_numbers(&file.read(header.refcount_table_range()).await?);
@@ -126,17 +130,18 @@ impl Qcow2 {
         };
         if !read_only {
             // Found now, it is said when something is to be written: reading goes on as long as it can.
-            state.corrupt = state.find_tables(&snapshots, snapshots_len).err();
+            state.corrupt = state.find_tables(&snapshots, snapshots_len, &bitmaps).err();
         }
         Ok(Arc::new(Self {
             layout,
             read_only,
             compression: state.header.compression,
             is_data_file_raw: state.header.is_data_file_raw(),
-            size: state.header.size,
+            size: AtomicU64::new(state.header.size),
             file,
             data_file: options.data_file.map(ImageFile::new),
             backing: options.backing,
+            bitmaps,
             state: Mutex::new(state),
             loading: RangeLock::default(),
             linking: RangeLock::default(),
@@ -155,7 +160,7 @@ async fn prepare_for_writing(file: &ImageFile, header: &mut Header) -> Result<()
         ));
     }
     // What we do not keep up to date must not look as if we did.
-    let kept = header.autoclear & autoclear::KNOWN & !autoclear::BITMAPS;
+    let kept = header.autoclear & autoclear::KNOWN;
     if kept != header.autoclear {
         header.autoclear = kept;
         file.write(AUTOCLEAR_WORD, Bytes::copy_from_slice(&kept.to_be_bytes())).await?;
@@ -179,8 +184,14 @@ impl State {
     ///
     /// # Errors
     /// [`Corruption::Overlap`] when two are in one place.
-    fn find_tables(&mut self, snapshots: &[Snapshot], snapshots_len: usize) -> Result<(), Corruption> {
+    fn find_tables(
+        &mut self,
+        snapshots: &[Snapshot],
+        snapshots_len: usize,
+        bitmaps: &[StoredBitmap],
+    ) -> Result<(), Corruption> {
         let layout = self.layout;
+        self.check_refcount_table()?;
         let mut places = vec![
             (ByteRange::from_bounds(0, layout.cluster_size()), "image header"),
             (self.header.l1_range(), "active L1 table"),
@@ -196,6 +207,12 @@ impl State {
             let range = ByteRange::from_bounds(start, start + u64::from(snapshot.l1.len) * 8);
             places.push((range, "L1 table of a snapshot"));
         }
+        if let Some(extension) = self.header.bitmaps.filter(|_| !bitmaps.is_empty()) {
+            let start = extension.directory_offset;
+            let range = ByteRange::from_bounds(start, start + extension.directory_size);
+            places.push((range, "bitmap directory"));
+        }
+        places.extend(bitmaps.iter().flat_map(|bitmap| bitmap.places(layout)));
         for entry in &self.l1 {
             if let Some(table) = entry.table(layout)? {
                 places
@@ -203,9 +220,6 @@ impl State {
             }
         }
         for block in self.refcount_table.iter().filter(|block| **block != 0) {
-            if layout.in_cluster(*block) != 0 || block >> 56 != 0 {
-                return Err(Corruption::Misplaced { what: "refcount table", entry: *block, offset: *block });
-            }
             places.push((ByteRange::from_bounds(*block, block + layout.cluster_size()), "refcount block"));
         }
         for (range, table) in places {

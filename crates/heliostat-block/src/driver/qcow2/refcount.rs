@@ -35,6 +35,18 @@ impl State {
         Ok(layout.refcount(slice, index))
     }
 
+    /// Where refcount blocks can be.
+    ///
+    /// # Errors
+    /// [`Corruption::Misplaced`] for the first that is elsewhere.
+    pub(crate) fn check_refcount_table(&self) -> Result<(), Corruption> {
+        let is_misplaced = |block: &&u64| self.layout.in_cluster(**block) != 0 || **block >> 56 != 0;
+        match self.refcount_table.iter().find(is_misplaced) {
+            Some(&entry) => Err(Corruption::Misplaced { what: "refcount table", entry, offset: entry }),
+            None => Ok(()),
+        }
+    }
+
     /// The slice that counts a cluster, and which count of it; `None` where there is no block.
     fn refcount_slice(&self, cluster: u64) -> Option<(u64, u64)> {
         let layout = self.layout;
@@ -97,7 +109,6 @@ impl State {
         }
     }
 
-    #[expect(dead_code, reason = "for tables that grow when a disk does, which is to come")]
     /// Takes exactly `count` free clusters that follow each other, wherever there are so many.
     pub(crate) fn allocate_all(&mut self, count: u64) -> Attempt<Run> {
         self.check_sound()?;

@@ -9,12 +9,17 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 
 use super::layout::Layout;
+use crate::convert::usize_from;
+use crate::range::ByteRange;
 
 /// Bytes in a slice, where clusters are not smaller. A page: what the medium writes at once anyway.
 const SLICE_SIZE_MAX: u64 = 4096;
 
 /// The least number of slices: each operation in flight may need a few.
 const COUNT_MIN: usize = 64;
+
+/// The most slices of a new table that are kept: all of them, with the usual clusters.
+const NEW_TABLE_SLICES: usize = 16;
 
 /// Which kind of table a slice is a piece of. The two are written back at different moments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,9 +109,18 @@ impl Slices {
         self.clock.push_back(start);
     }
 
+    /// Takes in the slices of a new table that is all zero in the file, too, if they are few.
+    pub(crate) fn insert_zeroes(&mut self, table: ByteRange, kind: Kind) {
+        let starts = (table.offset()..table.end()).step_by(usize_from(self.slice_size));
+        for start in starts.take(NEW_TABLE_SLICES) {
+            self.forget(start);
+            self.insert(start, kind, vec![0; usize_from(self.slice_size)]);
+        }
+    }
+
     /// Takes in a slice that is all zero and has to be written.
     pub(crate) fn insert_new(&mut self, start: u64, kind: Kind) {
-        let zeroes = vec![0; usize::try_from(self.slice_size).unwrap_or(0)];
+        let zeroes = vec![0; usize_from(self.slice_size)];
         self.insert_changed(start, kind, zeroes);
     }
 

@@ -9,7 +9,7 @@ use std::io;
 use event_listener::EventListener;
 
 use super::commit::Commits;
-use super::entry::{Cluster, L1Entry, RawEntry};
+use super::entry::{Cluster, L1Entry, RawEntry, Standard};
 use super::error::Corruption;
 use super::header::Header;
 use super::in_flight::{Allocations, Epochs};
@@ -117,11 +117,20 @@ impl State {
     pub(crate) fn cluster(&mut self, guest: u64) -> Attempt<Cluster> {
         let layout = self.layout;
         let Some(table) = self.l1_entry(guest).table(layout)? else {
-            return Ok(Cluster::Standard(super::entry::Standard::default()));
+            return Ok(Cluster::Standard(Standard::default()));
         };
         let external = self.is_external();
         let entry = self.raw_entry(table, layout.l2_index(guest))?;
-        Ok(Cluster::decode(entry, layout, external)?)
+        let cluster = Cluster::decode(entry, layout, external)?;
+        match cluster {
+            // In an external data file everything is where the guest has it.
+            Cluster::Standard(Standard { host: Some(offset), .. })
+                if external && offset != layout.cluster_start(guest) =>
+            {
+                Err(Corruption::Misplaced { what: "L2", entry: entry.descriptor, offset }.into())
+            }
+            cluster => Ok(cluster),
+        }
     }
 
     fn raw_entry(&mut self, table: u64, index: u64) -> Attempt<RawEntry> {
@@ -210,6 +219,18 @@ impl State {
         match self.tables.range(first..=last).next() {
             Some((_, table)) => Err(Corruption::Overlap { range: host, table }),
             None => Ok(()),
+        }
+    }
+
+    /// That guest data may be written in place at `host`, in the image file: no table stands there, and there is a
+    /// refcount block that can have counted it.
+    pub(crate) fn check_in_place(&self, host: ByteRange) -> Result<(), Corruption> {
+        self.check_overlap(host)?;
+        let last = self.layout.cluster_index(host.end().saturating_sub(1));
+        let index = usize_from(self.layout.refcount_table_index(last));
+        match self.refcount_table.get(index) {
+            Some(block) if *block != 0 => Ok(()),
+            _ => Err(Corruption::Refcount { offset: host.offset(), count: 0 }),
         }
     }
 

@@ -73,6 +73,9 @@ impl State {
             Cluster::Standard(Standard { host: Some(host), copied, .. })
                 if self.is_external() || (copied && !self.haunted.contains(&host)) =>
             {
+                if !self.is_external() {
+                    self.check_in_place(ByteRange::from_bounds(host, host + layout.cluster_size()))?;
+                }
                 self.plan_kept(range, old, host)
             }
             _ => self.plan_moved(range, old)?,
@@ -123,7 +126,7 @@ impl State {
         }
         let range = ByteRange::from_bounds(range.offset(), end.min(range.end()));
         if !self.is_external() {
-            self.check_overlap(ByteRange::from_bounds(host, host + range.len()))?;
+            self.check_in_place(ByteRange::from_bounds(host, host + range.len()))?;
         }
         Ok(Step::InPlace { range, host })
     }
@@ -295,11 +298,29 @@ impl State {
 }
 
 /// An allocation in flight. Dropped, it is over: what was not finished is lost space, until a check gives it back.
-struct InFlight<'a> {
+pub(crate) struct InFlight<'a> {
     driver: &'a Qcow2,
     allocation: Allocation,
     /// Its data is being written, and may land also when this is dropped.
     may_land: bool,
+}
+
+impl InFlight<'_> {
+    /// Where its clusters will be, in the file of the guest's data.
+    pub(crate) fn host(&self) -> ByteRange {
+        let Allocation { clusters, host, .. } = self.allocation;
+        ByteRange::from_bounds(host, host + clusters.len())
+    }
+
+    /// Whether they had no host clusters before.
+    pub(crate) fn is_new(&self) -> bool {
+        matches!(self.allocation.old, Cluster::Standard(Standard { host: None, .. }))
+    }
+
+    /// Whether they read as zeroes and were never written.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.allocation.run.is_some_and(|run| run.fresh)
+    }
 }
 
 impl Drop for InFlight<'_> {
@@ -313,7 +334,7 @@ impl Drop for InFlight<'_> {
 }
 
 /// A part of a write that is ready to be carried out.
-enum Part<'a> {
+pub(crate) enum Part<'a> {
     InPlace { range: ByteRange, host: u64, visit: Visit<'a> },
     Allocate(InFlight<'a>),
 }
@@ -385,7 +406,7 @@ impl Qcow2 {
         }
     }
 
-    fn next_part(&self, range: ByteRange) -> Attempt<Part<'_>> {
+    pub(crate) fn next_part(&self, range: ByteRange) -> Attempt<Part<'_>> {
         let mut state = self.lock();
         Ok(match state.plan_write(range, self.backing_size())? {
             Step::InPlace { range, host } => {
@@ -409,22 +430,25 @@ impl Qcow2 {
             Part::Allocate(in_flight) => in_flight,
         };
         in_flight.may_land = true;
-        let allocation = &in_flight.allocation;
         if is_planted(Bug::MappingBeforeData) {
-            self.attempt(|state| state.finish_write(allocation)).await?;
-            return self.write_allocated(allocation, data).await;
+            self.finish_part(&in_flight).await?;
+            return self.write_allocated(&in_flight.allocation, data).await;
         }
-        let written = self.write_allocated(allocation, data).await;
-        let finished = match written {
-            Ok(()) => self.attempt(|state| state.finish_write(allocation)).await,
+        let finished = match self.write_allocated(&in_flight.allocation, data).await {
+            Ok(()) => self.finish_part(&in_flight).await,
             Err(error) => Err(error),
         };
-        if let (Err(_), Some(run)) = (&finished, allocation.run) {
+        if let (Err(_), Some(run)) = (&finished, in_flight.allocation.run) {
             // Where even that fails, the space is lost until a check gives it back.
             let _ = self.attempt(|state| state.abandon(run)).await;
         }
         in_flight.may_land = false;
         finished
+    }
+
+    /// The data is there: changes the mapping.
+    pub(crate) async fn finish_part(&self, in_flight: &InFlight<'_>) -> io::Result<()> {
+        self.attempt(|state| state.finish_write(&in_flight.allocation)).await
     }
 
     /// Writes the data, and around it what becomes data with it.
@@ -466,7 +490,7 @@ impl Qcow2 {
 }
 
 impl Part<'_> {
-    fn range(&self) -> ByteRange {
+    pub(crate) fn range(&self) -> ByteRange {
         match self {
             Self::InPlace { range, .. } => *range,
             Self::Allocate(in_flight) => in_flight.allocation.write,

@@ -5,10 +5,10 @@
 
 use std::io;
 
+use super::Qcow2;
 use super::entry::{Cluster, Standard};
 use super::read::{Source, segments_of};
 use super::state::{Attempt, State};
-use super::Qcow2;
 use crate::buffer::Buffer;
 use crate::convert::usize_from;
 use crate::range::ByteRange;
@@ -106,16 +106,20 @@ impl Qcow2 {
     ) -> IoFuture<'_, ()> {
         IoFuture::pending(async move {
             self.make_room().await?;
-            if self.layout.version < 3 || self.is_data_file_raw {
-                self.zero_without_entries(range, space).await?;
-            } else {
-                self.zero_with_entries(range, space).await?;
-            }
+            self.zero(range, space).await?;
             match durability {
                 Durability::Cached => Ok(()),
                 Durability::Fua => self.flush().await,
             }
         })
+    }
+
+    pub(crate) async fn zero(&self, range: ByteRange, space: ZeroSpace) -> io::Result<()> {
+        if self.layout.version < 3 || self.is_data_file_raw {
+            self.zero_without_entries(range, space).await
+        } else {
+            self.zero_with_entries(range, space).await
+        }
     }
 
     pub(crate) fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {

@@ -233,3 +233,33 @@ fn a_short_payload_is_cut_out_of_the_input_without_a_copy() {
     let Command::Write { data, .. } = request.command else { panic!("another command") };
     assert_eq!(data.as_ptr(), place);
 }
+
+#[test]
+fn a_server_that_goes_away_refuses_what_comes_and_takes_the_goodbye() {
+    let (mut requests, replies) = requests(terms(ReplyStyle::Simple));
+    let mut input = Bytes::new();
+    // Of the first write a part is there, in a buffer of its own.
+    let long = u32::try_from(NBD_OWN_BUFFER_MIN).unwrap();
+    receive(&mut input, &request_bytes(cmd::WRITE, 0, 1, 0, long));
+    receive(&mut input, &[1; 1000]);
+    assert!(matches!(requests.next(&mut input, u64::MAX), Ok(Parsed::Incomplete)));
+    assert!(requests.payload_room().is_some());
+    requests.shut_down();
+    assert!(requests.payload_room().is_none(), "what is refused needs no memory");
+    receive(&mut input, &vec![1; NBD_OWN_BUFFER_MIN - 1000]);
+    receive(&mut input, &request_bytes(cmd::WRITE, 0, 2, 0, 512));
+    receive(&mut input, &[2; 512]);
+    receive(&mut input, &request_bytes(cmd::READ, 0, 3, 0, 512));
+    receive(&mut input, &request_bytes(cmd::FLUSH, 0, 4, 0, 0));
+    receive(&mut input, &request_bytes(77, 0, 5, 0, 0));
+    for _ in 2..=5 {
+        // Without any room: nothing is kept of them.
+        let refused = requests.next(&mut input, 0);
+        assert!(matches!(refused, Ok(Parsed::Refused(Errno::Shutdown))), "{refused:?}");
+    }
+    let answers = drain(&replies);
+    let answers: Vec<_> = answers.chunks(16).map(|answer| (answer[7], answer[15])).collect();
+    assert_eq!(answers, [1, 2, 3, 4, 5].map(|cookie| (108, cookie)), "each is answered once, with ESHUTDOWN");
+    receive(&mut input, &request_bytes(cmd::DISC, 0, 6, 0, 0));
+    assert!(matches!(requests.next(&mut input, 0), Ok(Parsed::Disconnect)));
+}

@@ -37,38 +37,39 @@ pub(super) fn ask(
         "complete" => Verb::Complete,
         "finalize" => Verb::Finalize,
         "dismiss" => Verb::Dismiss,
-        "set-speed" => return Some(set_speed(&entry.job, arguments)),
-        "change" => return Some(change(&entry.job, arguments)),
+        "set-speed" => return Some(set_speed(&entry, arguments)),
+        "change" => return Some(change(&entry, arguments)),
         _ => return None,
     };
-    Some(order(&entry.job, wanted, verb))
+    Some(order(&entry, wanted, verb))
 }
 
-fn order(job: &Job, verb: Verb, word: &str) -> Result<Value, Refusal> {
-    match job.ask(verb) {
+fn order(entry: &JobEntry, verb: Verb, word: &str) -> Result<Value, Refusal> {
+    let job = &entry.job;
+    match entry.ask(verb) {
         Ok(()) => Ok(json!({})),
         Err(error) => Err(Refusal::of_verb(&error, job.id(), word, job.status().name())),
     }
 }
 
-fn set_speed(job: &Job, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+fn set_speed(entry: &JobEntry, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     let speed = u64::try_from(arguments.int("speed").unwrap_or(0));
     let verb = Verb::SetSpeed(*speed.as_ref().unwrap_or(&0));
     // The status is looked at before the number.
-    if !heliostat_block::job::allows(job.status(), verb) {
-        return order(job, verb, "set-speed");
+    if !heliostat_block::job::allows(entry.job.status(), verb) {
+        return order(entry, verb, "set-speed");
     }
     match speed {
-        Ok(_) => order(job, verb, "set-speed"),
+        Ok(_) => order(entry, verb, "set-speed"),
         Err(_) => Err(Refusal::new("Parameter 'speed' expects a non-negative value")),
     }
 }
 
-fn change(job: &Job, arguments: Arguments<'_>) -> Result<Value, Refusal> {
-    let now = job.orders().copy_mode;
+fn change(entry: &JobEntry, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    let now = entry.job.orders().copy_mode;
     // Another type than the job's is accepted, and changes nothing, as in QEMU.
     let wanted = copy_mode(arguments).unwrap_or(now);
-    order(job, Verb::Change(wanted), "change")
+    order(entry, Verb::Change(wanted), "change")
 }
 
 pub(super) fn query_jobs(daemon: &Arc<Daemon>) -> Value {

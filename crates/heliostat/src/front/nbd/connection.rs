@@ -3,7 +3,8 @@
 //! A connection is one task. In each turn it receives as much as is there, starts every request in it, and
 //! sends all answers that are ready in one call; requests that do not end at once go on beside each other. It
 //! never drops a request that it started: when the client is gone or the server stops, it takes no more and
-//! waits for those in flight. Called by the server's thread.
+//! waits for those in flight; a client that sends more is told that the server is going away. Called by the
+//! server's thread.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -230,10 +231,19 @@ impl Drop for Awake {
 enum Stage {
     /// It does.
     Serving,
+    /// It refuses them, because the server is going away, until those in flight have ended; then it is closed.
+    Refusing,
     /// No more: those in flight end, their answers are sent, then it is closed.
     Ending,
     /// No more, and there is nobody to send answers to.
     Gone,
+}
+
+impl Stage {
+    /// Whether what the client says is read.
+    fn listens(self) -> bool {
+        matches!(self, Self::Serving | Self::Refusing)
+    }
 }
 
 /// A connection in the transmission phase. `M` starts a request, `F` is a request that was started.
@@ -333,10 +343,11 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Gets on with what is in flight, takes requests, sends answers. Says whether anything has changed.
     fn step(&mut self, cx: &mut Context<'_>) -> bool {
         if self.stage == Stage::Serving && (self.shared.exports.is_stopping() || self.client.is_closing()) {
-            self.stage = Stage::Ending;
+            self.stage = Stage::Refusing;
+            self.requests.shut_down();
         }
         let mut has_moved = self.flights.poll_ended(cx);
-        if self.stage == Stage::Serving {
+        if self.stage.listens() {
             if self.is_full {
                 self.take_requests(cx);
             }
@@ -379,7 +390,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Starts the requests in the input, as far as there is room for them.
     fn take_requests(&mut self, cx: &mut Context<'_>) {
         self.is_full = false;
-        while self.stage == Stage::Serving {
+        while self.stage.listens() {
             let Some(room) = self.room() else {
                 self.is_full = true;
                 return;
@@ -405,7 +416,9 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// How many bytes the next request may hold; `None` when there may be none.
     fn room(&self) -> Option<u64> {
         let waiting = self.replies.len();
-        let room = self.permits.room().filter(|_| waiting < ANSWERS_MAX)?;
+        // What is refused needs no permit, but its answer must be kept.
+        let room = if self.stage == Stage::Refusing { Some(0) } else { self.permits.room() };
+        let room = room.filter(|_| waiting < ANSWERS_MAX)?;
         Some(room.saturating_sub(u64_from(waiting)))
     }
 
@@ -464,7 +477,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Asks to be woken by whatever can go on. Says whether something can already.
     fn has_news(&mut self, cx: &mut Context<'_>) -> bool {
         let mut has_news = false;
-        if self.stage == Stage::Serving {
+        if self.stage.listens() {
             if !self.is_full {
                 has_news |= pin!(self.socket.readable()).poll(cx).is_ready();
             }

@@ -1,0 +1,248 @@
+//! Persistent dirty bitmaps: read when an image is opened to be written, kept up to date by the node, written when
+//! the image is closed.
+//!
+//! While the image is open its directory says "in use" of each of them, so that after a crash nobody believes what it
+//! says. What cannot be used is kept as it is.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::Qcow2;
+use super::bitmap_directory::{
+    AUTO, BitmapEntry, DIRECTORY_SIZE_MAX, IN_USE, decode_directory, encode_directory, runs,
+};
+use super::entry::OFFSET_MASK;
+use super::error::FormatError;
+use super::file::ImageFile;
+use super::header::{BitmapsExtension, Header, Table, autoclear};
+use super::layout::Layout;
+use super::state::{read_numbers, write_numbers};
+use crate::convert::{u64_from, usize_from};
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::range::ByteRange;
+
+/// The most memory that all bitmaps of an image may take: an image must not decide how much we have.
+const MEMORY_MAX: u64 = 256 << 20;
+
+/// A table's entry: the cluster is all ones.
+const ALL_ONES: u64 = 1;
+
+/// A persistent dirty bitmap of an open image.
+#[derive(Clone)]
+pub struct StoredBitmap {
+    /// As the directory names it.
+    pub entry: BitmapEntry,
+    /// Its bits; `None` where they cannot be used: they were not saved, or are of a kind that is not known.
+    pub bits: Option<Arc<DirtyBitmap>>,
+    /// Its table, as it stands in the image.
+    table: Vec<u64>,
+}
+
+impl StoredBitmap {
+    /// Says whether it follows every write.
+    #[must_use]
+    pub const fn is_enabled(&self) -> bool {
+        self.entry.flags & AUTO != 0
+    }
+
+    /// Where its table and its bits are.
+    pub(super) fn places(&self, layout: Layout) -> Vec<(ByteRange, &'static str)> {
+        let table = self.entry.table;
+        let range = ByteRange::from_bounds(table.offset, table.offset + u64::from(table.len) * 8);
+        let data = self.clusters().map(|start| ByteRange::from_bounds(start, start + layout.cluster_size()));
+        let data = data.map(|range| (range, "data of a bitmap"));
+        std::iter::once((range, "table of a bitmap")).chain(data).collect()
+    }
+
+    /// Where the clusters of its bits begin.
+    fn clusters(&self) -> impl Iterator<Item = u64> {
+        self.table.iter().map(|entry| entry & OFFSET_MASK).filter(|offset| *offset != 0)
+    }
+}
+
+impl BitmapsExtension {
+    fn range(&self) -> ByteRange {
+        ByteRange::from_bounds(self.directory_offset, self.directory_offset + self.directory_size)
+    }
+}
+
+impl Header {
+    /// Reads the bitmap directory; empty where there is none that can be believed.
+    ///
+    /// # Errors
+    /// [`FormatError`], by what is wrong.
+    pub async fn read_bitmap_directory(&self, file: &ImageFile) -> Result<Vec<BitmapEntry>, FormatError> {
+        let Some(bitmaps) = self.bitmaps.filter(|_| self.autoclear & autoclear::BITMAPS != 0) else {
+            return Ok(Vec::new());
+        };
+        if bitmaps.directory_size > DIRECTORY_SIZE_MAX {
+            return Err(FormatError::header("the bitmap directory is damaged: it is too large"));
+        }
+        let bytes = file.read(bitmaps.range()).await?;
+        decode_directory(&bytes, bitmaps.count, self.layout)
+    }
+}
+
+/// Reads the bitmaps of an image that will be written, and says in the image that they are in use.
+pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<StoredBitmap>, FormatError> {
+    let entries = header.read_bitmap_directory(file).await?;
+    let mut memory = 0;
+    let mut bitmaps = Vec::new();
+    for entry in entries {
+        memory += header.size.div_ceil(entry.granularity()) / 8;
+        if memory > MEMORY_MAX {
+            return Err(FormatError::Unsupported(format!(
+                "the image's dirty bitmaps take more than {} MiB of memory; remove some with `qemu-img bitmap --remove`",
+                MEMORY_MAX >> 20
+            )));
+        }
+        bitmaps.push(load(file, header, entry).await?);
+    }
+    if let Some(extension) = header.bitmaps.filter(|_| !bitmaps.is_empty()) {
+        let marked = bitmaps.iter().map(|bitmap| BitmapEntry {
+            flags: bitmap.entry.flags | if bitmap.bits.is_some() { IN_USE } else { 0 },
+            ..bitmap.entry.clone()
+        });
+        let marked: Vec<_> = marked.collect();
+        file.write(extension.directory_offset, Bytes::from(encode_directory(&marked))).await?;
+        file.flush().await?;
+    }
+    Ok(bitmaps)
+}
+
+async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<StoredBitmap, FormatError> {
+    let layout = header.layout;
+    let granularity = u32::try_from(entry.granularity()).unwrap_or(u32::MAX);
+    let damaged = || {
+        let name = String::from_utf8_lossy(&entry.name);
+        FormatError::header(format!("the table of the bitmap '{name}' is damaged"))
+    };
+    let Ok(bits) = DirtyBitmap::new(header.size, granularity) else {
+        // Coarser than what we have: it is kept, and not used.
+        return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
+    };
+    if !entry.is_usable() {
+        return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
+    }
+    if u64::from(entry.table.len) != entry.clusters(header.size, layout) {
+        return Err(damaged());
+    }
+    let place = entry.table.offset;
+    let table = read_numbers(
+        &file.read(ByteRange::from_bounds(place, place + u64::from(entry.table.len) * 8)).await?,
+    );
+    let each = layout.cluster_size() * 8 * entry.granularity();
+    for (index, number) in (0_u64..).zip(&table) {
+        let start = (index * each).min(header.size);
+        let part = ByteRange::from_bounds(start, start.saturating_add(each).min(header.size));
+        let cluster = number & OFFSET_MASK;
+        if layout.in_cluster(cluster) != 0 || (cluster != 0 && number & !OFFSET_MASK != 0) {
+            return Err(damaged());
+        }
+        match (cluster, number & ALL_ONES) {
+            (0, 0) => {}
+            (0, _) => bits.mark(part),
+            _ => {
+                let bytes =
+                    file.read(ByteRange::from_bounds(cluster, cluster + layout.cluster_size())).await?;
+                for (first, count) in runs(&bytes) {
+                    let from = start.saturating_add(first * entry.granularity());
+                    let to = from.saturating_add(count * entry.granularity());
+                    bits.mark(ByteRange::from_bounds(from.min(part.end()), to.min(part.end())));
+                }
+            }
+        }
+    }
+    Ok(StoredBitmap { entry, bits: Some(Arc::new(bits)), table })
+}
+
+impl Qcow2 {
+    /// Its persistent dirty bitmaps, in the order of the directory.
+    #[must_use]
+    pub fn bitmaps(&self) -> &[StoredBitmap] {
+        &self.bitmaps
+    }
+
+    /// Writes the bitmaps, in new clusters, and says that they mean what they say. Nobody may mark them meanwhile.
+    pub(super) async fn store_bitmaps(&self) -> Result<(), FormatError> {
+        let old = self.lock().header.bitmaps;
+        let Some(old) = old.filter(|_| self.bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
+            return Ok(());
+        };
+        let mut entries = Vec::new();
+        let mut freed = vec![old.range()];
+        for bitmap in &self.bitmaps {
+            let Some(bits) = &bitmap.bits else {
+                entries.push(bitmap.entry.clone());
+                continue;
+            };
+            let table = self.store_bits(bits, &bitmap.entry).await?;
+            entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
+            freed.extend(bitmap.places(self.layout).into_iter().map(|(range, _)| range));
+        }
+        let directory = encode_directory(&entries);
+        let new = BitmapsExtension {
+            directory_size: u64_from(directory.len()),
+            directory_offset: self.store_new(directory).await?,
+            ..old
+        };
+        self.flush().await?;
+        // The directory is durable before the header names it.
+        let header = Header { bitmaps: Some(new), ..self.header() };
+        self.file.write(0, Bytes::from(header.encode()?)).await?;
+        self.flush().await?;
+        let mut state = self.lock();
+        state.header = header;
+        for range in freed {
+            state.unprotect(range);
+            let first = self.layout.cluster_index(range.offset());
+            state.drop_later(first..first + self.layout.clusters_for(range.len()), false);
+        }
+        Ok(())
+    }
+
+    /// Writes the bits of one bitmap; says where its table is.
+    async fn store_bits(&self, bits: &DirtyBitmap, entry: &BitmapEntry) -> Result<Table, FormatError> {
+        let layout = self.layout;
+        let each = layout.cluster_size() * 8 * entry.granularity();
+        let mut table = Vec::new();
+        for index in 0..entry.clusters(self.size(), layout) {
+            let part =
+                ByteRange::from_bounds(index * each, (index + 1).saturating_mul(each).min(self.size()));
+            let cluster = serialize(bits, part, entry.granularity(), layout);
+            table.push(match cluster {
+                Some(cluster) => self.store_new(cluster).await?,
+                None => 0,
+            });
+        }
+        let len = u32::try_from(table.len()).unwrap_or(u32::MAX);
+        Ok(Table { offset: self.store_new(write_numbers(table)).await?, len })
+    }
+
+    /// Writes something into new clusters; says where.
+    async fn store_new(&self, mut bytes: Vec<u8>) -> Result<u64, FormatError> {
+        let clusters = self.layout.clusters_for(u64_from(bytes.len()));
+        let run = self.attempt(|state| state.allocate_all(clusters)).await?;
+        bytes.resize(usize_from(clusters << self.layout.cluster_bits), 0);
+        let offset = run.first << self.layout.cluster_bits;
+        self.file.write(offset, Bytes::from(bytes)).await?;
+        Ok(offset)
+    }
+}
+
+/// The cluster that holds the bits of `part`; `None` where none is set.
+fn serialize(bits: &DirtyBitmap, part: ByteRange, granularity: u64, layout: Layout) -> Option<Vec<u8>> {
+    let mut cluster = None;
+    let mut from = part.offset();
+    while let Some(dirty) = bits.next_dirty(from, u64::MAX).and_then(|dirty| dirty.intersection(part)) {
+        let bytes = cluster.get_or_insert_with(|| vec![0_u8; usize_from(layout.cluster_size())]);
+        let first = (dirty.offset() - part.offset()) / granularity;
+        let last = (dirty.end() - part.offset()).div_ceil(granularity);
+        for bit in first..last {
+            bytes[usize_from(bit / 8)] |= 1 << (bit % 8);
+        }
+        from = dirty.end();
+    }
+    cluster
+}

@@ -1,0 +1,161 @@
+//! What the loop of a mirror does, where a seed of the simulator once showed that it did not.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+
+use super::mirror::MirrorOptions;
+use super::test_disk::{Bench, Disk, SECTOR};
+use super::{End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
+use crate::range::ByteRange;
+use crate::storage::{Durability, Extent, ExtentStatus};
+
+const SECTORS: usize = 8;
+
+fn disk(byte: u8) -> Arc<Disk> {
+    Disk::of(vec![byte; SECTORS * SECTOR])
+}
+
+fn options() -> MirrorOptions {
+    let (on_source_error, on_target_error) = (OnError::Ignore, OnError::Ignore);
+    MirrorOptions { granularity: 512, on_source_error, on_target_error, ..MirrorOptions::default() }
+}
+
+/// Mirrors to the end; the job completes when it is ready. Says what it said last but its statuses.
+fn complete(bench: &Bench, options: MirrorOptions, mut beside: impl FnMut()) -> JobEvent {
+    let end = Arc::<Mutex<Option<JobEvent>>>::default();
+    let heard = Arc::clone(&end);
+    let (_job, mirror) = bench.mirror(options, move |job, event| match event {
+        JobEvent::Ready => job.ask(Verb::Complete).unwrap(),
+        JobEvent::Completed(_) | JobEvent::Cancelled => *heard.lock().unwrap() = Some(event.clone()),
+        _ => {}
+    });
+    bench.run(mirror.run(), &mut beside);
+    end.lock().unwrap().take().expect("an end was said")
+}
+
+// ---------------------------------------------------------------------- verbs and the end (seed 89)
+
+/// Mirrors to the end; a cancel is said in the very moment in which `at` is announced.
+fn cancelled_at(at: JobStatus) {
+    let (source, target) = (disk(1), disk(0));
+    let bench = Bench::new(source, target);
+    let said = Arc::<Mutex<Vec<JobEvent>>>::default();
+    let heard = Arc::clone(&said);
+    let (_job, mirror) = bench.mirror(options(), move |job, event| {
+        heard.lock().unwrap().push(event.clone());
+        match event {
+            JobEvent::Ready => job.ask(Verb::Complete).unwrap(),
+            JobEvent::Status(status) if *status == at => job.ask(Verb::Cancel(Force::Hard)).unwrap(),
+            _ => {}
+        }
+    });
+    bench.run(mirror.run(), || ());
+    let said = said.lock().unwrap();
+    assert!(said.contains(&JobEvent::Cancelled), "{at:?}: {said:?}");
+    assert!(!said.iter().any(|event| matches!(event, JobEvent::Completed(_))), "{at:?}: {said:?}");
+    assert!(Arc::ptr_eq(&bench.export.node(), &bench.source), "{at:?}: guests stay where they are");
+}
+
+#[test]
+fn a_cancel_that_is_accepted_in_the_last_moment_is_the_end() {
+    cancelled_at(JobStatus::Waiting);
+    cancelled_at(JobStatus::Pending);
+}
+
+fn ready_job() -> Arc<Job> {
+    let job = Job::start("job0".to_owned(), JobOptions::default(), Arc::new(|_: &Job, _: &JobEvent| ()));
+    job.become_status(JobStatus::Ready);
+    job
+}
+
+#[test]
+fn an_end_is_not_begun_against_a_verb_that_was_accepted_meanwhile() {
+    for verb in [Verb::Pause, Verb::Cancel(Force::Hard)] {
+        let job = ready_job();
+        job.ask(Verb::Complete).unwrap();
+        job.ask(verb).unwrap();
+        assert!(!job.leave_ready(End::Complete), "{verb:?}");
+        assert_eq!(job.status(), JobStatus::Ready, "{verb:?}");
+    }
+    let job = ready_job();
+    job.ask(Verb::Cancel(Force::Soft)).unwrap();
+    assert!(!job.leave_ready(End::Complete), "another end is wanted");
+    assert!(job.leave_ready(End::Copy));
+}
+
+#[test]
+fn when_the_last_step_has_begun_no_verb_is_accepted() {
+    let job = ready_job();
+    job.ask(Verb::Complete).unwrap();
+    assert!(job.leave_ready(End::Complete) && job.commit());
+    assert!(job.ask(Verb::Cancel(Force::Hard)).is_err());
+    let job = ready_job();
+    job.ask(Verb::Complete).unwrap();
+    assert!(job.leave_ready(End::Complete));
+    job.ask(Verb::Cancel(Force::Hard)).unwrap();
+    assert!(!job.commit(), "the cancel came first");
+}
+
+// ---------------------------------------------------------------------- flushes that fail (seeds 668, 901)
+
+#[test]
+fn zeroes_that_the_target_only_showed_are_written_when_its_first_flush_fails() {
+    let (source, target) = (disk(0), disk(0xff));
+    target.fill_cache(0);
+    target.fail_flushes(1);
+    let bench = Bench::new(source, Arc::clone(&target));
+    assert_eq!(complete(&bench, options(), || ()), JobEvent::Completed(None));
+    assert_eq!(target.durable(), vec![0; SECTORS * SECTOR]);
+}
+
+#[test]
+fn what_was_copied_before_a_flush_that_fails_is_copied_again() {
+    let (source, target) = (disk(7), disk(0));
+    target.fail_flushes(2);
+    let bench = Bench::new(source, Arc::clone(&target));
+    assert_eq!(complete(&bench, options(), || ()), JobEvent::Completed(None));
+    assert_eq!(target.durable(), vec![7; SECTORS * SECTOR]);
+}
+
+#[test]
+fn a_copy_of_which_a_part_had_landed_when_a_flush_failed_is_copied_again() {
+    let (source, target) = (disk(1), disk(0));
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let (mut asked, mut held) = (false, false);
+    bench.run(mirror.run(), || match (job.status(), held) {
+        (JobStatus::Ready, false) => {
+            target.hold_writes();
+            let tracked = bench.export.enter().now_or_never().expect("the gate is open");
+            let data = Bytes::from(vec![2; 4 * SECTOR]);
+            tracked.write(0, data, Durability::Cached).now_or_never().expect("at once").unwrap();
+            held = true;
+        }
+        (JobStatus::Ready, true) if target.held() > 0 && !asked => {
+            target.fail_flushes(1);
+            job.ask(Verb::Complete).unwrap();
+            asked = true;
+        }
+        (_, true) if asked && !target.will_fail() => target.release(),
+        _ => {}
+    });
+    assert_eq!(job.status(), JobStatus::Null);
+    assert_eq!(target.durable(), source.shown());
+}
+
+// ---------------------------------------------------------------------- answers that make no sense
+
+#[test]
+fn what_lies_in_a_gap_between_two_extents_is_copied() {
+    let (source, target) = (disk(7), disk(0));
+    source.says(|range| {
+        let sector = |offset| ByteRange::from_bounds(offset, offset + 512);
+        let ends = [sector(range.offset()), sector(range.end() - 512)];
+        ends.map(|range| Extent { range, status: ExtentStatus::Hole }).to_vec()
+    });
+    let bench = Bench::new(source, Arc::clone(&target));
+    assert_eq!(complete(&bench, options(), || ()), JobEvent::Completed(None));
+    assert_eq!(target.shown(), vec![7; SECTORS * SECTOR]);
+}

@@ -1,0 +1,7 @@
+//! Any bytes as a qcow2 image that is opened and read.
+#![no_main]
+
+#[path = "../harness/qcow2.rs"]
+mod harness;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| harness::open(data));
