@@ -30,8 +30,13 @@ pub enum Role {
         /// The job's id.
         job: String,
     },
-    /// Is the lower layer of another node.
+    /// Is the lower layer of another node, through which its bytes are written.
     Child {
+        /// The upper node.
+        of: NodeName,
+    },
+    /// Is what another node stands on: read through it, and not to change meanwhile.
+    Backing {
         /// The upper node.
         of: NodeName,
     },
@@ -218,8 +223,12 @@ fn conflicts(present: &Role, wanted: &Role) -> bool {
         (Role::MirrorSource { .. }, Role::MirrorSource { .. }) => true,
         // Windows of one node stand side by side; who attaches them sees to it that none shows another's bytes.
         (Role::Child { .. }, Role::Child { .. }) => false,
+        // Several overlays may stand on one node, which nobody changes. Copying it is reading it.
+        (Role::Backing { .. }, Role::Backing { .. } | Role::MirrorSource { .. })
+        | (Role::MirrorSource { .. }, Role::Backing { .. }) => false,
         // What is written through the upper node passes this one by: nobody may rely on hearing of it here.
-        (Role::Child { .. }, other) | (other, Role::Child { .. }) => {
+        (Role::Child { .. } | Role::Backing { .. }, other)
+        | (other, Role::Child { .. } | Role::Backing { .. }) => {
             !matches!(other, Role::Export { writable: false, .. })
         }
         _ => false,

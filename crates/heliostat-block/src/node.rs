@@ -14,7 +14,7 @@ use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{Driver, Preallocation};
+use crate::driver::{Driver, Preallocation, Qcow2};
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
@@ -143,6 +143,27 @@ impl Node {
     #[must_use]
     pub const fn latencies(&self) -> &Latencies {
         &self.latencies
+    }
+
+    /// The image that it is in, where it is in one.
+    #[must_use]
+    pub fn image(&self) -> Option<&Arc<Qcow2>> {
+        match self.blocks.below() {
+            Driver::Qcow2(image) => Some(image),
+            Driver::Raw(_) => None,
+        }
+    }
+
+    /// Bytes that it allocates at once, where it allocates at all.
+    #[must_use]
+    pub fn cluster_size(&self) -> Option<u64> {
+        self.image().map(|image| image.layout().cluster_size())
+    }
+
+    /// Says whether it names a node below it that is not there: what it does not hold may read otherwise later.
+    #[must_use]
+    pub fn lacks_backing(&self) -> bool {
+        self.image().is_some_and(|image| image.lacks_backing())
     }
 
     /// The node below, which holds what this one does not.

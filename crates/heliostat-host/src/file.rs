@@ -23,6 +23,7 @@ use crate::length::Length;
 use crate::lock::{self, OpenFile, User};
 use crate::open::{Discard, Flush, OpenOptions};
 use crate::pace::Pace;
+use crate::pinned::Identity;
 use crate::probe::Shape;
 use crate::ring;
 use crate::writeback::Writeback;
@@ -102,6 +103,14 @@ impl FileStorage {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Which file it is, whatever its names.
+    ///
+    /// # Errors
+    /// When the host cannot say.
+    pub fn identity(&self) -> io::Result<Identity> {
+        Ok(Identity::of(&rustix::fs::fstat(self.cached.as_fd())?))
     }
 
     /// Says whether it is a block device, not a file.

@@ -12,6 +12,7 @@ mod length;
 pub mod lock;
 pub mod open;
 mod pace;
+pub mod pinned;
 mod probe;
 mod readiness;
 mod ring;

@@ -236,11 +236,27 @@ impl OpenError {
         }
     }
 
-    fn io(path: &Path, what: &'static str, error: impl Into<io::Error>) -> Self {
+    /// The same error of the same file under the name that people know.
+    fn of(mut self, name: &Path) -> Self {
+        match &mut self {
+            Self::Missing { path }
+            | Self::Exists { path }
+            | Self::Denied { path, .. }
+            | Self::ReadOnly { path }
+            | Self::NotADisk { path, .. }
+            | Self::Locked { path, .. }
+            | Self::Busy { path }
+            | Self::NoDirect { path, .. }
+            | Self::Io { path, .. } => name.clone_into(path),
+        }
+        self
+    }
+
+    pub(crate) fn io(path: &Path, what: &'static str, error: impl Into<io::Error>) -> Self {
         Self::Io { path: path.to_owned(), what, error: error.into() }
     }
 
-    fn from_open(path: &Path, attempt: Attempt, errno: Errno) -> Self {
+    pub(crate) fn from_open(path: &Path, attempt: Attempt, errno: Errno) -> Self {
         let path = path.to_owned();
         match errno {
             Errno::NOENT if attempt != Attempt::Create => Self::Missing { path },
@@ -271,6 +287,12 @@ impl FileStorage {
         let metadata = rustix::fs::stat(path).map_err(|e| OpenError::from_open(path, Attempt::Read, e))?;
         check_kind(path, FileType::from_raw_mode(metadata.st_mode))?;
         Self::from_file(path, open_file(path, options)?, options)
+    }
+
+    /// [`FileStorage::open`] of the file that `way` leads to and `name` is shown for.
+    pub(crate) fn open_by_way_of(name: &Path, way: &Path, options: &OpenOptions) -> Result<Self, OpenError> {
+        let opened = open_file(way, options).map_err(|error| error.of(name))?;
+        Self::from_file(name, opened, options)
     }
 
     /// Makes a sparse image of `size` bytes at `path`. `options` say how it is opened then, which is always
@@ -391,7 +413,7 @@ impl Drop for RemoveOnFailure<'_> {
     }
 }
 
-fn check_kind(path: &Path, kind: FileType) -> Result<(), OpenError> {
+pub(crate) fn check_kind(path: &Path, kind: FileType) -> Result<(), OpenError> {
     let kind = match kind {
         FileType::RegularFile | FileType::BlockDevice => return Ok(()),
         FileType::Directory => DIRECTORY,

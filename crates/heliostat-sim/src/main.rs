@@ -127,7 +127,8 @@ impl Search {
         }
         let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!(
-            "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met; {} requests by lanes",
+            "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met; {} requests by \
+             lanes",
             seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors, seen.on_lanes
         );
     }

@@ -105,8 +105,8 @@ impl World {
         }
     }
 
-    /// Ends the run, as a power cut does: nothing that is due happens any more. What waits here holds storages and nodes, and they
-    /// hold this world, so it would never go away by itself.
+    /// Ends the run, as a power cut does: nothing that is due happens any more. What waits here holds storages and
+    /// nodes, and they hold this world, so it would never go away by itself.
     pub(crate) fn end(&self) {
         let due = {
             let mut state = self.state();

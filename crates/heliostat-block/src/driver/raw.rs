@@ -18,7 +18,12 @@ pub struct Raw {
     len: AtomicU64,
     /// Whether it is all of the storage, and ends where that does.
     is_whole: bool,
+    /// It must never begin as an image does.
+    is_guarded: bool,
 }
+
+/// What a format is recognised by, at a disk's start: qcow2's is "QFI\xfb".
+const MAGICS: [&[u8]; 1] = [b"QFI\xfb"];
 
 /// Why a window does not fit.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +50,15 @@ impl Raw {
     /// All of `storage`.
     #[must_use]
     pub fn whole(storage: Arc<dyn Storage>) -> Self {
-        Self { start: 0, len: AtomicU64::new(storage.size()), is_whole: true, storage }
+        Self { start: 0, len: AtomicU64::new(storage.size()), is_whole: true, is_guarded: false, storage }
+    }
+
+    /// The same, but what would make its start look like an image is not written: for a disk that nobody said to be
+    /// raw. Else a guest could write an image's header, and whoever guesses the next time would open the files that it
+    /// names.
+    #[must_use]
+    pub fn guarded(self) -> Self {
+        Self { is_guarded: true, ..self }
     }
 
     /// The part of `storage` that starts at `offset` and has `size` bytes, or reaches to the end.
@@ -67,7 +80,8 @@ impl Raw {
             return Err(WindowError::Unaligned { window, block_size });
         }
         let is_whole = window.offset() == 0 && window.end() == there;
-        Ok(Self { start: window.offset(), len: AtomicU64::new(window.len()), is_whole, storage })
+        let len = AtomicU64::new(window.len());
+        Ok(Self { start: window.offset(), len, is_whole, is_guarded: false, storage })
     }
 
     fn shifted(&self, range: ByteRange) -> ByteRange {
@@ -78,7 +92,9 @@ impl Raw {
         self.storage.traits()
     }
 
-    pub(crate) fn size(&self) -> u64 {
+    /// Its length in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
         self.len.load(Ordering::Acquire)
     }
 
@@ -109,6 +125,9 @@ impl Raw {
     }
 
     pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        if self.is_guarded && forges(offset, &data) {
+            return IoFuture::ready(Err(io::Error::from_raw_os_error(EPERM)));
+        }
         self.storage.write(self.start + offset, data, durability)
     }
 
@@ -148,5 +167,41 @@ impl Raw {
 
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         self.storage.start_writeback(self.shifted(range));
+    }
+}
+
+/// What QEMU's guests get for this, too: "operation not permitted" on Linux.
+const EPERM: i32 = 1;
+
+/// Says whether `data`, written at `offset`, completes the start of an image. Of writes that bring only some of those
+/// bytes, the last one brings only right ones: so none that does is let through.
+fn forges(offset: u64, data: &[u8]) -> bool {
+    MAGICS.iter().any(|magic| {
+        let Some(rest) = usize::try_from(offset).ok().and_then(|from| magic.get(from..)) else { return false };
+        let len = rest.len().min(data.len());
+        len > 0 && rest[..len] == data[..len]
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_would_begin_an_image_is_a_forgery() {
+        let table: [(u64, &[u8], bool); 9] = [
+            (0, b"QFI\xfb\0\0\0\x03", true),
+            (0, b"QFI\xfb", true),
+            (0, b"QF", true),
+            (2, b"I\xfb and more", true),
+            (0, b"QFIx and more", false),
+            (1, b"QFI\xfb", false),
+            (4, b"QFI\xfb", false),
+            (u64::MAX - 8, b"QFI\xfb", false),
+            (0, b"", false),
+        ];
+        for (offset, data, expected) in table {
+            assert_eq!(forges(offset, data), expected, "{offset} {data:?}");
+        }
     }
 }

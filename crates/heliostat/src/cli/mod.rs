@@ -4,9 +4,11 @@
 //! bytes are touched through nodes only. Called by `main.rs`.
 
 mod address;
+mod check;
 mod compare;
 mod completions;
 mod control;
+mod create;
 pub mod demo;
 mod ending;
 mod image;
@@ -46,7 +48,9 @@ enum Verb {
     Serve(serve::Serve),
     Mirror(mirror::Mirror),
     Job(job::Job),
+    Create(create::Create),
     Info(info::Inspect),
+    Check(check::Check),
     Compare(compare::Compare),
     Completions(completions::Completions),
 }
@@ -58,7 +62,9 @@ impl Verb {
             Self::Serve(serve) => serve.run(form),
             Self::Mirror(mirror) => mirror.run(form),
             Self::Job(job) => job.run(form),
+            Self::Create(create) => create.run(form),
             Self::Info(info) => info.run(form),
+            Self::Check(check) => check.run(form),
             Self::Compare(compare) => compare.run(form),
             Self::Completions(completions) => completions.run(),
         }

@@ -25,6 +25,8 @@ pub enum Outcome {
     Done,
     /// Not as asked, and that is the answer: images differ, a proof does not hold, a job failed.
     No,
+    /// An answer that has a status of its own.
+    Status(u8),
     /// A person or the service manager ended it, with the signal of this number.
     Interrupted(u8),
 }
@@ -36,6 +38,7 @@ impl Outcome {
         match self {
             Self::Done => 0,
             Self::No => 1,
+            Self::Status(status) => status,
             Self::Interrupted(signal) => 128 + signal,
         }
     }

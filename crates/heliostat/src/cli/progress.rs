@@ -205,7 +205,8 @@ impl Drop for Meter {
     }
 }
 
-fn bar(name: &str) -> ProgressBar {
+/// A line that redraws itself.
+pub fn bar(name: &str) -> ProgressBar {
     let template = "{prefix} [{bar:24}] {pos:>3} % {wide_msg}";
     let style = ProgressStyle::with_template(template).expect("a constant that a test has shown to be right");
     let bar = ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stderr_with_hz(10));

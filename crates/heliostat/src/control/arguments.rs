@@ -139,6 +139,16 @@ fn check_kind(value: &Value, kind: &Kind, name: &str, path: &str) -> Result<(), 
         (Kind::NodeRef, Value::String(_)) => Ok(()),
         (Kind::NodeRef, Value::Object(object)) => check_record(object, &NODE, &format!("{path}{name}.")),
         (Kind::NodeRef, _) => wrong("BlockdevRef"),
+        (Kind::NodeRefOrNull, Value::Null) => Ok(()),
+        (Kind::NodeRefOrNull, Value::String(_) | Value::Object(_)) => {
+            check_kind(value, &Kind::NodeRef, name, path)
+        }
+        (Kind::NodeRefOrNull, _) => wrong("BlockdevRefOrNull"),
+        (Kind::WordOrObject(words, ..), Value::String(word)) => check_word(word, words, name),
+        (Kind::WordOrObject(_, record, _), Value::Object(object)) => {
+            check_record(object, record, &format!("{path}{name}."))
+        }
+        (Kind::WordOrObject(.., choice), _) => wrong(choice),
     }
 }
 

@@ -88,6 +88,10 @@ pub enum Kind {
     Object(&'static Record),
     /// A node's name, or what a node is to be.
     NodeRef,
+    /// The same, or `null` for none.
+    NodeRefOrNull,
+    /// A word, or an object; and QEMU's name of that choice.
+    WordOrObject(&'static [&'static str], &'static Record, &'static str),
 }
 
 const fn required(name: &'static str, kind: Kind, about: &'static str) -> Member {
@@ -151,6 +155,53 @@ const RAW: &[Member] = &[
     optional("size", Kind::Int, "how long it is in bytes; default: up to the end"),
 ];
 
+const OVERLAPS: Kind = Kind::Word(&["none", "constant", "cached", "all"]);
+static OVERLAP_FLAGS: Record = record(&[
+    optional("template", OVERLAPS, "accepted, all are always checked"),
+    optional("main-header", Kind::Flag, "accepted, always checked"),
+    optional("active-l1", Kind::Flag, "accepted, always checked"),
+    optional("active-l2", Kind::Flag, "accepted, always checked"),
+    optional("refcount-table", Kind::Flag, "accepted, always checked"),
+    optional("refcount-block", Kind::Flag, "accepted, always checked"),
+    optional("snapshot-table", Kind::Flag, "accepted, always checked"),
+    optional("inactive-l1", Kind::Flag, "accepted, always checked"),
+    optional("inactive-l2", Kind::Flag, "accepted, of no effect"),
+    optional("bitmap-directory", Kind::Flag, "accepted, of no effect"),
+]);
+
+const KEY: &[Member] = &[optional("key-secret", Kind::Text, "not supported")];
+static ENCRYPTION: Record = Record {
+    members: &[required("format", Kind::Word(&["aes", "luks"]), "not supported")],
+    cases: Some(Cases { tag: "format", by_word: &[("aes", KEY), ("luks", KEY)] }),
+};
+
+const QCOW2: &[Member] = &[
+    required("file", Kind::NodeRef, "the node that holds the image"),
+    optional(
+        "backing",
+        Kind::NodeRefOrNull,
+        "what the image stands on; null: nothing; default: the file that it names, if the gate for such names allows \
+         that",
+    ),
+    optional("lazy-refcounts", Kind::Flag, "accepted, of no effect: reference counts are always up to date"),
+    optional("pass-discard-request", Kind::Flag, "accepted; follows `discard`"),
+    optional("pass-discard-snapshot", Kind::Flag, "accepted, of no effect"),
+    optional("pass-discard-other", Kind::Flag, "accepted; always on"),
+    optional("discard-no-unref", Kind::Flag, "accepted, of no effect"),
+    optional(
+        "overlap-check",
+        Kind::WordOrObject(&["none", "constant", "cached", "all"], &OVERLAP_FLAGS, "Qcow2OverlapChecks"),
+        "accepted; what is cheap to know is always checked",
+    ),
+    optional("cache-size", Kind::Int, "memory for all tables in bytes; default: what the image needs, to 32 MiB"),
+    optional("l2-cache-size", Kind::Int, "memory for the mapping; counts towards the whole"),
+    optional("l2-cache-entry-size", Kind::Int, "accepted; we choose ourselves"),
+    optional("refcount-cache-size", Kind::Int, "memory for reference counts; counts towards the whole"),
+    optional("cache-clean-interval", Kind::Int, "accepted, of no effect"),
+    optional("encrypt", Kind::Object(&ENCRYPTION), "not supported"),
+    optional("data-file", Kind::NodeRef, "the node that holds the data; default: the file that the image names"),
+];
+
 const NULL: &[Member] = &[
     optional("size", Kind::Int, "how long it is in bytes; default 1 GiB"),
     optional("latency-ns", Kind::Uint64, "accepted, of no effect"),
@@ -162,7 +213,7 @@ pub static NODE: Record = Record {
     members: &[
         required(
             "driver",
-            Kind::Word(&["file", "host_device", "null-co", "raw"]),
+            Kind::Word(&["file", "host_device", "null-co", "qcow2", "raw"]),
             "how the node keeps its bytes",
         ),
         optional("node-name", Kind::Text, "its name; required but for a node below another"),
@@ -189,7 +240,13 @@ pub static NODE: Record = Record {
     ],
     cases: Some(Cases {
         tag: "driver",
-        by_word: &[("file", FILE), ("host_device", FILE), ("null-co", NULL), ("raw", RAW)],
+        by_word: &[
+            ("file", FILE),
+            ("host_device", FILE),
+            ("null-co", NULL),
+            ("qcow2", QCOW2),
+            ("raw", RAW),
+        ],
     }),
 };
 
@@ -305,7 +362,7 @@ pub static COMMANDS: &[Command] = &[
     command(
         "query-named-block-nodes",
         "Lists the nodes, newest first.",
-        &record(&[optional("flat", Kind::Flag, "leave out the nodes below in each; they always are")]),
+        &record(&[optional("flat", Kind::Flag, "leave out what each stands on; default false")]),
     ),
     command("query-block", "Lists devices of a guest. There are none: always empty.", &NOTHING),
     command(

@@ -3,12 +3,14 @@
 
 use std::path::PathBuf;
 
+use heliostat_block::driver::qcow2::error::FormatError;
 use heliostat_block::driver::raw::WindowError;
 use heliostat_block::error::InvalidGranularity;
 use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_host::open::OpenError;
 
+use super::gate::GateError;
 use crate::front::nbd::ExportError;
 
 /// Why the daemon refuses something. Nothing has changed then.
@@ -38,6 +40,46 @@ pub enum DaemonError {
     /// The node is a job's.
     #[error("Node '{0}' is busy: block device is in use by block job: mirror")]
     NodeBusy(NodeName),
+    /// The node has an overlay.
+    #[error("Node '{node}' is busy: node is used as backing hd of '{of}'")]
+    NodeIsBacking {
+        /// The node.
+        node: NodeName,
+        /// The overlay.
+        of: NodeName,
+    },
+    /// The node's bytes are no file's: another cannot be put on top of them.
+    #[error(
+        "Node '{0}' is not all of a file, a block device or a raw disk, and nothing else can hold an image or be seen \
+         through a window yet"
+    )]
+    NotAFile(NodeName),
+    /// The image cannot be used.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// What an image stands on cannot be had.
+    #[error("Could not open backing file: {0}")]
+    Backing(#[source] Box<DaemonError>),
+    /// An image may not open what it names.
+    #[error(transparent)]
+    Gate(#[from] GateError),
+    /// An image of which only itself says that it is one wants to open other files.
+    #[error(
+        "{} looks like a qcow2 image that stands on another file ('{name}'), but a guest could have written that onto a \
+         raw disk; if it is an image, say so with --format qcow2, else with --format raw", path.display()
+    )]
+    Guess {
+        /// The image.
+        path: PathBuf,
+        /// What it names.
+        name: String,
+    },
+    /// An argument for tables contradicts another, or the image.
+    #[error("{0}")]
+    Tables(String),
+    /// The host gives no way to do I/O.
+    #[error("cannot start the I/O engine: {0}")]
+    Engine(std::io::Error),
     /// The node was opened for another and goes with it.
     #[error("Node {0} is not owned by the monitor")]
     NodeNotOwned(NodeName),
@@ -234,14 +276,18 @@ pub enum DaemonError {
 
 impl From<OpenError> for DaemonError {
     fn from(source: OpenError) -> Self {
-        let text = match &source {
-            OpenError::Locked { conflict, .. } => conflict.to_string(),
-            _ => {
-                let reason = rustix::io::Errno::from_raw_os_error(source.errno());
-                format!("Could not open '{}': {}", source.path().display(), strerror(reason))
-            }
-        };
-        Self::Open { text, source }
+        Self::Open { text: open_text(&source), source }
+    }
+}
+
+/// QEMU's text for a file that cannot be used.
+pub(super) fn open_text(error: &OpenError) -> String {
+    match error {
+        OpenError::Locked { conflict, .. } => conflict.to_string(),
+        _ => {
+            let reason = rustix::io::Errno::from_raw_os_error(error.errno());
+            format!("Could not open '{}': {}", error.path().display(), strerror(reason))
+        }
     }
 }
 

@@ -203,10 +203,18 @@ impl Daemon {
 
     fn check_target(&self, target: &Arc<Node>) -> Result<(), DaemonError> {
         let is_a_jobs = |role: &Role| matches!(role, Role::MirrorSource { .. } | Role::MirrorTarget { .. });
-        if self.graph.roles(target).iter().any(is_a_jobs) {
+        let roles = self.graph.roles(target);
+        if roles.iter().any(is_a_jobs) {
             return Err(DaemonError::NodeBusy(target.name().clone()));
         }
-        Ok(())
+        let overlay = roles.into_iter().find_map(|role| match role {
+            Role::Backing { of } => Some(of),
+            _ => None,
+        });
+        match overlay {
+            Some(of) => Err(DaemonError::NodeIsBacking { node: target.name().clone(), of }),
+            None => Ok(()),
+        }
     }
 
     fn check_replaces(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<(), DaemonError> {
@@ -296,6 +304,7 @@ fn granularity(asked: Option<u32>, size: u64) -> Result<u32, DaemonError> {
 pub(super) fn conflict(node: NodeName, present: &Role, writes: bool) -> DaemonError {
     let unnamed = format!("an unnamed block device (uses node '{node}' as 'root' child)");
     let (user, user_writes) = match present {
+        Role::Backing { of } => return DaemonError::NodeIsBacking { node, of: of.clone() },
         Role::Child { of } => (format!("node '{of}' (uses node '{node}' as 'file' child)"), true),
         Role::Export { writable, .. } => (unnamed.clone(), *writable),
         Role::MirrorSource { .. } | Role::MirrorTarget { .. } => (unnamed.clone(), writes),

@@ -7,6 +7,7 @@
 mod error;
 mod events;
 mod exports;
+mod gate;
 mod jobs;
 mod lanes;
 mod mirror;
@@ -26,7 +27,10 @@ pub use events::{Event, Happening, Subscription, Watch};
 pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
 pub use jobs::JobEntry;
 pub use mirror::MirrorSpec;
-pub use nodes::{CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Sharing};
+pub use gate::{Gate, Probing, resolved};
+pub use nodes::{
+    BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache,
+};
 pub use shutdown::ShutdownError;
 
 use events::Events;
@@ -39,6 +43,8 @@ use shutdown::Quit;
 /// The nodes, exports and jobs of one process. Used from any thread.
 pub struct Daemon {
     graph: Arc<Graph>,
+    /// What images may open.
+    gate: Gate,
     clock: Arc<dyn Clock>,
     events: Arc<Events>,
     /// Held by every call that adds or removes a node, an export or a job, so that what it has checked still
@@ -54,10 +60,17 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Makes a daemon without nodes.
+    /// Makes a daemon without nodes, whose images open nothing but what is in their own directories.
     #[must_use]
     pub fn new() -> Arc<Self> {
+        Self::with_gate(Gate::default())
+    }
+
+    /// Makes a daemon without nodes, whose images open other files through `gate`.
+    #[must_use]
+    pub fn with_gate(gate: Gate) -> Arc<Self> {
         Arc::new(Self {
+            gate,
             graph: Arc::default(),
             clock: Arc::new(RealClock::new()),
             events: Arc::default(),
@@ -200,7 +213,7 @@ mod tests {
         let daemon = with_two_nodes();
         let raw = |name: &str, offset, size, read_only| {
             let driver =
-                DriverSpec::Raw { file: Child::Named("source".to_owned()), offset, size: Some(size) };
+                DriverSpec::Raw { file: Child::Named("source".to_owned()), offset, size: Some(size), is_guess: false };
             NodeSpec { read_only, ..NodeSpec::new(Some(name.to_owned()), driver) }
         };
         daemon.add_node(&raw("first", 0, 4096, false)).unwrap();
@@ -218,7 +231,7 @@ mod tests {
     fn a_window_of_a_window_starts_where_the_first_one_does() {
         let daemon = Daemon::new();
         let raw = |name: &str, file, offset, size| {
-            NodeSpec::new(Some(name.to_owned()), DriverSpec::Raw { file, offset, size })
+            NodeSpec::new(Some(name.to_owned()), DriverSpec::Raw { file, offset, size, is_guess: false })
         };
         let below = Child::New(Box::new(null("disk", 1 << 20)));
         let node = daemon.add_node(&raw("first", below, 65536, None)).unwrap();

@@ -2,10 +2,8 @@
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use heliostat_block::node::Discard;
-use heliostat_block::storage::Storage;
 use heliostat_host::file::FileStorage;
 use heliostat_host::open::{self, Access, Cache, Flush, Locking, OpenError, OpenOptions};
 
@@ -16,7 +14,7 @@ pub(super) fn open_file(
     file: &FileSpec,
     spec: &NodeSpec,
     driver: &'static str,
-) -> Result<Arc<dyn Storage>, DaemonError> {
+) -> Result<FileStorage, DaemonError> {
     let wants_device = driver == "host_device";
     let wrong_kind = || {
         // QEMU takes character devices too, which no disk is.
@@ -27,12 +25,24 @@ pub(super) fn open_file(
         };
         DaemonError::WrongKind { driver, path: file.path.clone(), wanted }
     };
+    let options = options(spec, file.sharing);
+    let storage = FileStorage::open(&file.path, &options).map_err(|error| match error {
+        OpenError::NotADisk { .. } if error.errno() != rustix::io::Errno::ISDIR.raw_os_error() => {
+            wrong_kind()
+        }
+        error => error.into(),
+    })?;
+    if storage.is_device() == wants_device { Ok(storage) } else { Err(wrong_kind()) }
+}
+
+/// How the host is asked to open what a node keeps its bytes in.
+pub(super) fn options(spec: &NodeSpec, sharing: Sharing) -> OpenOptions {
     let access = match (spec.read_only, spec.auto_read_only) {
         (true, _) => Access::ReadOnly,
         (false, true) => Access::ReadWriteIfAllowed,
         (false, false) => Access::ReadWrite,
     };
-    let options = OpenOptions {
+    OpenOptions {
         access,
         cache: if spec.cache.direct { Cache::Direct } else { Cache::Page },
         flush: if spec.cache.no_flush { Flush::Ignore } else { Flush::Honor },
@@ -40,18 +50,12 @@ pub(super) fn open_file(
             Discard::Unmap => open::Discard::Unmap,
             Discard::Ignore | Discard::ZeroesOnly => open::Discard::Ignore,
         },
-        locking: match file.sharing {
+        locking: match sharing {
             Sharing::Locked => Locking::Auto,
+            Sharing::Still => Locking::Still,
             Sharing::Anything => Locking::Off,
         },
-    };
-    let storage = FileStorage::open(&file.path, &options).map_err(|error| match error {
-        OpenError::NotADisk { .. } if error.errno() != rustix::io::Errno::ISDIR.raw_os_error() => {
-            wrong_kind()
-        }
-        error => error.into(),
-    })?;
-    if storage.is_device() == wants_device { Ok(Arc::new(storage)) } else { Err(wrong_kind()) }
+    }
 }
 
 /// Says whether there is a block device.

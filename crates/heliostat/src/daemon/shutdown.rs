@@ -71,9 +71,9 @@ impl Daemon {
         self.end_serving();
         self.enter(Stage::Flush);
         let flushed = flush(&self.graph.nodes());
-        self.close_nodes();
+        let closed = self.close_nodes();
         self.enter(Stage::Over);
-        flushed.map_err(ShutdownError)
+        flushed.and(closed).map_err(ShutdownError)
     }
 
     /// Says in one line what [`Daemon::shutdown`] is waiting for.

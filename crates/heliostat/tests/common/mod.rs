@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test file is a program of its own and uses only its part of this")]
 
 pub mod process;
+pub mod qcow2;
 pub mod qmp;
 pub mod wait;
 

@@ -181,6 +181,28 @@ fn is_it(event: &Value, name: &str, of: &str) -> bool {
     is_of && (event["event"] == *name || data["status"] == *name)
 }
 
+/// Takes away what an image takes of its host, and what those take that it stands on.
+fn forget_space(image: &mut Value) {
+    if let Some(image) = image.as_object_mut() {
+        image.remove("actual-size");
+        if let Some(below) = image.get_mut("backing-image") {
+            forget_space(below);
+        }
+    }
+}
+
+/// The same with the keys of all objects in order.
+fn in_order(value: &Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let map: BTreeMap<_, _> = map.iter().map(|(key, value)| (key.clone(), in_order(value))).collect();
+            Value::Object(map.into_iter().collect())
+        }
+        Value::Array(list) => list.iter().map(in_order).collect(),
+        other => other.clone(),
+    }
+}
+
 /// Drops pairs of a pause and a going-on that QEMU says around the drains inside another command.
 fn drop_drains(events: &mut Vec<Value>) {
     let status = |event: &Value| event["data"]["status"].as_str().unwrap_or_default().to_owned();
@@ -236,9 +258,8 @@ fn comparable(command: &str, mut reply: Value) -> Value {
             "query-block-exports" => keep(item, &["node-name", "shutting-down", "type", "id"]),
             // Depends on the file system and the moment.
             "query-named-block-nodes" => {
-                if let Some(image) = item["image"].as_object_mut() {
-                    image.remove("actual-size");
-                }
+                forget_space(&mut item["image"]);
+                *item = in_order(item);
             }
             _ => {}
         }

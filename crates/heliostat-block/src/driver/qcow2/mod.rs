@@ -9,8 +9,10 @@
 
 pub mod bitmap_directory;
 mod bitmaps;
+pub mod check;
 mod commit;
 mod compressed;
+pub mod create;
 pub mod entry;
 pub mod error;
 mod extension;
@@ -64,6 +66,8 @@ pub struct Qcow2 {
     /// Where guest data is, if not in `file`.
     data_file: Option<ImageFile>,
     backing: Option<Arc<Node>>,
+    /// The image names a backing file, and it was opened without.
+    lacks_backing: bool,
     /// Its persistent dirty bitmaps; empty where it is not written.
     bitmaps: Vec<StoredBitmap>,
     /// Held for look-ups and changes, never across I/O.
@@ -127,6 +131,19 @@ impl Qcow2 {
     #[must_use]
     pub fn header(&self) -> Header {
         self.lock().header.clone()
+    }
+
+    /// How it is laid out.
+    #[must_use]
+    pub const fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Says whether the image names a backing file and was opened without one. What it does not hold reads as zero
+    /// now, and as something else later.
+    #[must_use]
+    pub const fn lacks_backing(&self) -> bool {
+        self.lacks_backing
     }
 
     /// What is below it.
@@ -204,6 +221,12 @@ impl Qcow2 {
 
     fn backing_size(&self) -> u64 {
         self.backing.as_ref().map_or(0, |backing| backing.size())
+    }
+
+    /// Where what is below ends, for whoever wants to know whether it would show through a hole. Ends nowhere where it
+    /// is missing and its size not known.
+    fn below_end(&self) -> u64 {
+        if self.lacks_backing { u64::MAX } else { self.backing_size() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

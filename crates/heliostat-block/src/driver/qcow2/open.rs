@@ -140,6 +140,7 @@ impl Qcow2 {
             size: AtomicU64::new(state.header.size),
             file,
             data_file: options.data_file.map(ImageFile::new),
+            lacks_backing: options.backing.is_none() && state.header.backing_file.is_some(),
             backing: options.backing,
             bitmaps,
             state: Mutex::new(state),

@@ -169,6 +169,7 @@ impl State {
         let l1 = self.l1_entry(guest);
         match l1.table(layout)? {
             Some(table) if l1.is_copied() => {
+                self.check_counted(ByteRange::from_bounds(table, table + layout.cluster_size()))?;
                 let start = self.slices.start_of(table + layout.l2_index(guest) * layout.l2_entry_size());
                 self.slice(start, Kind::L2).map(|_| ())
             }
@@ -226,6 +227,11 @@ impl State {
     /// refcount block that can have counted it.
     pub(crate) fn check_in_place(&self, host: ByteRange) -> Result<(), Corruption> {
         self.check_overlap(host)?;
+        self.check_counted(host)
+    }
+
+    /// That there is a refcount block that can have counted what is at `host`.
+    fn check_counted(&self, host: ByteRange) -> Result<(), Corruption> {
         let last = self.layout.cluster_index(host.end().saturating_sub(1));
         let index = usize_from(self.layout.refcount_table_index(last));
         match self.refcount_table.get(index) {

@@ -126,7 +126,7 @@ impl Qcow2 {
         IoFuture::pending(async move {
             self.make_room().await?;
             let whole = self.whole_units(range, self.layout.cluster_size());
-            if whole.is_empty() || (self.layout.version < 3 && self.backing.is_some()) {
+            if whole.is_empty() || (self.layout.version < 3 && self.below_end() > 0) {
                 // Version 2 cannot say "zero": what is below would come back.
                 return Ok(());
             }
@@ -157,7 +157,7 @@ impl Qcow2 {
         let mut at = range.offset();
         while at < range.end() {
             let rest = ByteRange::from_bounds(at, range.end());
-            at = self.attempt(|state| state.change(rest, change, self.backing_size())).await?;
+            at = self.attempt(|state| state.change(rest, change, self.below_end())).await?;
             if self.lock().slices.wants_commit() {
                 self.make_room().await?;
             }
@@ -221,7 +221,7 @@ impl Qcow2 {
         let segments = segments_of(cluster, layout, ByteRange::from_bounds(range.offset(), end));
         let is_zero = |at: u64, source: Source| match source {
             Source::Zero => true,
-            Source::Backing => at >= self.backing_size(),
+            Source::Backing => at >= self.below_end(),
             Source::Host(_) | Source::Compressed(_) => false,
         };
         Ok(end == range.end() && segments.iter().all(|part| is_zero(part.range.offset(), part.source)))
@@ -238,7 +238,7 @@ impl Qcow2 {
     /// Zeroes where entries cannot say so: version 2, or an external data file that must be a raw image by itself.
     async fn zero_without_entries(&self, range: ByteRange, space: ZeroSpace) -> io::Result<()> {
         let layout = self.layout;
-        let may_unmap = space == ZeroSpace::MayUnmap && self.backing.is_none() && self.data_file.is_none();
+        let may_unmap = space == ZeroSpace::MayUnmap && self.below_end() == 0 && self.data_file.is_none();
         let mut at = range.offset();
         while at < range.end() {
             let cluster = ByteRange::from_bounds(

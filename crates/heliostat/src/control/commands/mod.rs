@@ -3,6 +3,7 @@
 //! Nothing is decided here that the command line would have to decide again; that is the daemon's. Called by a
 //! client's thread, which may block.
 
+mod describe;
 mod exports;
 mod jobs;
 mod mirror;
@@ -11,6 +12,8 @@ mod nodes;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
+
+pub use describe::{Depth, image_info};
 
 use super::arguments::Arguments;
 use super::refusal::{Class, Refusal};
@@ -45,7 +48,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         }
         "blockdev-add" => nodes::add(daemon, arguments),
         "blockdev-del" => nodes::delete(daemon, arguments),
-        "query-named-block-nodes" => Ok(nodes::query(daemon)),
+        "query-named-block-nodes" => Ok(describe::nodes(daemon, arguments)),
         "nbd-server-start" => exports::start_server(daemon, arguments),
         "nbd-server-stop" => exports::stop_server(daemon),
         "block-export-add" => exports::add(daemon, arguments),

@@ -1,4 +1,4 @@
-//! `blockdev-add`, `blockdev-del`, `query-named-block-nodes`.
+//! `blockdev-add` and `blockdev-del`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
 use super::not_there;
-use crate::daemon::{CacheUse, Child, Daemon, DriverSpec, FileSpec, NodeEntry, NodeSpec, Sharing};
+use crate::daemon::{
+    BackingSpec, CacheUse, Child, Daemon, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
+};
 
 /// How long a node over nothing is when nothing is said, as in QEMU.
 const NULL_SIZE_DEFAULT: u64 = 1 << 30;
@@ -84,20 +86,74 @@ fn driver_spec(arguments: Arguments<'_>, own: Inherited) -> Result<DriverSpec, R
             let size = bytes(arguments, "size")?.unwrap_or(NULL_SIZE_DEFAULT);
             Ok(DriverSpec::NullCo { size, read_zeroes: arguments.flag("read-zeroes").unwrap_or(false) })
         }
+        "qcow2" => Ok(DriverSpec::Qcow2(Box::new(qcow2_spec(arguments, own)?))),
         _ => {
-            let file = match (arguments.text("file"), arguments.object("file")) {
-                (Some(name), _) => Child::Named(name.to_owned()),
-                // What the node above lets through, the one below need not filter again.
-                (None, Some(child)) => {
-                    let above = Inherited { discard: Discard::Unmap, ..own };
-                    Child::New(Box::new(node_spec(child, above)?))
-                }
-                (None, None) => return Err(Refusal::new("Parameter 'file' is missing")),
-            };
+            let file = child(arguments, "file", own.passed_on())?;
             let offset = bytes(arguments, "offset")?.unwrap_or(0);
-            Ok(DriverSpec::Raw { file, offset, size: bytes(arguments, "size")? })
+            Ok(DriverSpec::Raw {
+                file: file.ok_or_else(file_is_missing)?,
+                offset,
+                size: bytes(arguments, "size")?,
+                is_guess: false,
+            })
         }
     }
+}
+
+fn file_is_missing() -> Refusal {
+    Refusal::new("Parameter 'file' is missing")
+}
+
+impl Inherited {
+    /// For a node that holds another's bytes. What the node above lets through, it need not filter again.
+    fn passed_on(self) -> Self {
+        Self { discard: Discard::Unmap, ..self }
+    }
+
+    /// For a node that another stands on, which is not to be written.
+    fn stood_on(self) -> Self {
+        Self { read_only: true, auto_read_only: false, discard: Discard::default(), ..self }
+    }
+}
+
+/// A node by its name, or as one that is to be made.
+fn child(arguments: Arguments<'_>, name: &str, above: Inherited) -> Result<Option<Child>, Refusal> {
+    match (arguments.text(name), arguments.object(name)) {
+        (Some(name), _) => Ok(Some(Child::Named(name.to_owned()))),
+        (None, Some(object)) => Ok(Some(Child::New(Box::new(node_spec(object, above)?)))),
+        (None, None) => Ok(None),
+    }
+}
+
+fn qcow2_spec(arguments: Arguments<'_>, own: Inherited) -> Result<Qcow2Spec, Refusal> {
+    if let Some(format) = arguments.object("encrypt").and_then(|encrypt| encrypt.text("format")) {
+        // An image that is encrypted is refused as such.
+        return Err(Refusal::new(format!(
+            "No encryption in image header, but options specified format '{format}'"
+        )));
+    }
+    let file = child(arguments, "file", own.passed_on())?.ok_or_else(file_is_missing)?;
+    let backing = match child(arguments, "backing", own.stood_on())? {
+        Some(child) => BackingSpec::Given(child),
+        None if arguments.has("backing") => BackingSpec::Nothing,
+        None => BackingSpec::FromImage,
+    };
+    if arguments.int("cache-clean-interval").is_some_and(|seconds| u32::try_from(seconds).is_err()) {
+        return Err(Refusal::new("Cache clean interval too big"));
+    }
+    Ok(Qcow2Spec {
+        backing,
+        data_file: child(arguments, "data-file", own.passed_on())?,
+        cache: TableCache {
+            total: bytes(arguments, "cache-size")?,
+            maps: bytes(arguments, "l2-cache-size")?,
+            counts: bytes(arguments, "refcount-cache-size")?,
+            piece: bytes(arguments, "l2-cache-entry-size")?,
+        },
+        lazy_refcounts: arguments.flag("lazy-refcounts").unwrap_or(false),
+        sharing: if own.force_share { Sharing::Anything } else { Sharing::Locked },
+        ..Qcow2Spec::new(file)
+    })
 }
 
 fn file_spec(arguments: Arguments<'_>, own: Inherited) -> Result<FileSpec, Refusal> {
@@ -120,47 +176,4 @@ fn bytes(arguments: Arguments<'_>, name: &str) -> Result<Option<u64>, Refusal> {
     bytes
         .map(Some)
         .map_err(|_| Refusal::new(format!("Value '{number}' is out of range for parameter '{name}'")))
-}
-
-pub(super) fn query(daemon: &Arc<Daemon>) -> Value {
-    daemon.nodes().iter().map(described).collect()
-}
-
-fn described(entry: &NodeEntry) -> Value {
-    let NodeEntry { node, driver, path, cache, .. } = entry;
-    let path = path.to_string_lossy();
-    let mut image = json!({ "virtual-size": node.size(), "filename": path, "format": driver });
-    if let Some(allocated) = node.allocated_size() {
-        image["actual-size"] = json!(allocated);
-    }
-    if matches!(*driver, "file" | "host_device") {
-        image["format-specific"] = json!({ "type": "file", "data": {} });
-    }
-    if *driver != "null-co" {
-        image["dirty-flag"] = json!(false);
-    }
-    let detect_zeroes = match node.options().detect_zeroes {
-        DetectZeroes::Off => "off",
-        DetectZeroes::On => "on",
-        DetectZeroes::Unmap => "unmap",
-    };
-    json!({
-        "iops_rd": 0,
-        "detect_zeroes": detect_zeroes,
-        "active": true,
-        "image": image,
-        "iops_wr": 0,
-        "ro": node.options().read_only,
-        "node-name": node.name().as_str(),
-        "backing_file_depth": 0,
-        "drv": driver,
-        "iops": 0,
-        "bps_wr": 0,
-        "write_threshold": 0,
-        "encrypted": false,
-        "bps": 0,
-        "bps_rd": 0,
-        "cache": { "no-flush": cache.no_flush, "direct": cache.direct, "writeback": true },
-        "file": path,
-    })
 }

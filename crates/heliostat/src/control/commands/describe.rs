@@ -1,0 +1,203 @@
+//! `query-named-block-nodes`: what nodes are, in QEMU's words; and what images say of themselves.
+//!
+//! Looks at what is known already and opens nothing. `heliostat info` shows the same of an image.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use heliostat_block::driver::Qcow2;
+use heliostat_block::driver::qcow2::header::{Compression, Header, compatible, incompatible};
+use heliostat_block::driver::qcow2::snapshot::Snapshot;
+use heliostat_block::node::DetectZeroes;
+use serde_json::{Map, Value, json};
+
+use super::super::arguments::Arguments;
+use crate::daemon::{Daemon, NodeEntry, resolved};
+
+/// How much is said of what an image stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// The image alone.
+    Flat,
+    /// All of its chain.
+    Chain,
+}
+
+pub(super) fn nodes(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Value {
+    let depth = if arguments.flag("flat") == Some(true) { Depth::Flat } else { Depth::Chain };
+    let nodes = daemon.nodes();
+    nodes.iter().map(|entry| described(&nodes, entry, depth)).collect()
+}
+
+fn described(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value {
+    let NodeEntry { node, driver, cache, .. } = entry;
+    let detect_zeroes = match node.options().detect_zeroes {
+        DetectZeroes::Off => "off",
+        DetectZeroes::On => "on",
+        DetectZeroes::Unmap => "unmap",
+    };
+    let below = match depth {
+        Depth::Flat => 0,
+        Depth::Chain => std::iter::successors(backing(nodes, entry), |entry| backing(nodes, entry)).count(),
+    };
+    let mut described = json!({
+        "iops_rd": 0,
+        "detect_zeroes": detect_zeroes,
+        "active": true,
+        "image": image_info(nodes, entry, depth),
+        "iops_wr": 0,
+        "ro": node.options().read_only,
+        "node-name": node.name().as_str(),
+        "backing_file_depth": below,
+        "drv": driver,
+        "iops": 0,
+        "bps_wr": 0,
+        "write_threshold": 0,
+        "encrypted": false,
+        "bps": 0,
+        "bps_rd": 0,
+        "cache": { "no-flush": cache.no_flush, "direct": cache.direct, "writeback": true },
+        "file": filename(nodes, entry),
+    });
+    if let Some(backing) = backing(nodes, entry) {
+        described["backing_file"] = json!(filename(nodes, backing));
+    }
+    described
+}
+
+/// The node among `nodes` that `entry` stands on.
+fn backing<'a>(nodes: &'a [NodeEntry], entry: &NodeEntry) -> Option<&'a NodeEntry> {
+    find(nodes, entry.backing.as_ref()?.as_str())
+}
+
+fn find<'a>(nodes: &'a [NodeEntry], name: &str) -> Option<&'a NodeEntry> {
+    nodes.iter().find(|entry| entry.node.name().as_str() == name)
+}
+
+/// What QEMU says of an image (`ImageInfo`).
+#[must_use]
+pub fn image_info(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value {
+    let NodeEntry { node, driver, .. } = entry;
+    let mut info = json!({
+        "virtual-size": virtual_size(entry),
+        "filename": filename(nodes, entry),
+        "format": driver,
+    });
+    if let Some(allocated) = node.allocated_size() {
+        info["actual-size"] = json!(allocated);
+    }
+    if matches!(*driver, "file" | "host_device") {
+        info["format-specific"] = json!({ "type": "file", "data": {} });
+    }
+    if let Some(image) = node.image() {
+        describe_image(&mut info, entry, image);
+    }
+    if let (Depth::Chain, Some(backing)) = (depth, backing(nodes, entry)) {
+        info["backing-image"] = image_info(nodes, backing, depth);
+    }
+    if *driver != "null-co" {
+        let is_dirty =
+            node.image().is_some_and(|image| image.header().incompatible & incompatible::DIRTY != 0);
+        info["dirty-flag"] = json!(is_dirty);
+    }
+    info
+}
+
+/// The size that is seen. A file that holds an image grows; QEMU counts it in sectors.
+fn virtual_size(entry: &NodeEntry) -> u64 {
+    match &entry.storage {
+        Some(storage) if entry.driver == "file" => storage.size().next_multiple_of(512),
+        _ => entry.node.size(),
+    }
+}
+
+fn describe_image(info: &mut Value, entry: &NodeEntry, image: &Qcow2) {
+    let header = image.header();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    info["cluster-size"] = json!(header.layout.cluster_size());
+    if !entry.snapshots.is_empty() {
+        info["snapshots"] = entry.snapshots.iter().map(snapshot_info).collect();
+    }
+    if let Some(name) = &header.backing_file {
+        info["backing-filename"] = json!(text(name));
+        info["full-backing-filename"] = json!(resolved(name, &entry.path));
+    }
+    if let Some(format) = &header.backing_format {
+        info["backing-filename-format"] = json!(text(format));
+    }
+    info["format-specific"] = json!({ "type": "qcow2", "data": format_specific(&header) });
+}
+
+fn snapshot_info(snapshot: &Snapshot) -> Value {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let second = 1_000_000_000;
+    let mut info = json!({
+        "vm-clock-nsec": snapshot.guest_nanoseconds % second,
+        "name": text(&snapshot.name),
+        "date-sec": snapshot.seconds,
+        "date-nsec": snapshot.nanoseconds,
+        "vm-clock-sec": snapshot.guest_nanoseconds / second,
+        "id": text(&snapshot.id),
+        "vm-state-size": snapshot.vm_state_size,
+    });
+    if let Some(count) = snapshot.icount {
+        info["icount"] = json!(count);
+    }
+    info
+}
+
+fn format_specific(header: &Header) -> Value {
+    let mut data = Map::new();
+    let mut put = |name: &str, value: Value| data.insert(name.to_owned(), value);
+    let is_first_version = header.layout.version < 3;
+    put("compat", json!(if is_first_version { "0.10" } else { "1.1" }));
+    put(
+        "compression-type",
+        json!(match header.compression {
+            Compression::Deflate => "zlib",
+            Compression::Zstd => "zstd",
+        }),
+    );
+    put("refcount-bits", json!(header.layout.refcount_bits()));
+    if !is_first_version {
+        put("lazy-refcounts", json!(header.compatible & compatible::LAZY_REFCOUNTS != 0));
+        put("corrupt", json!(header.incompatible & incompatible::CORRUPT != 0));
+        put("extended-l2", json!(header.layout.extended_l2));
+    }
+    if header.has_external_data() {
+        if let Some(name) = &header.data_file {
+            put("data-file", json!(String::from_utf8_lossy(name)));
+        }
+        put("data-file-raw", json!(header.is_data_file_raw()));
+    }
+    Value::Object(data)
+}
+
+/// How QEMU names what a node shows: a path, unless the operator said what it stands on.
+fn filename(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
+    if entry.backing_is_given {
+        return format!("json:{}", definition(nodes, entry));
+    }
+    entry.path.to_string_lossy().into_owned()
+}
+
+/// What would make the same node, with its keys in order, as QEMU writes it.
+fn definition(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
+    let text = |path: &Path| Value::from(path.to_string_lossy()).to_string();
+    let child = || {
+        let child = entry.child.as_ref().and_then(|child| find(nodes, child.as_str()));
+        child.map_or_else(|| "null".to_owned(), |child| definition(nodes, child))
+    };
+    match entry.driver {
+        "qcow2" => {
+            let backing = match backing(nodes, entry) {
+                _ if !entry.backing_is_given => String::new(),
+                Some(backing) => format!("\"backing\": {}, ", definition(nodes, backing)),
+                None => "\"backing\": null, ".to_owned(),
+            };
+            format!("{{{backing}\"driver\": \"qcow2\", \"file\": {}}}", child())
+        }
+        "raw" => format!("{{\"driver\": \"raw\", \"file\": {}}}", child()),
+        driver => format!("{{\"driver\": \"{driver}\", \"filename\": {}}}", text(&entry.path)),
+    }
+}

@@ -1,0 +1,445 @@
+//! The nodes of a daemon as an operator made them: opened, listed, removed.
+//!
+//! What images need beyond that stands in [`qcow2`].
+//!
+//! A node whose child it made shares the child's storage: there is one open file, one lock, one path for the
+//! bytes. The child is a node too, so that it can be named and seen, and has a place that keeps it.
+
+mod qcow2;
+mod spec;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use heliostat_block::driver::null::{NullStorage, ReadsZero};
+use heliostat_block::driver::qcow2::snapshot::Snapshot;
+use heliostat_block::driver::{Driver, Raw};
+use heliostat_block::graph::{Place, Role};
+use heliostat_block::name::NodeName;
+use heliostat_block::node::{DetectZeroes, Discard, Node};
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::Storage;
+use heliostat_host::file::FileStorage;
+use heliostat_host::pinned::Identity;
+use heliostat_host::runtime;
+
+use super::open::open_file;
+use super::{Daemon, DaemonError};
+
+pub use spec::{
+    BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
+};
+
+/// The most nodes in one daemon. Each holds an open file; a host gives a process 1,024 of them by default.
+const NODES_MAX: usize = 512;
+
+/// The most nodes on top of each other in one order: more than any chain that makes sense, far less than what
+/// would exhaust a stack.
+const DEPTH_MAX: usize = 32;
+
+/// The largest disk: whole sectors, as many as the host's file offsets can count.
+const SIZE_MAX: u64 = (1 << 63) - 512;
+
+/// A node as an operator made it.
+#[derive(Clone)]
+pub struct NodeEntry {
+    /// The node.
+    pub node: Arc<Node>,
+    /// QEMU's name of its driver.
+    pub driver: &'static str,
+    /// The file at the bottom; empty where there is none.
+    pub path: PathBuf,
+    /// The storage that it stands on, alone or not.
+    pub storage: Option<Arc<dyn Storage>>,
+    /// The name of the node below, through which its bytes go.
+    pub child: Option<NodeName>,
+    /// The name of the node that holds what this one does not.
+    pub backing: Option<NodeName>,
+    /// The operator said what it stands on; else the image did.
+    pub backing_is_given: bool,
+    /// The snapshots in the image.
+    pub snapshots: Vec<Snapshot>,
+    /// How the page cache is used.
+    pub cache: CacheUse,
+}
+
+impl NodeEntry {
+    fn new(node: Arc<Node>, driver: &'static str, path: PathBuf, cache: CacheUse) -> Self {
+        Self {
+            node,
+            driver,
+            path,
+            storage: None,
+            child: None,
+            backing: None,
+            backing_is_given: false,
+            snapshots: Vec::new(),
+            cache,
+        }
+    }
+}
+
+/// The nodes, oldest first.
+#[derive(Default)]
+pub(super) struct Nodes {
+    list: Vec<Record>,
+}
+
+struct Record {
+    below: Below,
+    /// Keep the nodes below.
+    _places: Vec<Arc<Place>>,
+    /// Made by an operator, who removes it; else made for the node above, with which it goes.
+    is_owned: bool,
+}
+
+/// What is needed of a node to put another on top of it.
+#[derive(Clone)]
+struct Below {
+    entry: NodeEntry,
+    /// Where in its storage the node starts.
+    start: u64,
+    /// Which file its storage is.
+    identity: Option<Identity>,
+}
+
+/// What is known on the way down, while nodes are made.
+#[derive(Clone, Copy)]
+struct Making {
+    /// How many more may be made below.
+    depth: usize,
+    is_owned: bool,
+}
+
+impl Daemon {
+    /// Opens a node and all that has to be made below it.
+    ///
+    /// # Errors
+    /// [`DaemonError`] by what is wrong with a name, a file or a window.
+    pub fn add_node(&self, spec: &NodeSpec) -> Result<Arc<Node>, DaemonError> {
+        let _change = self.begin_change()?;
+        if spec.name.is_none() {
+            return Err(DaemonError::NodeNameMissing);
+        }
+        let there = self.lock_nodes().list.len();
+        let made = self.make_node(spec, Making { depth: DEPTH_MAX, is_owned: true });
+        if made.is_err() {
+            // What was made below it goes. Nothing was written to it.
+            let _ = self.drop_unused_from(there);
+        }
+        Ok(made?.entry.node)
+    }
+
+    /// Removes a node that nobody uses, after a flush, and what was made below it.
+    ///
+    /// # Errors
+    /// `NodeNameNotFound`, `NodeInUse`, `NodeBusy`, `NodeNotOwned`.
+    pub fn remove_node(&self, name: &str) -> Result<(), DaemonError> {
+        let _change = self.begin_change()?;
+        let node = self.graph.node(name).map_err(|_| DaemonError::NodeNameNotFound(name.to_owned()))?;
+        self.check_removable(&node)?;
+        // As closing a file does: an error has nobody to go to, the operator was told at each flush.
+        let _ = flush(std::slice::from_ref(&node));
+        if let Some(record) = self.forget(name) {
+            let _ = record.close();
+        }
+        self.drop_orphans();
+        Ok(())
+    }
+
+    /// The nodes, newest first, a node before the one below it.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<NodeEntry> {
+        self.lock_nodes().list.iter().rev().map(|record| record.below.entry.clone()).collect()
+    }
+
+    /// The node of that name.
+    ///
+    /// # Errors
+    /// `NodeNotFound`.
+    pub fn node(&self, name: &str) -> Result<Arc<Node>, DaemonError> {
+        self.graph.node(name).map_err(|_| DaemonError::NodeNotFound(name.to_owned()))
+    }
+
+    fn check_removable(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
+        let roles = self.graph.roles(node);
+        let name = || node.name().clone();
+        // QEMU names the user that came last, but for nodes above, of which it speaks only without others.
+        match roles.iter().rev().find(|role| !matches!(role, Role::Child { .. })) {
+            Some(Role::MirrorSource { .. }) => return Err(DaemonError::NodeBusy(name())),
+            Some(Role::Backing { of }) => return Err(DaemonError::NodeIsBacking { node: name(), of: of.clone() }),
+            Some(_) => return Err(DaemonError::NodeInUse(name())),
+            None => {}
+        }
+        if !self.lock_nodes().find(node.name().as_str()).is_some_and(|record| record.is_owned) {
+            return Err(DaemonError::NodeNotOwned(name()));
+        }
+        if roles.is_empty() { Ok(()) } else { Err(DaemonError::NodeIsChild(name())) }
+    }
+
+    fn make_node(&self, spec: &NodeSpec, making: Making) -> Result<Below, DaemonError> {
+        let name = self.check_new(spec, making)?;
+        match &spec.driver {
+            DriverSpec::File(file) => self.make_file(name, spec, making, open_file(file, spec, "file")?, &file.path),
+            DriverSpec::HostDevice(file) => {
+                self.make_file(name, spec, making, open_file(file, spec, "host_device")?, &file.path)
+            }
+            DriverSpec::NullCo { size, .. } if *size > SIZE_MAX => Err(DaemonError::SizeTooLarge),
+            DriverSpec::NullCo { size, read_zeroes } => {
+                let reads_zero = if *read_zeroes { ReadsZero::Promised } else { ReadsZero::Unsaid };
+                let storage: Arc<dyn Storage> = Arc::new(NullStorage::new(*size, reads_zero));
+                let node = self.node_of(name, Driver::Raw(Raw::whole(Arc::clone(&storage))), spec);
+                let entry = NodeEntry::new(node, "null-co", PathBuf::from("null-co://"), spec.cache);
+                let entry = NodeEntry { storage: Some(storage), ..entry };
+                self.keep(Below { entry, start: 0, identity: None }, Vec::new(), making)
+            }
+            DriverSpec::Raw { file, offset, size, is_guess } => {
+                let below = self.child(file, making)?;
+                let (start, raw) = window(&below, *offset, *size)?;
+                let shown = ByteRange::from_bounds(start, start + raw.size());
+                let place = self.attach_child(&below, &name, shown, spec.read_only)?;
+                let raw = if *is_guess { raw.guarded() } else { raw };
+                let node = self.node_of(name, Driver::Raw(raw), spec);
+                let path = below.entry.path.clone();
+                let entry = NodeEntry {
+                    storage: below.entry.storage.clone(),
+                    child: Some(below.entry.node.name().clone()),
+                    ..NodeEntry::new(node, "raw", path, spec.cache)
+                };
+                self.keep(Below { entry, start, identity: below.identity }, vec![place], making)
+            }
+            DriverSpec::Qcow2(image) => self.make_image(name, spec, image, making, None),
+        }
+    }
+
+    /// Checks what can be known of a new node without looking below it. Answers its name.
+    fn check_new(&self, spec: &NodeSpec, making: Making) -> Result<NodeName, DaemonError> {
+        if spec.detect_zeroes == DetectZeroes::Unmap && spec.discard != Discard::Unmap {
+            return Err(DaemonError::DetectZeroes);
+        }
+        let name = match &spec.name {
+            Some(name) => NodeName::new(name)?,
+            None => self.graph.generate_name(),
+        };
+        if self.graph.node(name.as_str()).is_ok() || self.is_filter_name(name.as_str()) {
+            return Err(DaemonError::NodeExists(name.to_string()));
+        }
+        if making.depth == 0 || self.lock_nodes().list.len() >= NODES_MAX {
+            return Err(DaemonError::TooMany { what: "nodes", limit: NODES_MAX });
+        }
+        Ok(name)
+    }
+
+    fn make_file(
+        &self,
+        name: NodeName,
+        spec: &NodeSpec,
+        making: Making,
+        file: FileStorage,
+        path: &Path,
+    ) -> Result<Below, DaemonError> {
+        let identity = file.identity().ok();
+        let driver = if file.is_device() { "host_device" } else { "file" };
+        let storage: Arc<dyn Storage> = Arc::new(file);
+        let node = self.node_of(name, Driver::Raw(Raw::whole(Arc::clone(&storage))), spec);
+        let entry = NodeEntry::new(node, driver, path.to_owned(), spec.cache);
+        let entry = NodeEntry { storage: Some(storage), ..entry };
+        self.keep(Below { entry, start: 0, identity }, Vec::new(), making)
+    }
+
+    fn node_of(&self, name: NodeName, driver: Driver, spec: &NodeSpec) -> Arc<Node> {
+        Node::new(name, driver, spec.options(), Arc::clone(&self.clock))
+    }
+
+    fn child(&self, child: &Child, making: Making) -> Result<Below, DaemonError> {
+        match child {
+            Child::Named(name) => self.below(name),
+            Child::New(spec) => self.make_node(spec, making.below()),
+        }
+    }
+
+    fn below(&self, name: &str) -> Result<Below, DaemonError> {
+        let nodes = self.lock_nodes();
+        let record = nodes.find(name).ok_or_else(|| DaemonError::NodeNotFound(name.to_owned()))?;
+        Ok(record.below.clone())
+    }
+
+    /// Puts `of`, which shows the part `shown` of its storage, on top of `child`.
+    ///
+    /// What a node above another writes passes the lower one by, and the other way round. So no two nodes may
+    /// see each other's bytes where one of them may be written: a bitmap on the one would miss the other's writes.
+    fn attach_child(
+        &self,
+        child: &Below,
+        of: &NodeName,
+        shown: ByteRange,
+        read_only: bool,
+    ) -> Result<Arc<Place>, DaemonError> {
+        let child = &child.entry.node;
+        let in_use = || DaemonError::NodeInUse(child.name().clone());
+        let is_bystander =
+            |role: &Role| matches!(role, Role::Child { .. } | Role::Export { writable: false, .. });
+        if !self.graph.roles(child).iter().all(is_bystander) {
+            return Err(in_use());
+        }
+        let overlaps = self.lock_nodes().list.iter().any(|other| {
+            let is_sibling = other.below.entry.child.as_ref() == Some(child.name());
+            let is_read_only = other.below.entry.node.options().read_only && read_only;
+            is_sibling && !is_read_only && other.below.shown().overlaps(shown)
+        });
+        if overlaps {
+            return Err(in_use());
+        }
+        let role = Role::Child { of: of.clone() };
+        self.graph.attach(child, role).map_err(|_| in_use())
+    }
+
+    fn keep(&self, below: Below, places: Vec<Arc<Place>>, making: Making) -> Result<Below, DaemonError> {
+        let at = self.lock_nodes().list.len();
+        self.keep_at(at, below, places, making)
+    }
+
+    /// Keeps a node as if it had come when there were `at` of them.
+    fn keep_at(
+        &self,
+        at: usize,
+        below: Below,
+        places: Vec<Arc<Place>>,
+        making: Making,
+    ) -> Result<Below, DaemonError> {
+        let node = &below.entry.node;
+        self.graph.add(Arc::clone(node)).map_err(|_| DaemonError::NodeExists(node.name().to_string()))?;
+        let record = Record { below: below.clone(), _places: places, is_owned: making.is_owned };
+        self.lock_nodes().list.insert(at, record);
+        Ok(below)
+    }
+    /// Takes a node out; closing its file is the caller's, without a lock.
+    fn forget(&self, name: &str) -> Option<Record> {
+        self.graph.remove(name).ok()?;
+        let mut nodes = self.lock_nodes();
+        let index = nodes.list.iter().position(|record| record.below.entry.node.name().as_str() == name)?;
+        Some(nodes.list.remove(index))
+    }
+
+    /// Closes the nodes that came last and that nobody uses: all but the first `count`.
+    fn drop_unused_from(&self, count: usize) -> Result<(), String> {
+        self.drop_each(|daemon, list| {
+            let newest_first = list.iter().skip(count).rev();
+            newest_first.map(Record::node).find(|node| daemon.graph.roles(node).is_empty()).cloned()
+        })
+    }
+
+    /// Removes nodes that were made for others and that nobody uses any more.
+    pub(super) fn drop_orphans(&self) {
+        // As in `remove_node`.
+        let _ = self.drop_each(|daemon, list| {
+            let made_for_others = list.iter().filter(|record| !record.is_owned);
+            made_for_others.map(Record::node).find(|node| daemon.graph.roles(node).is_empty()).cloned()
+        });
+    }
+
+    /// Closes every node that nobody uses.
+    pub(super) fn close_nodes(&self) -> Result<(), String> {
+        self.drop_unused_from(0)
+    }
+
+    /// Removes nodes one by one, as long as `next` finds one. The first error is told; the others are closed all the
+    /// same.
+    fn drop_each(&self, next: impl Fn(&Self, &[Record]) -> Option<Arc<Node>>) -> Result<(), String> {
+        let mut closed = Ok(());
+        loop {
+            let found = next(self, &self.lock_nodes().list);
+            match found.and_then(|node| self.forget(node.name().as_str())) {
+                Some(record) => closed = closed.and(record.close()),
+                None => return closed,
+            }
+        }
+    }
+
+    fn lock_nodes(&self) -> MutexGuard<'_, Nodes> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Nodes {
+    fn find(&self, name: &str) -> Option<&Record> {
+        self.list.iter().find(|record| record.below.entry.node.name().as_str() == name)
+    }
+}
+
+impl Record {
+    const fn node(&self) -> &Arc<Node> {
+        &self.below.entry.node
+    }
+
+    /// Leaves its image in order. What is below it is let go of afterwards.
+    fn close(self) -> Result<(), String> {
+        let node = Arc::clone(self.node());
+        if node.image().is_none() {
+            return Ok(());
+        }
+        let closed = runtime::block_on(node.close()).map_err(|error| error.to_string())?;
+        closed.map_err(|error| error.to_string())
+    }
+}
+
+impl Making {
+    /// What is known for a node that is made for another.
+    const fn below(self) -> Self {
+        Self { depth: self.depth - 1, is_owned: false }
+    }
+}
+
+impl Below {
+    /// The part of its storage that it shows. An image grows.
+    fn shown(&self) -> ByteRange {
+        let size = if self.entry.node.image().is_some() { u64::MAX } else { self.entry.node.size() };
+        ByteRange::from_bounds(self.start, self.start.saturating_add(size))
+    }
+
+    /// Its bytes as a storage of their own, for what cannot do with a part of one.
+    fn storage(&self) -> Result<Arc<dyn Storage>, DaemonError> {
+        let whole = self.entry.storage.as_ref().filter(|storage| {
+            let is_all = self.start == 0 && self.entry.node.size() == storage.size();
+            is_all && self.entry.node.image().is_none()
+        });
+        whole.cloned().ok_or_else(|| DaemonError::NotAFile(self.entry.node.name().clone()))
+    }
+}
+
+/// The part of the node below that starts at `offset`, and where that is in their common storage.
+fn window(below: &Below, offset: u64, size: Option<u64>) -> Result<(u64, Raw), DaemonError> {
+    let Some(storage) = below.entry.storage.as_ref().filter(|_| below.entry.node.image().is_none()) else {
+        return Err(DaemonError::NotAFile(below.entry.node.name().clone()));
+    };
+    let there = below.entry.node.size();
+    if offset > there {
+        return Err(DaemonError::OffsetOutside { offset, there });
+    }
+    let len = size.unwrap_or_else(|| there.saturating_sub(offset));
+    if offset.checked_add(len).is_none_or(|end| end > there) {
+        return Err(DaemonError::Outside { offset, size: len, there });
+    }
+    if size.is_some_and(|size| !size.is_multiple_of(512)) {
+        return Err(DaemonError::SizeUnaligned);
+    }
+    let start = below.start + offset;
+    Ok((start, Raw::window(Arc::clone(storage), start, Some(len))?))
+}
+
+/// Makes durable what has been written to `nodes`.
+///
+/// # Errors
+/// The first; the others are flushed all the same.
+pub(super) fn flush(nodes: &[Arc<Node>]) -> Result<(), String> {
+    let work = async {
+        let mut failed = Ok(());
+        for node in nodes.iter().filter(|node| !node.options().read_only) {
+            if let Err(error) = node.enter().await.flush().await {
+                failed = failed.and(Err(error.to_string()));
+            }
+        }
+        failed
+    };
+    runtime::block_on(work).unwrap_or_else(|error| Err(error.to_string()))
+}
