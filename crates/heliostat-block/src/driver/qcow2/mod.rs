@@ -329,7 +329,7 @@ impl Qcow2 {
             // The next commit writes it, and writes it again if it fails: a table that is written here and lost by
             // a flush that fails would be linked all the same.
             Some(content) => state.put_table(host.offset(), &content),
-            // What is known need not be read: its first users are waiting.
+            // It is in the file as it is. What is known need not be read: its first users are waiting.
             None => state.slices.insert_zeroes(host, Kind::L2),
         }
         state.link_table(index, host.offset());
