@@ -359,3 +359,6 @@ impl Qcow2 {
         let _ = self.file.flush().await;
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod fault_tests;
