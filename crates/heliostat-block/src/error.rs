@@ -63,6 +63,12 @@ impl BlockError {
         self.range
     }
 
+    /// Why, in the words of what is below; without the node and the place.
+    #[must_use]
+    pub fn cause(&self) -> String {
+        self.source.as_ref().map_or_else(|| self.to_string(), ToString::to_string)
+    }
+
     /// The host's error number, where one is known.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {

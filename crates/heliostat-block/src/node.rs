@@ -193,6 +193,14 @@ impl Node {
         Ok(())
     }
 
+    /// Takes on the size that what is below has now, when another node has changed that.
+    pub async fn follow_size(self: &Arc<Self>) {
+        let _drained = self.drain().await;
+        let Driver::Raw(raw) = self.driver() else { return };
+        raw.follow_size();
+        self.size.store(raw.size(), Ordering::Release);
+    }
+
     /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
     ///
     /// # Errors

@@ -16,8 +16,8 @@ pub struct Raw {
     start: u64,
     /// Changed by a resize only.
     len: AtomicU64,
-    /// Whether it is all of the storage, and ends where that does.
-    is_whole: bool,
+    /// Whether it ends where the storage does, and goes on doing so when that is made longer or shorter.
+    is_open_ended: bool,
     /// It must never begin as an image does.
     is_guarded: bool,
 }
@@ -50,7 +50,7 @@ impl Raw {
     /// All of `storage`.
     #[must_use]
     pub fn whole(storage: Arc<dyn Storage>) -> Self {
-        Self { start: 0, len: AtomicU64::new(storage.size()), is_whole: true, is_guarded: false, storage }
+        Self { start: 0, len: AtomicU64::new(storage.size()), is_open_ended: true, is_guarded: false, storage }
     }
 
     /// The same, but what would make its start look like an image is not written: for a disk that nobody said to be
@@ -79,9 +79,9 @@ impl Raw {
         if !aligned(window.offset()) || !aligned(window.end()) {
             return Err(WindowError::Unaligned { window, block_size });
         }
-        let is_whole = window.offset() == 0 && window.end() == there;
+        let is_open_ended = window.offset() == 0 && window.end() == there;
         let len = AtomicU64::new(window.len());
-        Ok(Self { start: window.offset(), len, is_whole, is_guarded: false, storage })
+        Ok(Self { start: window.offset(), len, is_open_ended, is_guarded: false, storage })
     }
 
     fn shifted(&self, range: ByteRange) -> ByteRange {
@@ -108,17 +108,31 @@ impl Raw {
         self.storage.size().saturating_sub(self.start)
     }
 
-    /// Makes the storage `size` bytes long, and the window with it.
+    /// The same, but it ends where the storage does, whatever is made of that.
+    #[must_use]
+    pub fn open_ended(self) -> Self {
+        Self { is_open_ended: true, ..self }
+    }
+
+    /// Makes the window `size` bytes long, and the storage as long as that takes.
     ///
     /// # Errors
-    /// As [`Storage::set_size`]; `Unsupported` where it shows a part only.
+    /// As [`Storage::set_size`]; `Unsupported` where it does not reach to the storage's end.
     pub(crate) async fn resize(&self, size: u64) -> io::Result<()> {
-        if !self.is_whole {
+        if !self.is_open_ended {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        self.storage.set_size(size).await?;
+        let end = self.start.checked_add(size).ok_or(io::ErrorKind::FileTooLarge)?;
+        self.storage.set_size(end).await?;
         self.len.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// Takes note that the storage has become longer or shorter.
+    pub(crate) fn follow_size(&self) {
+        if self.is_open_ended {
+            self.len.store(self.end(), Ordering::Release);
+        }
     }
 
     pub(crate) fn allocated_size(&self) -> Option<u64> {

@@ -362,6 +362,15 @@ pub static COMMANDS: &[Command] = &[
         &record(&[required("node-name", Kind::Text, "the node")]),
     ),
     command(
+        "block_resize",
+        "Makes a node longer or shorter; clients of its exports see the new size when they connect again.",
+        &record(&[
+            optional("device", Kind::Text, "a device; there are none"),
+            optional("node-name", Kind::Text, "the node"),
+            required("size", Kind::Int, "the new size in bytes"),
+        ]),
+    ),
+    command(
         "query-named-block-nodes",
         "Lists the nodes, newest first.",
         &record(&[optional("flat", Kind::Flag, "leave out what each stands on; default false")]),

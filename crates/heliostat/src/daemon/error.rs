@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use heliostat_block::driver::qcow2::error::FormatError;
 use heliostat_block::driver::raw::WindowError;
-use heliostat_block::error::InvalidGranularity;
+use heliostat_block::error::{BlockError, InvalidGranularity};
 use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_host::open::OpenError;
@@ -253,6 +253,32 @@ pub enum DaemonError {
     /// An export has clients, and was to be removed only without.
     #[error("export '{0}' still in use")]
     ExportInUse(String),
+    /// No such node, where a device and a node are told apart.
+    #[error("Cannot find device='{device}' nor node-name='{node}'")]
+    NoDeviceNorNode {
+        /// The device; empty where none was said.
+        device: String,
+        /// The node; empty where none was said.
+        node: String,
+    },
+    /// A size below zero.
+    #[error("Parameter 'size' expects a >0 size")]
+    ResizeSize,
+    /// A size that no disk can have.
+    #[error("offset({0}) exceeds maximum(9223372035781033984)")]
+    ResizeTooLarge(u64),
+    /// The operator has said how long it is.
+    #[error("Cannot resize fixed-size raw disks")]
+    ResizeFixed,
+    /// The node may not be written.
+    #[error("Image is read-only")]
+    ResizeReadOnly,
+    /// What is below has the size that it has.
+    #[error("Image format driver does not support resize")]
+    ResizeUnsupported,
+    /// The image or the host refuses the new size.
+    #[error("{}", .0.cause())]
+    Resize(BlockError),
     /// The host gives no memory for a mirror's bitmaps.
     #[error("cannot start job '{job}': {error}")]
     Bitmaps {

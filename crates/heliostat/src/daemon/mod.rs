@@ -13,6 +13,7 @@ mod lanes;
 mod mirror;
 mod nodes;
 mod open;
+mod resize;
 mod shutdown;
 
 use std::sync::atomic::{AtomicBool, Ordering};

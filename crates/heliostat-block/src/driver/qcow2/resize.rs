@@ -121,7 +121,7 @@ impl Qcow2 {
             return invalid("The new size must be a multiple of 512");
         }
         if self.layout.l1_entries_for(size) * 8 > L1_SIZE_MAX {
-            return invalid("The new size is too large for the image's clusters");
+            return invalid("Failed to grow the L1 table: File too large");
         }
         let has_snapshots = self.lock().header.snapshots.len > 0;
         if has_snapshots && (self.layout.version < 3 || size < self.size()) {

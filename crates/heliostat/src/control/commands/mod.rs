@@ -8,6 +8,7 @@ mod exports;
 mod jobs;
 mod mirror;
 mod nodes;
+mod resize;
 
 use std::sync::Arc;
 
@@ -48,6 +49,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         }
         "blockdev-add" => nodes::add(daemon, arguments),
         "blockdev-del" => nodes::delete(daemon, arguments),
+        "block_resize" => resize::resize(daemon, arguments),
         "query-named-block-nodes" => Ok(describe::nodes(daemon, arguments)),
         "nbd-server-start" => exports::start_server(daemon, arguments),
         "nbd-server-stop" => exports::stop_server(daemon),

@@ -64,6 +64,8 @@ pub struct NodeEntry {
     pub bitmaps: Vec<BitmapEntry>,
     /// How the page cache is used.
     pub cache: CacheUse,
+    /// The operator said how long it is.
+    pub is_fixed: bool,
 }
 
 impl NodeEntry {
@@ -79,6 +81,7 @@ impl NodeEntry {
             snapshots: Vec::new(),
             bitmaps: Vec::new(),
             cache,
+            is_fixed: false,
         }
     }
 }
@@ -212,6 +215,7 @@ impl Daemon {
                 let entry = NodeEntry {
                     storage: below.entry.storage.clone(),
                     child: Some(below.entry.node.name().clone()),
+                    is_fixed: size.is_some(),
                     ..NodeEntry::new(node, "raw", path, spec.cache)
                 };
                 self.keep(Below { entry, start, identity: below.identity }, vec![place], making)
@@ -432,7 +436,8 @@ fn window(below: &Below, offset: u64, size: Option<u64>) -> Result<(u64, Raw), D
         return Err(DaemonError::SizeUnaligned);
     }
     let start = below.start + offset;
-    Ok((start, Raw::window(Arc::clone(storage), start, Some(len))?))
+    let raw = Raw::window(Arc::clone(storage), start, Some(len))?;
+    Ok((start, if size.is_none() && !below.entry.is_fixed { raw.open_ended() } else { raw }))
 }
 
 /// Makes durable what has been written to `nodes`.

@@ -1,0 +1,111 @@
+//! Making a node longer or shorter while it is in use.
+//!
+//! Refused where somebody relies on the size: a mirror, an overlay, a node above. Exports go on: their clients are told
+//! the size when they connect, and requests beyond the new end are refused like any that lies outside.
+
+use std::sync::Arc;
+
+use heliostat_block::driver::Preallocation;
+use heliostat_block::error::{BlockError, ErrorKind};
+use heliostat_block::graph::Role;
+use heliostat_block::node::Node;
+use heliostat_host::runtime;
+
+use super::{Daemon, DaemonError, NodeEntry};
+
+/// The largest disk that QEMU takes; its refusal names the number.
+const SIZE_MAX: u64 = 9_223_372_035_781_033_984;
+
+impl Daemon {
+    /// Makes the node `name` `size` bytes long. Requests wait meanwhile, and so do other changes.
+    ///
+    /// # Errors
+    /// `NoDeviceNorNode`, `ResizeSize`, `NodeBusy`, `NodeIsBacking`, `PermissionConflict`, `ResizeTooLarge`,
+    /// `ResizeFixed`, `ResizeReadOnly`, `ResizeUnsupported`; `Resize` when the image or the host refuses. The size is
+    /// as it was then.
+    pub fn resize_node(
+        &self,
+        name: &str,
+        size: i64,
+        preallocation: Preallocation,
+    ) -> Result<(), DaemonError> {
+        let _change = self.begin_change()?;
+        let nodes = self.nodes();
+        let entry = nodes.iter().find(|entry| entry.node.name().as_str() == name);
+        let entry = entry.ok_or_else(|| DaemonError::NoDeviceNorNode {
+            device: String::new(),
+            node: name.to_owned(),
+        })?;
+        let size = u64::try_from(size).map_err(|_| DaemonError::ResizeSize)?;
+        self.check_resizable(&entry.node)?;
+        if size > SIZE_MAX {
+            return Err(DaemonError::ResizeTooLarge(size));
+        }
+        let below = lower(&nodes, entry);
+        if entry.node.image().is_none() && std::iter::once(entry).chain(below.clone()).any(|it| it.is_fixed) {
+            return Err(DaemonError::ResizeFixed);
+        }
+        if entry.node.options().read_only {
+            return Err(DaemonError::ResizeReadOnly);
+        }
+        let work = async {
+            entry.node.resize(size, preallocation).await?;
+            // They show the same file. An image's file grows by itself, and nobody looks at it but the image.
+            for lower in below.filter(|_| entry.node.image().is_none()) {
+                lower.node.follow_size().await;
+            }
+            Ok(())
+        };
+        runtime::block_on(work).map_err(DaemonError::Engine)?.map_err(refusal)
+    }
+
+    /// Refuses where a user of the node relies on its size.
+    fn check_resizable(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
+        let roles = self.graph.roles(node);
+        let name = || node.name().clone();
+        for role in &roles {
+            match role {
+                Role::MirrorSource { .. } | Role::MirrorTarget { .. } => {
+                    return Err(DaemonError::NodeBusy(name()));
+                }
+                Role::Backing { of } => {
+                    return Err(DaemonError::NodeIsBacking { node: name(), of: of.clone() });
+                }
+                Role::Child { .. } | Role::Export { .. } => {}
+            }
+        }
+        let above = roles.iter().find_map(|role| match role {
+            Role::Child { of } => Some(of),
+            _ => None,
+        });
+        above.map_or(Ok(()), |of| Err(conflict(node, of.as_str())))
+    }
+}
+
+/// QEMU's words where the node above has not agreed.
+fn conflict(node: &Node, above: &str) -> DaemonError {
+    let node = node.name().clone();
+    DaemonError::PermissionConflict {
+        user: format!("an unnamed block device (uses node '{node}' as 'root' child)"),
+        other: format!("node '{above}' (uses node '{node}' as 'file' child)"),
+        permissions: "resize",
+        node,
+    }
+}
+
+/// The nodes through which the bytes of `entry` go.
+fn lower<'a>(nodes: &'a [NodeEntry], entry: &'a NodeEntry) -> impl Iterator<Item = &'a NodeEntry> + Clone {
+    let below = |entry: &&'a NodeEntry| {
+        let child = entry.child.as_ref()?;
+        nodes.iter().find(|other| other.node.name() == child)
+    };
+    std::iter::successors(below(&entry), below)
+}
+
+fn refusal(error: BlockError) -> DaemonError {
+    match error.kind() {
+        ErrorKind::ReadOnly => DaemonError::ResizeReadOnly,
+        ErrorKind::Unsupported => DaemonError::ResizeUnsupported,
+        _ => DaemonError::Resize(error),
+    }
+}
