@@ -14,8 +14,19 @@ fn help(arguments: &[&str]) -> String {
 
 #[test]
 fn every_verb_has_its_help() {
-    let verbs =
-        ["demo", "serve", "mirror", "job", "create", "info", "check", "map", "compare", "completions"];
+    let verbs = [
+        "demo",
+        "serve",
+        "mirror",
+        "job",
+        "create",
+        "resize",
+        "info",
+        "check",
+        "map",
+        "compare",
+        "completions",
+    ];
     for verb in verbs {
         insta::assert_snapshot!(format!("help_{verb}"), help(&[verb, "--help"]));
     }

@@ -50,7 +50,13 @@ impl Raw {
     /// All of `storage`.
     #[must_use]
     pub fn whole(storage: Arc<dyn Storage>) -> Self {
-        Self { start: 0, len: AtomicU64::new(storage.size()), is_open_ended: true, is_guarded: false, storage }
+        Self {
+            start: 0,
+            len: AtomicU64::new(storage.size()),
+            is_open_ended: true,
+            is_guarded: false,
+            storage,
+        }
     }
 
     /// The same, but what would make its start look like an image is not written: for a disk that nobody said to be

@@ -20,6 +20,7 @@ mod mirror;
 mod offer;
 mod output;
 mod progress;
+mod resize;
 mod serve;
 mod session;
 mod target;
@@ -51,6 +52,7 @@ enum Verb {
     Mirror(mirror::Mirror),
     Job(job::Job),
     Create(create::Create),
+    Resize(resize::Resize),
     Info(info::Inspect),
     Map(map::Map),
     Check(check::Check),
@@ -66,6 +68,7 @@ impl Verb {
             Self::Mirror(mirror) => mirror.run(form),
             Self::Job(job) => job.run(form),
             Self::Create(create) => create.run(form),
+            Self::Resize(resize) => resize.run(form),
             Self::Info(info) => info.run(form),
             Self::Map(map) => map.run(form),
             Self::Check(check) => check.run(form),

@@ -32,10 +32,8 @@ impl Daemon {
         let _change = self.begin_change()?;
         let nodes = self.nodes();
         let entry = nodes.iter().find(|entry| entry.node.name().as_str() == name);
-        let entry = entry.ok_or_else(|| DaemonError::NoDeviceNorNode {
-            device: String::new(),
-            node: name.to_owned(),
-        })?;
+        let entry = entry
+            .ok_or_else(|| DaemonError::NoDeviceNorNode { device: String::new(), node: name.to_owned() })?;
         let size = u64::try_from(size).map_err(|_| DaemonError::ResizeSize)?;
         self.check_resizable(&entry.node)?;
         if size > SIZE_MAX {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 
 use super::bitmaps as stored;
+use super::check;
 use super::commit::Commits;
 use super::entry::L1Entry;
 use super::error::{Corruption, FormatError};
@@ -86,7 +87,8 @@ impl Qcow2 {
     /// Opens the image in `storage`.
     ///
     /// # Errors
-    /// [`FormatError`], by what is wrong. Nothing has been written then.
+    /// [`FormatError`], by what is wrong. Nothing has been written then, but for the reference counts of an image
+    /// that was not closed in order and is opened to be written.
     pub async fn open(storage: Arc<dyn Storage>, options: OpenOptions) -> Result<Arc<Self>, FormatError> {
         let file = ImageFile::new(storage);
         let mut header = Header::read(&file).await?;
@@ -154,11 +156,9 @@ impl Qcow2 {
 /// Brings an image that will be written into a state in which that is allowed.
 async fn prepare_for_writing(file: &ImageFile, header: &mut Header) -> Result<(), FormatError> {
     if header.incompatible & incompatible::DIRTY != 0 {
-        return Err(FormatError::Unsupported(
-            "the image was not closed in order and its reference counts have to be repaired first: run \
-             `heliostat check --repair all`"
-                .into(),
-        ));
+        // It was not closed in order, and its counts may be behind. It says so until they are right again.
+        check::repair_dirty(file).await?;
+        *header = Header::read(file).await?;
     }
     // What we do not keep up to date must not look as if we did.
     let kept = header.autoclear & autoclear::KNOWN;

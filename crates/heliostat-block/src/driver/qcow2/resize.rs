@@ -92,6 +92,7 @@ impl Qcow2 {
     /// # Errors
     /// [`FormatError`]; the size is unchanged then.
     pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), FormatError> {
+        self.attempt(|state| state.check_sound()).await?;
         self.check_size(size)?;
         let old = self.size();
         // Nothing may be half done when the header says something new.
