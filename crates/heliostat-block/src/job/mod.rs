@@ -7,6 +7,7 @@ pub(crate) mod attempt;
 pub mod bitmaps;
 pub(crate) mod copy;
 pub mod doubling;
+pub mod errand;
 pub mod figures;
 pub mod lanes;
 pub mod mirror;

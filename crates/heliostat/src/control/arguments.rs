@@ -58,6 +58,13 @@ impl<'a> Arguments<'a> {
         u32::try_from(self.0.get(name)?.as_u64()?).ok()
     }
 
+    /// A whole number of 64 bits without a sign; of a negative one its two's complement, as in QEMU.
+    #[must_use]
+    pub fn uint64(&self, name: &str) -> Option<u64> {
+        let value = self.0.get(name)?;
+        value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned))
+    }
+
     /// An object.
     #[must_use]
     pub fn object(&self, name: &str) -> Option<Self> {
@@ -111,6 +118,10 @@ fn check_kind(value: &Value, kind: &Kind, name: &str, path: &str) -> Result<(), 
     let wrong = |expected: &str| {
         Err(Refusal::new(format!("Invalid parameter type for '{path}{name}', expected: {expected}")))
     };
+    // QEMU does not say where a choice stands.
+    let wrong_choice = |expected: &str| {
+        Err(Refusal::new(format!("Invalid parameter type for '{name}', expected: {expected}")))
+    };
     let expects = |what: &str| Err(Refusal::new(format!("Parameter '{path}{name}' expects {what}")));
     match (kind, value) {
         (Kind::Text, Value::String(_)) | (Kind::Flag, Value::Bool(_)) => Ok(()),
@@ -138,17 +149,17 @@ fn check_kind(value: &Value, kind: &Kind, name: &str, path: &str) -> Result<(), 
         (Kind::Object(_), _) => wrong("object"),
         (Kind::NodeRef, Value::String(_)) => Ok(()),
         (Kind::NodeRef, Value::Object(object)) => check_record(object, &NODE, &format!("{path}{name}.")),
-        (Kind::NodeRef, _) => wrong("BlockdevRef"),
+        (Kind::NodeRef, _) => wrong_choice("BlockdevRef"),
         (Kind::NodeRefOrNull, Value::Null) => Ok(()),
         (Kind::NodeRefOrNull, Value::String(_) | Value::Object(_)) => {
             check_kind(value, &Kind::NodeRef, name, path)
         }
-        (Kind::NodeRefOrNull, _) => wrong("BlockdevRefOrNull"),
+        (Kind::NodeRefOrNull, _) => wrong_choice("BlockdevRefOrNull"),
         (Kind::WordOrObject(words, ..), Value::String(word)) => check_word(word, words, name),
         (Kind::WordOrObject(_, record, _), Value::Object(object)) => {
             check_record(object, record, &format!("{path}{name}."))
         }
-        (Kind::WordOrObject(.., choice), _) => wrong(choice),
+        (Kind::WordOrObject(.., choice), _) => wrong_choice(choice),
     }
 }
 

@@ -3,6 +3,8 @@
 //! Names, order and defaults are QEMU's; what is marked [`Origin::Ours`] is not known to it. The order matters:
 //! the first argument that is wrong, in this order, is the one that the client hears of.
 
+mod create;
+
 /// A command.
 #[derive(Debug)]
 pub struct Command {
@@ -402,6 +404,11 @@ pub static COMMANDS: &[Command] = &[
         ]),
     ),
     command("query-block-exports", "Lists the exports, newest first.", &NOTHING),
+    command(
+        "blockdev-create",
+        "Makes an image, as a job that is dismissed when it has concluded.",
+        &create::CREATE,
+    ),
     command("blockdev-mirror", "Starts a mirror.", &MIRROR),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),

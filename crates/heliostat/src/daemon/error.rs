@@ -279,6 +279,9 @@ pub enum DaemonError {
     /// The image or the host refuses the new size.
     #[error("{}", .0.cause())]
     Resize(BlockError),
+    /// An image that is not to be had. The text is QEMU's.
+    #[error("{0}")]
+    Create(String),
     /// The host gives no memory for a mirror's bitmaps.
     #[error("cannot start job '{job}': {error}")]
     Bitmaps {

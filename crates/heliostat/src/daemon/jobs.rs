@@ -10,11 +10,33 @@ use heliostat_host::runtime::Thread;
 use super::events::Happening;
 use super::{Daemon, DaemonError};
 
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// Mirrors a node.
+    Mirror,
+    /// Makes an image. No block job: it has no node, no speed, and only statuses to tell of.
+    Create,
+}
+
+impl JobKind {
+    /// QEMU's name of it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mirror => "mirror",
+            Self::Create => "create",
+        }
+    }
+}
+
 /// A job, and what it works on.
 #[derive(Clone)]
 pub struct JobEntry {
     /// The operator's handle.
     pub job: Arc<Job>,
+    /// What it does.
+    pub kind: JobKind,
     /// The name of the node that is mirrored.
     pub source: String,
     /// The name of the node that it is mirrored to.

@@ -14,6 +14,7 @@ use heliostat_block::node::{DetectZeroes, Node};
 use heliostat_host::runtime::{Thread, give_way};
 
 use super::events::Happening;
+use super::jobs::JobKind;
 use super::{Daemon, DaemonError, JobEntry};
 
 /// What a mirror is to be (MIRROR.md section 2).
@@ -165,6 +166,7 @@ impl Daemon {
         let job = Job::start(spec.job_id.clone(), spec.job_options(), observer);
         let entry = JobEntry {
             job: Arc::clone(&job),
+            kind: JobKind::Mirror,
             source: source.name().to_string(),
             target: target.name().to_string(),
             filter_node_name: spec.filter_node_name.clone(),

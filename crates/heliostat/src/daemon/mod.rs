@@ -4,6 +4,7 @@
 //! attaches and starts; it never touches image bytes but to flush, and knows no wire format. Its calls block
 //! the thread that makes them: they belong to control threads, not to the data plane.
 
+mod create;
 mod error;
 mod events;
 mod exports;
@@ -23,11 +24,12 @@ use heliostat_block::clock::Clock;
 use heliostat_block::graph::Graph;
 use heliostat_host::clock::RealClock;
 
+pub use create::ImageSpec;
 pub use error::DaemonError;
 pub use events::{Event, Happening, Subscription, Watch};
 pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
 pub use gate::{Gate, Probing, resolved};
-pub use jobs::JobEntry;
+pub use jobs::{JobEntry, JobKind};
 pub use mirror::MirrorSpec;
 pub use nodes::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache,

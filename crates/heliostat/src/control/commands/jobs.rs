@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use heliostat_block::job::progress::TimeLeft;
-use heliostat_block::job::{CopyMode, Force, IoStatus, Job, JobStatus, Verb};
+use heliostat_block::job::{CopyMode, Force, IoStatus, JobStatus, Verb};
 use serde_json::{Map, Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::{Class, Refusal};
 use super::mirror::copy_mode;
-use crate::daemon::{Daemon, JobEntry};
+use crate::daemon::{Daemon, JobEntry, JobKind};
 
 /// Carries out a command on one job. `None` when it is no such command.
 pub(super) fn ask(
@@ -20,7 +20,9 @@ pub(super) fn ask(
 ) -> Option<Result<Value, Refusal>> {
     let verb = name.strip_prefix("block-job-").or_else(|| name.strip_prefix("job-"))?;
     let id = arguments.text("device").or_else(|| arguments.text("id"))?;
-    let Some(entry) = daemon.job(id) else {
+    // The older family knows block jobs only.
+    let is_known = |entry: &JobEntry| entry.kind == JobKind::Mirror || name.starts_with("job-");
+    let Some(entry) = daemon.job(id).filter(is_known) else {
         return Some(Err(match name.strip_prefix("block-job-") {
             Some(_) => Refusal::of(Class::DeviceNotActive, format!("Block job '{id}' not found")),
             None => Refusal::new("Job not found"),
@@ -73,16 +75,17 @@ fn change(entry: &JobEntry, arguments: Arguments<'_>) -> Result<Value, Refusal> 
 }
 
 pub(super) fn query_jobs(daemon: &Arc<Daemon>) -> Value {
-    daemon.jobs().iter().map(|entry| described(&entry.job)).collect()
+    daemon.jobs().iter().map(described).collect()
 }
 
-fn described(job: &Job) -> Value {
+fn described(entry: &JobEntry) -> Value {
+    let job = &entry.job;
     let figures = job.figures();
     let mut value = json!({
         "current-progress": figures.offset,
         "status": job.status().name(),
         "total-progress": figures.len,
-        "type": "mirror",
+        "type": entry.kind.name(),
         "id": job.id(),
     });
     if let Some(error) = job.error() {
@@ -92,7 +95,7 @@ fn described(job: &Job) -> Value {
 }
 
 pub(super) fn query_block_jobs(daemon: &Arc<Daemon>) -> Value {
-    daemon.jobs().iter().map(described_in_full).collect()
+    daemon.jobs().iter().filter(|entry| entry.kind == JobKind::Mirror).map(described_in_full).collect()
 }
 
 /// QEMU's fields in QEMU's order, then ours.

@@ -3,6 +3,7 @@
 //! Nothing is decided here that the command line would have to decide again; that is the daemon's. Called by a
 //! client's thread, which may block.
 
+mod create;
 mod describe;
 mod exports;
 mod jobs;
@@ -56,6 +57,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "block-export-add" => exports::add(daemon, arguments),
         "block-export-del" => exports::delete(daemon, arguments),
         "query-block-exports" => Ok(exports::query(daemon)),
+        "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),

@@ -18,7 +18,7 @@ const NULL_SIZE_DEFAULT: u64 = 1 << 30;
 
 /// What a node that is made for another takes over from it, where nothing is said.
 #[derive(Clone, Copy, Default)]
-struct Inherited {
+pub(super) struct Inherited {
     read_only: bool,
     auto_read_only: bool,
     force_share: bool,
@@ -117,7 +117,11 @@ impl Inherited {
 }
 
 /// A node by its name, or as one that is to be made.
-fn child(arguments: Arguments<'_>, name: &str, above: Inherited) -> Result<Option<Child>, Refusal> {
+pub(super) fn child(
+    arguments: Arguments<'_>,
+    name: &str,
+    above: Inherited,
+) -> Result<Option<Child>, Refusal> {
     match (arguments.text(name), arguments.object(name)) {
         (Some(name), _) => Ok(Some(Child::Named(name.to_owned()))),
         (None, Some(object)) => Ok(Some(Child::New(Box::new(node_spec(object, above)?)))),

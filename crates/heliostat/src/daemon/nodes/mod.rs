@@ -66,6 +66,8 @@ pub struct NodeEntry {
     pub cache: CacheUse,
     /// The operator said how long it is.
     pub is_fixed: bool,
+    /// It does not begin where its storage does.
+    pub is_window: bool,
 }
 
 impl NodeEntry {
@@ -82,6 +84,7 @@ impl NodeEntry {
             bitmaps: Vec::new(),
             cache,
             is_fixed: false,
+            is_window: false,
         }
     }
 }
@@ -216,6 +219,7 @@ impl Daemon {
                     storage: below.entry.storage.clone(),
                     child: Some(below.entry.node.name().clone()),
                     is_fixed: size.is_some(),
+                    is_window: start > 0,
                     ..NodeEntry::new(node, "raw", path, spec.cache)
                 };
                 self.keep(Below { entry, start, identity: below.identity }, vec![place], making)
