@@ -12,6 +12,14 @@ use crate::daemon::{Event, Happening};
 pub fn message(event: &Event) -> Value {
     let (name, data) = match &event.what {
         Happening::ExportDeleted { id } => ("BLOCK_EXPORT_DELETED", json!({ "id": id })),
+        Happening::ImageCorrupt { node, text, range, is_fatal } => {
+            let mut data = json!({ "device": "", "msg": text, "node-name": node, "fatal": is_fatal });
+            if let Some(range) = range {
+                data["offset"] = json!(range.offset());
+                data["size"] = json!(range.len());
+            }
+            ("BLOCK_IMAGE_CORRUPTED", data)
+        }
         Happening::Job { id, event, offset, len, pause, speed } => {
             job_event(id, event, &Counts { offset: *offset, len: *len, pause: *pause, speed: *speed })
         }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use heliostat_block::job::JobEvent;
+use heliostat_block::range::ByteRange;
 
 /// Events that a subscription keeps. A job says a few dozen in its life; more wait only where errors are ignored.
 const KEPT_MAX: usize = 1024;
@@ -38,6 +39,17 @@ pub enum Happening {
         pause: Option<Duration>,
         /// Its limit in bytes a second; 0 is none.
         speed: u64,
+    },
+    /// A request met what an image contradicts itself in. Said once of each node.
+    ImageCorrupt {
+        /// The node.
+        node: String,
+        /// What was found.
+        text: String,
+        /// Where a write was kept from destroying a table, in the file, where it was that.
+        range: Option<ByteRange>,
+        /// Nothing is written to it any more; else it was only read anyway.
+        is_fatal: bool,
     },
     /// An export is gone: its last client has left.
     ExportDeleted {

@@ -417,7 +417,7 @@ mod tests {
         older.ask(Verb::Cancel(Force::Hard)).unwrap();
         let next = || match &events.next(LIMIT).expect("something is said").what {
             Happening::Job { event, .. } => event.clone(),
-            Happening::ExportDeleted { .. } => panic!("there is no export"),
+            other => panic!("nobody else says anything: {other:?}"),
         };
         while next() != JobEvent::Cancelled {}
         let say = daemon.job_observer();

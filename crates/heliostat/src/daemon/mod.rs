@@ -144,7 +144,7 @@ mod tests {
         while said.last() != Some(&JobEvent::Status(JobStatus::Null)) {
             match events.next(LIMIT).expect("the job ends").what.clone() {
                 Happening::Job { event, .. } => said.push(event),
-                Happening::ExportDeleted { .. } => {}
+                Happening::ExportDeleted { .. } | Happening::ImageCorrupt { .. } => {}
             }
         }
         said

@@ -33,8 +33,8 @@ mod write;
 mod zero;
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 
@@ -79,7 +79,13 @@ pub struct Qcow2 {
     linking: RangeLock,
     /// Held by the commit that is under way.
     turn: RangeLock,
+    /// Hears of the first corruption that is found.
+    herald: OnceLock<Herald>,
+    is_told: AtomicBool,
 }
+
+/// Hears of a corruption. Must not block.
+type Herald = Box<dyn Fn(&Corruption) + Send + Sync>;
 
 /// A request that has looked at the mapping: what it saw is not used anew before it has ended.
 pub(crate) struct Visit<'a> {
@@ -158,6 +164,12 @@ impl Qcow2 {
     #[must_use]
     pub fn corruption(&self) -> Option<Corruption> {
         self.lock().corrupt.clone()
+    }
+
+    /// Lets `herald` hear, once, of the first corruption that a request meets. Must not block. Only the first who asks
+    /// hears of it.
+    pub fn on_corruption(&self, herald: impl Fn(&Corruption) + Send + Sync + 'static) {
+        let _ = self.herald.set(Box::new(herald));
     }
 
     pub(crate) fn traits(&self) -> Traits {
@@ -344,6 +356,11 @@ impl Qcow2 {
 
     /// Sees to it that nothing is written any more, and says so in the image.
     async fn mark_corrupt(&self, corruption: Corruption) {
+        if let Some(herald) = self.herald.get()
+            && !self.is_told.swap(true, Ordering::AcqRel)
+        {
+            herald(&corruption);
+        }
         let word = {
             let mut state = self.lock();
             let is_new = state.header.incompatible & incompatible::CORRUPT == 0;

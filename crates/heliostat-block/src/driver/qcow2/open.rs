@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
 
@@ -149,6 +149,8 @@ impl Qcow2 {
             loading: RangeLock::default(),
             linking: RangeLock::default(),
             turn: RangeLock::default(),
+            herald: OnceLock::new(),
+            is_told: AtomicBool::new(false),
         }))
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use heliostat_block::driver::Driver;
 use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
+use heliostat_block::driver::qcow2::error::Corruption;
 use heliostat_block::driver::qcow2::file::ImageFile;
 use heliostat_block::driver::qcow2::header::Header;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
@@ -18,6 +19,7 @@ use heliostat_block::range::ByteRange;
 use heliostat_block::storage::Storage;
 use heliostat_host::runtime;
 
+use super::super::events::Happening;
 use super::super::gate::{CHAIN_MAX, Format, GateError, Namer, Purpose, tree_of};
 use super::super::open;
 use super::super::{Daemon, DaemonError};
@@ -58,13 +60,15 @@ impl Daemon {
         if let Some(backing) = &backing {
             places.push(self.attach_backing(backing, &name)?);
         }
+        let read_only = spec.read_only || is_read_only_below;
         let options = OpenOptions {
-            read_only: spec.read_only || is_read_only_below,
+            read_only,
             backing: backing.as_ref().map(|backing| Arc::clone(&backing.entry.node)),
             data_file: data.as_ref().map(Below::storage).transpose()?,
             cache: image.cache.budget(),
         };
         let opened = runtime::block_on(Qcow2::open(storage, options)).map_err(DaemonError::Engine)??;
+        self.tell_of_corruption(&opened, &name, read_only);
         let node = self.node_of(name, Driver::Qcow2(opened), spec);
         let path = file.entry.path.clone();
         let entry = NodeEntry {
@@ -77,6 +81,20 @@ impl Daemon {
             ..NodeEntry::new(node, "qcow2", path, spec.cache)
         };
         self.keep_at(at, Below { entry, start: file.start, identity: file.identity }, places, making)
+    }
+
+    /// Says so when a request finds that the image contradicts itself.
+    fn tell_of_corruption(&self, image: &Qcow2, node: &NodeName, read_only: bool) {
+        let (events, node) = (Arc::clone(&self.events), node.to_string());
+        image.on_corruption(move |corruption| {
+            let (text, range) = match corruption {
+                Corruption::Overlap { range, table } => {
+                    (format!("Preventing invalid write on metadata (overlaps with {table})"), Some(*range))
+                }
+                other => (other.to_string(), None),
+            };
+            events.say(Happening::ImageCorrupt { node: node.clone(), text, range, is_fatal: !read_only });
+        });
     }
 
     /// Puts an image on top of the node that holds it. It changes the length, which leaves room for nobody else.
