@@ -24,6 +24,15 @@ enum Search {
         #[arg(last = true)]
         more: Vec<String>,
     },
+    /// Runs the simulator of qcow2 images over many seeds. Its last arguments go to it unchanged.
+    Image {
+        /// How many seeds.
+        #[arg(long, default_value_t = 1_000_000)]
+        seeds: u64,
+        /// More arguments for the simulator.
+        #[arg(last = true)]
+        more: Vec<String>,
+    },
     /// Fuzzes targets one after the other; needs `cargo-fuzz` and a nightly toolchain.
     Fuzz {
         /// The targets; all of them when none is named.
@@ -40,15 +49,16 @@ enum Search {
 /// When a tool is missing.
 pub fn run(options: &Options) -> Result<bool> {
     match &options.search {
-        Search::Sim { seeds, more } => sim(*seeds, more),
+        Search::Sim { seeds, more } => sim(*seeds, &[], more),
+        Search::Image { seeds, more } => sim(*seeds, &["--image"], more),
         Search::Fuzz { targets, minutes } => fuzz(targets, *minutes),
     }
 }
 
-fn sim(seeds: u64, more: &[String]) -> Result<bool> {
+fn sim(seeds: u64, what: &[&str], more: &[String]) -> Result<bool> {
     let mut command =
         process::cargo(&["run", "--quiet", "--profile", "sim", "--package", "heliostat-sim", "--"]);
-    command.args(["--seeds", &seeds.to_string()]).args(more);
+    command.args(["--seeds", &seeds.to_string()]).args(what).args(more);
     Ok(process::run(&mut command)?.success)
 }
 

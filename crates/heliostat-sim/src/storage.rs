@@ -90,9 +90,9 @@ impl SimStorage {
         let medium = Medium::new(bytes);
         let state = State {
             medium,
+            quirks: Quirks::default(),
             hints: random.clone().fork(),
             writeback_failed: false,
-            quirks: Quirks::default(),
             random,
             in_flight: 0,
             errors: 0,

@@ -105,9 +105,9 @@ impl World {
         }
     }
 
-    /// Ends the run: nothing that is due happens any more. What waits here holds storages and nodes, and they
-    /// hold this world, so it would never go away by itself.
-    fn end(&self) {
+    /// Ends the run, as a power cut does: nothing that is due happens any more. What waits here holds storages and
+    /// nodes, and they hold this world, so it would never go away by itself.
+    pub(crate) fn end(&self) {
         let due = {
             let mut state = self.state();
             state.over = true;
@@ -124,17 +124,6 @@ impl World {
     /// Says whether a lane's task runs from now on.
     pub(crate) fn set_on_lane(&self, on_lane: bool) {
         self.state().on_lane = on_lane;
-    }
-
-    /// Stops everything at this moment, as a power cut does: nothing that is due happens any more.
-    pub(crate) fn cut(&self) {
-        let due = {
-            let mut state = self.state();
-            state.over = true;
-            std::mem::take(&mut state.due)
-        };
-        // What waits here holds this world.
-        drop(due);
     }
 
     pub(crate) fn is_over(&self) -> bool {

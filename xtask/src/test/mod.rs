@@ -84,7 +84,8 @@ fn steps(options: &Options, skip_log: &Path) -> Vec<Step> {
             counted("simulator tests", tests(&["--package", "heliostat-sim"], Some("sim"))),
         ]);
     }
-    steps.push(whole("simulation", simulation(seeds)));
+    steps.push(whole("simulation", simulation(seeds, &[])));
+    steps.push(whole("simulation of images", simulation(seeds / 2, &["--image"])));
     if !options.quick {
         steps.push(counted("end to end", tests(&INTEGRATION, None)));
     }
@@ -171,10 +172,10 @@ fn loom() -> Command {
     command
 }
 
-fn simulation(seeds: u64) -> Command {
+fn simulation(seeds: u64, more: &[&str]) -> Command {
     let mut command =
         process::cargo(&["run", "--quiet", "--profile", "sim", "--package", "heliostat-sim", "--"]);
-    command.args(["--seeds", &seeds.to_string()]);
+    command.args(["--seeds", &seeds.to_string()]).args(more);
     command
 }
 

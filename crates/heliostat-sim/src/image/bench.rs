@@ -76,6 +76,9 @@ pub(crate) struct Bench {
     leaks_before: u64,
     oracle: Mutex<Oracle>,
     seen: Mutex<Seen>,
+    /// Whether somebody wants the images that are judged.
+    pub(crate) keep: AtomicBool,
+    kept: Mutex<Vec<(Vec<u8>, u64)>>,
 }
 
 /// A storage for the image, and one for what is below it.
@@ -149,6 +152,8 @@ impl Bench {
             leaks_before,
             oracle: Mutex::new(Oracle::new(content)),
             seen: Mutex::default(),
+            keep: AtomicBool::new(false),
+            kept: Mutex::default(),
         }))
     }
 
@@ -163,6 +168,11 @@ impl Bench {
     /// Clusters that the image had lost when it was opened.
     pub(crate) const fn leaks_before(&self) -> u64 {
         self.leaks_before
+    }
+
+    /// The images that crashes would have left, and how many clusters each had lost.
+    pub(crate) fn kept(&self) -> MutexGuard<'_, Vec<(Vec<u8>, u64)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Errors that the storages have given so far.
@@ -183,6 +193,9 @@ impl Bench {
         let (content, leaks) = self.judge(bytes)?;
         if !self.has_lost() {
             self.oracle().check_crash(&content)?;
+        }
+        if self.keep.load(Ordering::SeqCst) {
+            self.kept().push((bytes.to_vec(), leaks));
         }
         let mut seen = self.seen();
         seen.crashes += 1;

@@ -135,11 +135,11 @@ fn request(shape: &Shape, random: &mut Random) -> Request {
 impl Case {
     /// Says whether the fate came about.
     fn run(&self, fate: Fate) -> Result<(bool, Seen), String> {
-        let world = World::new(false);
-        let executor = Executor::new(Random::new(0));
         let mut random = Random::new(self.seed);
+        let running = Running { world: World::new(false), executor: Executor::new(random.fork()) };
+        let Running { world, executor } = &running;
         let make = |name, bytes: &[u8], random: &mut Random| {
-            SimStorage::new(name, bytes.to_vec(), self.profile.clone(), Arc::clone(&world), random.fork())
+            SimStorage::new(name, bytes.to_vec(), self.profile.clone(), Arc::clone(world), random.fork())
         };
         let image = make("image", &self.bytes, &mut random);
         image.set_quirks(self.quirks);
@@ -158,7 +158,7 @@ impl Case {
             fate,
             executor: executor.clone(),
         };
-        let (telling, world_of_work) = (Rc::clone(&ended), Arc::clone(&world));
+        let (telling, world_of_work) = (Rc::clone(&ended), Arc::clone(world));
         executor.spawn("case", async move {
             let done = work.carry_out(&world_of_work, storages).await;
             match done {
@@ -166,10 +166,8 @@ impl Case {
                 Err(wrong) => world_of_work.fail(wrong),
             }
         });
-        executor.run(&world, &mut random, Duration::ZERO);
+        executor.run(world, &mut random, Duration::ZERO);
         let failure = world.failure();
-        world.cut();
-        drop(Running { world, executor });
         let done = ended.borrow_mut().take();
         match (failure, done) {
             (Some(failure), _) => {

@@ -10,6 +10,7 @@ use heliostat_block::buffer::Buffer;
 use heliostat_block::convert::usize_from;
 use heliostat_block::range::ByteRange;
 
+use super::Kept;
 use super::bench::{Backing, Bench, Seen, Storages};
 use super::guest::{Client, Guest, Workload};
 use crate::faults::Profile;
@@ -39,6 +40,8 @@ pub(crate) struct Life {
     pub(crate) look_gap: Duration,
     pub(crate) step_cost: Duration,
     pub(crate) tracing: bool,
+    /// Whether somebody wants the images that are judged.
+    pub(crate) keep: bool,
 }
 
 /// How a life ended: what the next begins with.
@@ -61,35 +64,38 @@ impl Life {
     ///
     /// # Errors
     /// What went wrong first.
-    pub(crate) fn live(self, random: &mut Random) -> Result<Ended, String> {
-        let world = World::new(self.tracing);
-        let executor = Executor::new(Random::new(0));
+    pub(crate) fn live(mut self, random: &mut Random, kept: &mut Kept) -> Result<Ended, String> {
+        self.keep = kept.is_some();
+        let running = Running { world: World::new(self.tracing), executor: Executor::new(random.fork()) };
+        let Running { world, executor } = &running;
         let outcome = Rc::new(RefCell::new(Outcome::default()));
-        let storages = self.storages(&world, random);
+        let storages = self.storages(world, random);
         let image = Arc::clone(&storages.image);
         let mut steps = random.fork();
         let step_cost = self.step_cost;
         if let Some(at) = self.cut_at {
-            let (outcome, world, image) = (Rc::clone(&outcome), Arc::clone(&world), Arc::clone(&image));
+            let (outcome, world, image) = (Rc::clone(&outcome), Arc::clone(world), Arc::clone(&image));
             executor.spawn("power", async move {
                 SimClock(Arc::clone(&world)).sleep(at).await;
                 world.trace(|| "the power fails".into());
                 outcome.borrow_mut().left = Some(image.crash());
-                world.cut();
+                world.end();
             });
         }
         let main =
-            self.main(Arc::clone(&world), executor.clone(), storages, random.fork(), Rc::clone(&outcome));
+            self.main(Arc::clone(world), executor.clone(), storages, random.fork(), Rc::clone(&outcome));
         executor.spawn("life", main);
-        executor.run(&world, &mut steps, step_cost);
+        executor.run(world, &mut steps, step_cost);
         let failure = world.failure();
+        if let (Some(bench), Some(kept)) = (&outcome.borrow().bench, kept) {
+            kept.append(&mut bench.kept());
+        }
         let ended = match failure {
             Some(failure) => Err(failure),
             None => judge(&outcome.borrow(), &image),
         };
-        world.cut();
+        // It holds the world.
         outcome.borrow_mut().bench = None;
-        drop(Running { world, executor });
         ended
     }
 
@@ -120,6 +126,7 @@ impl Life {
             Ok(bench) => bench,
             Err(wrong) => return world.fail(wrong),
         };
+        bench.keep.store(self.keep, Ordering::SeqCst);
         outcome.borrow_mut().bench = Some(Arc::clone(&bench));
         read_all(&bench).await;
         bench.guests.store(self.guests, Ordering::SeqCst);

@@ -32,13 +32,31 @@ use format::Image;
 use guest::Workload;
 use life::Life;
 
+/// Makes the seeds of images others than those of mirrors.
+const IMAGES: u64 = 0x0071_c077;
+
 /// Carries out what `seed` stands for. A panic in the core is a failure like any other.
 ///
 /// # Errors
 /// What went wrong first, in words.
 pub fn run(seed: u64, trace: Trace) -> Result<Seen, String> {
-    crate::caught(|| lives(mix(seed ^ 0x71c0_77), trace == Trace::On))
+    crate::caught(|| lives(mix(seed ^ IMAGES), trace == Trace::On, &mut None))
 }
+
+/// The images that crashes leave in the run of `seed`, each with how many clusters it has lost as [`run`] sees it.
+///
+/// # Errors
+/// What went wrong first, in words.
+pub fn crash_images(seed: u64) -> Result<Vec<(Vec<u8>, u64)>, String> {
+    crate::caught(|| {
+        let mut kept = Some(Vec::new());
+        lives(mix(seed ^ IMAGES), false, &mut kept)?;
+        Ok(kept.unwrap_or_default())
+    })
+}
+
+/// Images that were judged, and how many clusters each had lost; `None` where nobody wants them.
+type Kept = Option<Vec<(Vec<u8>, u64)>>;
 
 /// The scale of things in one run.
 struct Settings {
@@ -48,7 +66,7 @@ struct Settings {
     drops: bool,
 }
 
-fn lives(seed: u64, tracing: bool) -> Result<Seen, String> {
+fn lives(seed: u64, tracing: bool, kept: &mut Kept) -> Result<Seen, String> {
     let mut random = Random::new(seed);
     let drops = random.chance(200);
     let settings = Settings {
@@ -63,7 +81,7 @@ fn lives(seed: u64, tracing: bool) -> Result<Seen, String> {
     let mut seen = Seen::default();
     for number in 0..random.pick(&[1, 1, 2, 4]) {
         let life = draw(&settings, &shape, bytes, backing.clone(), tracing, &mut random);
-        let ended = life.live(&mut random).map_err(|wrong| format!("life {number}: {wrong}"))?;
+        let ended = life.live(&mut random, kept).map_err(|wrong| format!("life {number}: {wrong}"))?;
         seen.add(&ended.seen);
         bytes = ended.bytes;
     }
@@ -119,6 +137,7 @@ fn draw(
         look_gap: delay_max * random.pick(&[5, 50]),
         step_cost: settings.step_cost,
         tracing,
+        keep: false,
     }
 }
 
@@ -137,13 +156,13 @@ fn profile(settings: &Settings, random: &mut Random) -> Profile {
         write_errors,
         flush_errors,
         extents_errors: 0,
-        writeback_errors: 0,
         faults_until: settings.delay_max * random.pick(&[50, 300, 1000]),
         knows_holes: true,
         can_discard: random.chance(800),
         can_zero_fast: random.chance(800),
         cached: random.chance(900),
         writeback: random.pick(&[0, 50, 500]),
+        writeback_errors: 0,
         // Here the guests' data is; what a failed flush has lost shows after a crash.
         forgets: false,
     }
@@ -151,11 +170,12 @@ fn profile(settings: &Settings, random: &mut Random) -> Profile {
 
 fn workload(settings: &Settings, shape: &Shape, random: &mut Random) -> Workload {
     let cluster = 1_u64 << shape.cluster_bits;
-    // With subclusters, what matters happens between two neighbours.
-    let small = if shape.extended { cluster / 16 } else { 4096 };
+    if random.chance(if shape.extended { 400 } else { 100 }) {
+        return crowd(shape, random);
+    }
     let len_max =
-        random.pick(&[512, small, cluster, 3 * cluster, 20 * cluster]).min(shape.size).min(256 << 10);
-    let hot_len = random.pick(&[512, small, 2 * cluster, shape.size]).min(shape.size);
+        random.pick(&[512, 4096, cluster, 3 * cluster, 20 * cluster]).min(shape.size).min(256 << 10);
+    let hot_len = random.pick(&[512, 4096, 2 * cluster, shape.size]).min(shape.size);
     let hot = random.below(shape.size - hot_len + 1);
     Workload {
         requests: random.pick(&[5, 20, 60, 100]),
@@ -173,5 +193,23 @@ fn workload(settings: &Settings, shape: &Shape, random: &mut Random) -> Workload
         ],
         fua: random.pick(&[0, 50, 300]),
         drops: if settings.drops { random.pick(&[10, 100]) } else { 0 },
+    }
+}
+
+/// Everybody wants the same two neighbouring units of allocation, which are mapped and unmapped all the time.
+fn crowd(shape: &Shape, random: &mut Random) -> Workload {
+    let cluster = 1_u64 << shape.cluster_bits;
+    let unit = if shape.extended { cluster / 32 } else { cluster };
+    let hot = random.below(shape.size) / unit * unit;
+    Workload {
+        requests: random.pick(&[30, 80]),
+        think: Duration::ZERO,
+        len_max: (2 * unit).min(shape.size),
+        unit: 1,
+        hot: ByteRange::from_bounds(hot, (hot + 2 * unit).min(shape.size)),
+        hot_share: 980,
+        shares: [200, random.pick(&[0, 50]), 0, random.pick(&[0, 100]), random.pick(&[100, 250])],
+        fua: random.pick(&[0, 50]),
+        drops: 0,
     }
 }

@@ -107,6 +107,7 @@ impl Landing<'_> {
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
         if let Some(visit) = self.0.take() {
+            visit.driver.lock().epochs.leak(visit.epoch);
             std::mem::forget(visit);
         }
     }
@@ -358,3 +359,6 @@ impl Qcow2 {
         let _ = self.file.flush().await;
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod fault_tests;

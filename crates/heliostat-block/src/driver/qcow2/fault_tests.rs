@@ -1,0 +1,264 @@
+//! What faults and dropped futures leave of an image, on a storage in memory that fails, loses and delays as it is
+//! told.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::Poll;
+
+use futures_util::FutureExt;
+
+use super::create::{CreateOptions, create};
+use super::*;
+use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, ZeroEffort};
+
+/// A storage in memory.
+struct Memory {
+    bytes: Mutex<Vec<u8>>,
+    /// What the last good flush has made durable.
+    durable: Mutex<Vec<u8>>,
+    size_max: AtomicU64,
+    /// The next flush fails, and what was written since the last good one is gone.
+    loses: AtomicBool,
+    /// Writes end when they are polled a second time; until then they are on their way.
+    is_slow: AtomicBool,
+    on_their_way: Mutex<Vec<(u64, Bytes)>>,
+}
+
+fn bytes_of<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Memory {
+    fn put(&self, offset: u64, data: &[u8]) {
+        let at = usize_from(offset);
+        bytes_of(&self.bytes)[at..at + data.len()].copy_from_slice(data);
+    }
+
+    /// What was dropped on its way arrives.
+    fn land(&self) {
+        for (offset, data) in std::mem::take(&mut *bytes_of(&self.on_their_way)) {
+            self.put(offset, &data);
+        }
+    }
+}
+
+impl Storage for Memory {
+    fn traits(&self) -> Traits {
+        Traits {
+            block_size: 1,
+            preferred_size: 4096,
+            read_only: false,
+            can_discard: false,
+            can_zero_fast: false,
+            can_resize: true,
+            remote: false,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        crate::convert::u64_from(bytes_of(&self.bytes).len())
+    }
+
+    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        if size > self.size_max.load(Ordering::SeqCst) {
+            return IoFuture::ready(Err(io::ErrorKind::StorageFull.into()));
+        }
+        bytes_of(&self.bytes).resize(usize_from(size), 0);
+        IoFuture::ready(Ok(()))
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        None
+    }
+
+    fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
+        let at = usize_from(offset);
+        let len = buffer.len();
+        buffer.copy_from_slice(&bytes_of(&self.bytes)[at..at + len]);
+        IoFuture::ready(Ok(buffer))
+    }
+
+    fn write(&self, offset: u64, data: Bytes, _: Durability) -> IoFuture<'_, ()> {
+        if !self.is_slow.load(Ordering::SeqCst) {
+            self.put(offset, &data);
+            return IoFuture::ready(Ok(()));
+        }
+        let mut has_begun = false;
+        IoFuture::pending(std::future::poll_fn(move |_| {
+            if has_begun {
+                bytes_of(&self.on_their_way).retain(|(other, _)| *other != offset);
+                self.put(offset, &data);
+                return Poll::Ready(Ok(()));
+            }
+            has_begun = true;
+            bytes_of(&self.on_their_way).push((offset, data.clone()));
+            Poll::Pending
+        }))
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        _: crate::storage::ZeroSpace,
+        _: ZeroEffort,
+        _: Durability,
+    ) -> IoFuture<'_, ()> {
+        self.put(range.offset(), &vec![0; usize_from(range.len())]);
+        IoFuture::ready(Ok(()))
+    }
+
+    fn discard(&self, _: ByteRange) -> IoFuture<'_, ()> {
+        IoFuture::ready(Ok(()))
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        if self.loses.swap(false, Ordering::SeqCst) {
+            let durable = bytes_of(&self.durable).clone();
+            let mut bytes = bytes_of(&self.bytes);
+            let len = bytes.len();
+            *bytes = durable;
+            bytes.resize(len, 0);
+            return IoFuture::ready(Err(io::Error::other("lost")));
+        }
+        *bytes_of(&self.durable) = bytes_of(&self.bytes).clone();
+        IoFuture::ready(Ok(()))
+    }
+
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        IoFuture::ready(Ok(vec![Extent { range, status: ExtentStatus::Data }]))
+    }
+}
+
+fn now<T>(future: impl Future<Output = T>) -> T {
+    future.now_or_never().expect("it waits for nothing")
+}
+
+fn image(cluster_bits: u32, refcount_order: u32, size: u64) -> Arc<Memory> {
+    let memory = Arc::new(Memory {
+        bytes: Mutex::default(),
+        durable: Mutex::default(),
+        size_max: AtomicU64::new(u64::MAX),
+        loses: AtomicBool::new(false),
+        is_slow: AtomicBool::new(false),
+        on_their_way: Mutex::default(),
+    });
+    let options = CreateOptions { size, cluster_bits, refcount_order, ..CreateOptions::default() };
+    let file = ImageFile::new(Arc::<Memory>::clone(&memory));
+    now(create(&file, None, &options)).unwrap();
+    memory
+}
+
+fn open(memory: &Arc<Memory>) -> Arc<Qcow2> {
+    now(Qcow2::open(Arc::<Memory>::clone(memory), OpenOptions::default())).unwrap()
+}
+
+fn write(image: &Qcow2, offset: u64, data: Vec<u8>) -> io::Result<()> {
+    now(image.write(offset, Bytes::from(data), Durability::Cached))
+}
+
+fn read(image: &Qcow2, offset: u64, len: usize) -> Vec<u8> {
+    now(image.read(offset, Buffer::zeroed(len))).unwrap().to_vec()
+}
+
+#[test]
+fn a_file_that_cannot_grow_fails_the_write_and_no_flush() {
+    let memory = image(9, 6, 1 << 20);
+    let image = open(&memory);
+    // The next cluster after the last that there is room for would be a refcount block.
+    let room = (memory.size() + (100 << 10)).next_multiple_of(64 << 9);
+    memory.size_max.store(room, Ordering::SeqCst);
+    let failed = (0..1 << 11).find(|cluster| write(&image, cluster << 9, vec![7; 512]).is_err());
+    let failed = failed.expect("there is less room than the disk has");
+    now(image.flush()).unwrap();
+    now(image.close()).unwrap();
+    let again = open(&memory);
+    assert_eq!(read(&again, 0, usize_from(failed << 9)), vec![7; usize_from(failed << 9)]);
+}
+
+#[test]
+fn a_new_table_that_a_failed_flush_has_lost_is_written_again() {
+    let cluster = 16_u64 << 10;
+    let memory = image(14, 4, 64 << 20);
+    let image = open(&memory);
+    // A cluster full of what is no table becomes free.
+    write(&image, 0, vec![0xa5; usize_from(cluster)]).unwrap();
+    now(image.flush()).unwrap();
+    now(image.discard(ByteRange::from_bounds(0, cluster))).unwrap();
+    now(image.flush()).unwrap();
+    now(image.flush()).unwrap();
+    // The first table of the other half of the disk comes there.
+    write(&image, 32 << 20, vec![1; usize_from(cluster)]).unwrap();
+    memory.loses.store(true, Ordering::SeqCst);
+    assert!(now(image.flush()).is_err());
+    now(image.flush()).unwrap();
+    let again = open(&memory);
+    assert_eq!(read(&again, 48 << 20, 4096), vec![0; 4096]);
+}
+
+#[test]
+fn after_a_commit_that_was_dropped_while_it_wrote_tables_there_is_no_other() {
+    let memory = image(16, 4, 1 << 20);
+    let image = open(&memory);
+    write(&image, 0, vec![1; 512]).unwrap();
+    memory.is_slow.store(true, Ordering::SeqCst);
+    let mut flush = Box::pin(image.flush());
+    assert!(flush.as_mut().now_or_never().is_none());
+    drop(flush);
+    memory.is_slow.store(false, Ordering::SeqCst);
+    let refused = now(image.flush()).unwrap_err();
+    assert!(refused.to_string().contains("has to be opened again"), "{refused}");
+    assert_eq!(read(&image, 0, 512), vec![1; 512]);
+}
+
+#[test]
+fn a_commit_that_was_dropped_before_it_wrote_leaves_it_to_the_next() {
+    let memory = image(16, 4, 1 << 20);
+    let image = open(&memory);
+    write(&image, 0, vec![1; 512]).unwrap();
+    drop(image.flush());
+    now(image.flush()).unwrap();
+    assert_eq!(read(&open(&memory), 0, 512), vec![1; 512]);
+}
+
+#[test]
+fn where_a_dropped_write_may_land_nobody_else_writes() {
+    let cluster = 1_u64 << 16;
+    let memory = image(16, 4, 16 * cluster);
+    let image = open(&memory);
+    write(&image, 0, vec![1; usize_from(cluster)]).unwrap();
+    now(image.flush()).unwrap();
+    memory.is_slow.store(true, Ordering::SeqCst);
+    let mut dropped = image.write(0, Bytes::from(vec![9; 512]), Durability::Cached);
+    assert!((&mut dropped).now_or_never().is_none());
+    drop(dropped);
+    memory.is_slow.store(false, Ordering::SeqCst);
+    now(image.discard(ByteRange::from_bounds(0, cluster))).unwrap();
+    now(image.flush()).unwrap();
+    now(image.flush()).unwrap();
+    for other in 1..4 {
+        write(&image, other * cluster, vec![2; usize_from(cluster)]).unwrap();
+    }
+    memory.land();
+    assert_eq!(read(&image, cluster, usize_from(3 * cluster)), vec![2; usize_from(3 * cluster)]);
+}
+
+#[test]
+fn counts_behind_the_files_end_are_passed_over_when_the_refcount_table_grows() {
+    let memory = image(9, 6, 4 << 20);
+    let first = open(&memory);
+    // The table that the image was made with counts 2 MiB.
+    let full = (0..4096).find(|cluster| {
+        write(&first, cluster << 9, vec![3; 512]).unwrap();
+        first.lock().used_end == 4096
+    });
+    let full = full.expect("it is full before the disk is");
+    now(first.close()).unwrap();
+    drop(first);
+    bytes_of(&memory.bytes).truncate(4090 << 9);
+    let again = open(&memory);
+    for cluster in full + 1..full + 200 {
+        write(&again, cluster << 9, vec![4; 512]).unwrap();
+    }
+    now(again.close()).unwrap();
+    assert!(memory.size() > 2 << 20);
+    assert_eq!(again.corruption(), None);
+}
