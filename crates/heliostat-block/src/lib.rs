@@ -21,6 +21,7 @@ mod in_flight;
 pub mod job;
 pub mod latency;
 pub mod limits;
+pub mod map;
 pub mod name;
 pub mod nbd;
 pub mod node;

@@ -145,10 +145,15 @@ impl Node {
         &self.latencies
     }
 
+    /// How it keeps its bytes.
+    pub(crate) const fn driver(&self) -> &Driver {
+        self.blocks.below()
+    }
+
     /// The image that it is in, where it is in one.
     #[must_use]
     pub fn image(&self) -> Option<&Arc<Qcow2>> {
-        match self.blocks.below() {
+        match self.driver() {
             Driver::Qcow2(image) => Some(image),
             Driver::Raw(_) => None,
         }

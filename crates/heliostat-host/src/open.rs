@@ -236,22 +236,6 @@ impl OpenError {
         }
     }
 
-    /// The same error of the same file under the name that people know.
-    fn of(mut self, name: &Path) -> Self {
-        match &mut self {
-            Self::Missing { path }
-            | Self::Exists { path }
-            | Self::Denied { path, .. }
-            | Self::ReadOnly { path }
-            | Self::NotADisk { path, .. }
-            | Self::Locked { path, .. }
-            | Self::Busy { path }
-            | Self::NoDirect { path, .. }
-            | Self::Io { path, .. } => name.clone_into(path),
-        }
-        self
-    }
-
     pub(crate) fn io(path: &Path, what: &'static str, error: impl Into<io::Error>) -> Self {
         Self::Io { path: path.to_owned(), what, error: error.into() }
     }
@@ -287,12 +271,6 @@ impl FileStorage {
         let metadata = rustix::fs::stat(path).map_err(|e| OpenError::from_open(path, Attempt::Read, e))?;
         check_kind(path, FileType::from_raw_mode(metadata.st_mode))?;
         Self::from_file(path, open_file(path, options)?, options)
-    }
-
-    /// [`FileStorage::open`] of the file that `way` leads to and `name` is shown for.
-    pub(crate) fn open_by_way_of(name: &Path, way: &Path, options: &OpenOptions) -> Result<Self, OpenError> {
-        let opened = open_file(way, options).map_err(|error| error.of(name))?;
-        Self::from_file(name, opened, options)
     }
 
     /// Makes a sparse image of `size` bytes at `path`. `options` say how it is opened then, which is always
@@ -347,7 +325,7 @@ impl FileStorage {
         Self::from_file(path, opened, options)
     }
 
-    fn from_file(path: &Path, opened: Opened, options: &OpenOptions) -> Result<Self, OpenError> {
+    pub(crate) fn from_file(path: &Path, opened: Opened, options: &OpenOptions) -> Result<Self, OpenError> {
         let file = opened.file.as_fd();
         let stat = fstat(file).map_err(|e| OpenError::io(path, "look at", e))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
@@ -387,7 +365,7 @@ fn reopen(file: BorrowedFd<'_>) -> Option<OwnedFd> {
 }
 
 /// A file that was just opened.
-struct Opened {
+pub(crate) struct Opened {
     /// Of a block device, it may exclude the host itself and whoever asks for the same. Only with this very
     /// descriptor may such a device be zeroed and discarded.
     file: OwnedFd,
@@ -426,7 +404,7 @@ pub(crate) fn check_kind(path: &Path, kind: FileType) -> Result<(), OpenError> {
 }
 
 /// Opens for what `options` ask.
-fn open_file(path: &Path, options: &OpenOptions) -> Result<Opened, OpenError> {
+pub(crate) fn open_file(path: &Path, options: &OpenOptions) -> Result<Opened, OpenError> {
     let open = |flags| rustix::fs::open(path, flags | ALWAYS, Mode::empty());
     if options.access != Access::ReadOnly {
         // On a block device it means: fail if the host itself uses it. Without meaning for a file.

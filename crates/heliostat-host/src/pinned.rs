@@ -13,7 +13,7 @@ use rustix::fs::{FileType, Mode, OFlags, Stat, fstat};
 use rustix::io::Errno;
 
 use crate::file::FileStorage;
-use crate::open::{Attempt, OpenError, OpenOptions, check_kind};
+use crate::open::{Attempt, OpenError, OpenOptions, check_kind, open_file};
 
 /// Which file it is, whatever its names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +48,7 @@ impl Pinned {
     /// As [`FileStorage::open`], for what is missing, is no disk, or must not be looked at. `Io` without `/proc`.
     pub fn find(path: &Path) -> Result<Self, OpenError> {
         let failed = |errno| OpenError::from_open(path, Attempt::Read, errno);
-        let file =
-            rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+        let file = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
         let stat = fstat(&file).map_err(failed)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         check_kind(path, kind)?;
@@ -90,8 +89,26 @@ impl Pinned {
     /// # Errors
     /// As [`FileStorage::open`].
     pub fn open(&self, options: &OpenOptions) -> Result<FileStorage, OpenError> {
-        FileStorage::open_by_way_of(&self.path, &by_way_of(&self.file), options)
+        let opened =
+            open_file(&by_way_of(&self.file), options).map_err(|error| renamed(error, &self.path))?;
+        FileStorage::from_file(&self.path, opened, options)
     }
+}
+
+/// The same error of the same file under the name that people know.
+fn renamed(mut error: OpenError, name: &Path) -> OpenError {
+    match &mut error {
+        OpenError::Missing { path }
+        | OpenError::Exists { path }
+        | OpenError::Denied { path, .. }
+        | OpenError::ReadOnly { path }
+        | OpenError::NotADisk { path, .. }
+        | OpenError::Locked { path, .. }
+        | OpenError::Busy { path }
+        | OpenError::NoDirect { path, .. }
+        | OpenError::Io { path, .. } => name.clone_into(path),
+    }
+    error
 }
 
 fn by_way_of(file: &OwnedFd) -> PathBuf {

@@ -14,7 +14,9 @@ fn help(arguments: &[&str]) -> String {
 
 #[test]
 fn every_verb_has_its_help() {
-    for verb in ["demo", "serve", "mirror", "job", "info", "compare", "completions"] {
+    let verbs =
+        ["demo", "serve", "mirror", "job", "create", "info", "check", "map", "compare", "completions"];
+    for verb in verbs {
         insta::assert_snapshot!(format!("help_{verb}"), help(&[verb, "--help"]));
     }
     insta::assert_snapshot!("help", help(&["--help"]));

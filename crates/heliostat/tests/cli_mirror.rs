@@ -323,12 +323,13 @@ fn arguments_that_make_no_sense_are_refused_with_what_to_write() {
         (&["--granularity", "3000"][..], "power of two"),
         (&["--granularity", "128M"], "power of two"),
         (&["--on-ready", "wait"], "--nbd"),
+        (&["--sync", "top"], "stands on no other image"),
         (&["--nbd", "192.0.2.1:1"], "--allow-remote"),
     ] {
         refused(&mirror(&source, &target, flags), why);
     }
     for flags in
-        [&["--speed", "fast"][..], &["--nbd", "10809"], &["--existing", "--force"], &["--sync", "top"]]
+        [&["--speed", "fast"][..], &["--nbd", "10809"], &["--existing", "--force"], &["--sync", "half"]]
     {
         let output = mirror(&source, &target, flags);
         assert_eq!(output.status.code(), Some(2), "usage: {flags:?}");

@@ -128,10 +128,12 @@ fn external_data_files_are_laid_out_as_qemu_img_does() {
         ",preallocation=full",
         ",data_file_raw=on,extended_l2=on",
     ] {
-        compare(folder.path(), "10M", &format!("data_file=data.raw{options}"), false);
+        let data = folder.path().join("data.raw");
+        compare(folder.path(), "10M", &format!("data_file={}{options}", data.display()), false);
     }
     // A data file that is raw reads the same alone, before and after a write.
-    assert!(ours(folder.path(), "raw.qcow2", "1M", "data_file=alone,data_file_raw=on", &[]).status.success());
+    let alone = format!("data_file={},data_file_raw=on", folder.path().join("alone").display());
+    assert!(ours(folder.path(), "raw.qcow2", "1M", &alone, &[]).status.success());
     qemu("qemu-io", &["-c", "write -P 5 128k 64k", "raw.qcow2"], folder.path());
     qemu("qemu-img", &["compare", "-q", "-F", "raw", "raw.qcow2", "alone"], folder.path());
 }
@@ -230,7 +232,7 @@ fn what_is_there_stays_unless_it_may_go() {
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
     // A data file that is there stops it too, and what has been made until then goes.
-    let made = ours(folder.path(), "new", "1M", "data_file=disk", &[]);
+    let made = ours(folder.path(), "new", "1M", &format!("data_file={}", path.display()), &[]);
     assert_eq!(made.status.code(), Some(1));
     assert!(!folder.path().join("new").exists());
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");

@@ -139,11 +139,17 @@ fn nodes_below_are_given_by_name_or_made_alike() {
         list_chains(),
         delete("p"),
         delete("n"),
-        add(image("top.qcow2", &json!({ "backing": changed(image("mid.qcow2", &json!({})), &json!({ "node-name": "m" })) }))),
+        add(image(
+            "top.qcow2",
+            &json!({ "backing": changed(image("mid.qcow2", &json!({})), &json!({ "node-name": "m" })) }),
+        )),
         list_chains(),
         delete("m"),
         delete("n"),
-        add(image("top.qcow2", &json!({ "backing": { "driver": "raw", "node-name": "r", "file": file("t.raw") } }))),
+        add(image(
+            "top.qcow2",
+            &json!({ "backing": { "driver": "raw", "node-name": "r", "file": file("t.raw") } }),
+        )),
         list_chains(),
         delete("n"),
         add(named("t.raw", "t")),
@@ -168,7 +174,10 @@ fn nodes_below_are_given_by_name_or_made_alike() {
 #[test]
 fn a_node_that_another_stands_on_is_kept_from_change_alike() {
     let export = |id: &str, node: &str, writable: bool| {
-        Do("block-export-add", json!({ "type": "nbd", "id": id, "name": id, "node-name": node, "writable": writable }))
+        Do(
+            "block-export-add",
+            json!({ "type": "nbd", "id": id, "name": id, "node-name": node, "writable": writable }),
+        )
     };
     let mirror = |device: &str, target: &str| {
         Do("blockdev-mirror", json!({ "job-id": "j", "device": device, "target": target, "sync": "full" }))

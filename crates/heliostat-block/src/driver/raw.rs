@@ -92,6 +92,11 @@ impl Raw {
         self.storage.traits()
     }
 
+    /// Where in the storage it begins.
+    pub(crate) const fn start(&self) -> u64 {
+        self.start
+    }
+
     /// Its length in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
@@ -177,7 +182,9 @@ const EPERM: i32 = 1;
 /// bytes, the last one brings only right ones: so none that does is let through.
 fn forges(offset: u64, data: &[u8]) -> bool {
     MAGICS.iter().any(|magic| {
-        let Some(rest) = usize::try_from(offset).ok().and_then(|from| magic.get(from..)) else { return false };
+        let Some(rest) = usize::try_from(offset).ok().and_then(|from| magic.get(from..)) else {
+            return false;
+        };
         let len = rest.len().min(data.len());
         len > 0 && rest[..len] == data[..len]
     })

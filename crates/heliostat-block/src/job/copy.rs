@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Operation;
 use super::doubling::{Payload, TargetHalf};
-use super::scan::{Belief, reads_zero};
+use super::options::MirrorOptions;
+use super::scan::{Belief, SyncMode};
 use crate::buffer::BufferPool;
 use crate::clock::{Moment, yield_once};
 use crate::convert::usize_from;
 use crate::error::BlockError;
-use crate::limits::{COPY_LEN_MAX, GUEST_QUIET};
+use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GUEST_QUIET};
 use crate::node::Node;
 use crate::planted;
 use crate::range::ByteRange;
@@ -35,6 +36,8 @@ pub(crate) struct Route {
     /// Whether the target is believed when it says that a range reads as zero. Not after a failed flush: its
     /// cache may show what its medium has lost.
     pub(crate) trust_target: AtomicBool,
+    /// What the first pass copies.
+    pub(crate) sync: SyncMode,
 }
 
 /// How a range was brought over.
@@ -52,6 +55,20 @@ pub(crate) struct Copied {
 pub(crate) type CopyError = (Operation, BlockError);
 
 impl Route {
+    /// The way from one node to the other, as `options` have it.
+    pub(crate) fn new(source: Arc<Node>, target: Arc<Node>, options: &MirrorOptions) -> Self {
+        let piece = COPY_LEN_MAX.max(u64::from(options.granularity));
+        Self {
+            source,
+            target,
+            buffers: BufferPool::new(usize_from(piece), COPIES_IN_FLIGHT_MAX),
+            detect_zeroes: options.detect_zeroes,
+            zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
+            trust_target: AtomicBool::new(true),
+            sync: options.sync,
+        }
+    }
+
     /// Whether copying is work for a core rather than for a disk.
     pub(crate) fn is_cached(&self) -> bool {
         let cached = |node: &Node| node.traits().block_size == 1 && !node.traits().remote;
@@ -67,8 +84,20 @@ impl Route {
     pub(crate) fn belief(&self, target_is_zero: bool) -> Belief {
         match (self.trust_target.load(Ordering::Relaxed), target_is_zero) {
             (false, _) => Belief::Nothing,
-            (true, false) => Belief::WhatItSays,
-            (true, true) => Belief::AllZero,
+            (true, true) if self.target.backing().is_none() && !self.target.lacks_backing() => {
+                Belief::AllZero
+            }
+            // Through what a target does not hold, something else shows.
+            (true, _) => Belief::WhatItSays,
+        }
+    }
+
+    /// Says whether an extent of the target is known to read as zero, now and when all of its chain is open.
+    pub(crate) fn reads_zero(&self, extent: &Extent) -> bool {
+        match extent.status {
+            ExtentStatus::Data => false,
+            ExtentStatus::Zero => true,
+            ExtentStatus::Hole => !self.target.lacks_backing(),
         }
     }
 
@@ -143,7 +172,7 @@ impl Route {
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
             let part = match self.first_on_target(rest).await {
-                Some(first) if reads_zero(&first) => {
+                Some(first) if self.reads_zero(&first) => {
                     copied.skipped += first.range.len();
                     from = first.range.end();
                     continue;

@@ -70,6 +70,9 @@ pub(crate) struct Doubling {
     /// lock of a look at it is taken.
     table: Mutex<Table>,
     write_blocking: AtomicBool,
+    /// What is written to the target must be whole granules: for one whose backing is not there, which fills the rest
+    /// of a cluster with zeroes where something else would show later.
+    whole_granules: AtomicBool,
     /// The job sleeps and wants to hear of the next mark; of one only, so that a busy guest pays for one wake.
     wants_marks: AtomicBool,
     /// The job sleeps and wants to hear of the next half.
@@ -98,6 +101,7 @@ impl Doubling {
             bitmap,
             table: Mutex::default(),
             write_blocking: AtomicBool::new(false),
+            whole_granules: AtomicBool::new(false),
             wants_marks: AtomicBool::new(false),
             wants_halves: AtomicBool::new(false),
             wake: Event::new(),
@@ -119,6 +123,17 @@ impl Doubling {
 
     pub(crate) fn set_write_blocking(&self, write_blocking: bool) {
         self.write_blocking.store(write_blocking, Ordering::SeqCst);
+    }
+
+    /// Doubles only writes of whole granules from now on.
+    pub(crate) fn set_whole_granules(&self, whole: bool) {
+        self.whole_granules.store(whole, Ordering::SeqCst);
+    }
+
+    fn may_double(&self, range: ByteRange) -> bool {
+        let granule = u64::from(self.bitmap.granularity());
+        let is_edge = |at: u64| at.is_multiple_of(granule) || at == self.bitmap.size();
+        !self.whole_granules.load(Ordering::SeqCst) || (is_edge(range.offset()) && is_edge(range.end()))
     }
 
     pub(crate) fn is_write_blocking(&self) -> bool {
@@ -155,7 +170,7 @@ impl Doubling {
         range: ByteRange,
         payload: impl FnOnce() -> Payload,
     ) -> Option<Doubled> {
-        if !self.is_write_blocking() || range.is_empty() {
+        if !self.is_write_blocking() || range.is_empty() || !self.may_double(range) {
             return None;
         }
         let mut waiting = self.enter(range)?;
@@ -460,6 +475,23 @@ mod tests {
 
     fn begin(doubling: &Arc<Doubling>, range: ByteRange) -> impl Future<Output = Option<Doubled>> {
         doubling.begin(range, || Payload::Zeroes(ZeroSpace::Keep))
+    }
+
+    #[test]
+    fn where_whole_granules_are_wanted_other_writes_are_plain() {
+        let doubling = doubling(false);
+        doubling.set_whole_granules(true);
+        for (offset, len, is_doubled) in
+            [(0, 512, true), (512, 1024, true), (0, 100, false), (512, 700, false), (100, 412, false)]
+        {
+            let begun = begin(&doubling, range(offset, len)).now_or_never().flatten();
+            assert_eq!(begun.is_some(), is_doubled, "{offset}+{len}");
+            if let Some(doubled) = begun {
+                let half = doubling.next_half().unwrap();
+                doubling.half_ended(half, true);
+                doubled.finish(true).now_or_never().unwrap();
+            }
+        }
     }
 
     #[test]

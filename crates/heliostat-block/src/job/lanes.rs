@@ -146,6 +146,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::super::doubling::Doubling;
+    use super::super::scan::SyncMode;
     use super::super::test_disk::{Bench, Disk, SECTOR, Ticking};
     use super::super::unflushed::Unflushed;
     use super::*;
@@ -175,6 +176,7 @@ mod tests {
                 detect_zeroes: false,
                 zero_space: ZeroSpace::Keep,
                 trust_target: AtomicBool::new(true),
+                sync: SyncMode::Full,
             };
             let unflushed = Unflushed::new([fresh(), fresh()]);
             Self { route: Arc::new(route), doubling, unflushed, returns: Arc::default() }

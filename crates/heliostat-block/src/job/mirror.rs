@@ -6,7 +6,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use event_listener::EventListener;
@@ -25,13 +25,10 @@ use super::source_gate::SourceGate;
 use super::underway::{Done, Underway};
 use super::unflushed::{Begun, Unflushed};
 use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
-use crate::buffer::BufferPool;
 use crate::clock::{Clock, Moment};
-use crate::convert::usize_from;
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
-use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
-use crate::storage::ZeroSpace;
+use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
 
 pub use super::options::MirrorOptions;
 
@@ -81,18 +78,11 @@ impl Mirror {
         let Bitmaps { dirty, unflushed } = bitmaps;
         let doubling = Doubling::new(dirty, options.target_deadline, Arc::clone(&clock));
         doubling.set_write_blocking(job.options().copy_mode == CopyMode::WriteBlocking);
+        doubling.set_whole_granules(target_node.lacks_backing());
         let now = clock.now();
         let tally = Tally::new(now, source_node.latencies());
-        let piece = COPY_LEN_MAX.max(u64::from(options.granularity));
         source_node.attach_doubling(Arc::clone(&doubling));
-        let route = Arc::new(Route {
-            source: source_node,
-            target: target_node,
-            buffers: BufferPool::new(usize_from(piece), COPIES_IN_FLIGHT_MAX),
-            detect_zeroes: options.detect_zeroes,
-            zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
-            trust_target: AtomicBool::new(true),
-        });
+        let route = Arc::new(Route::new(source_node, target_node, &options));
         Self {
             underway: Underway::new(Arc::clone(&route)),
             route,
@@ -201,8 +191,7 @@ impl Mirror {
         match step {
             Step::Scan => {
                 self.scan = Scan::Running;
-                let done =
-                    self.underway.scan(self.scanned_to, self.route.belief(self.options.target_is_zero)).await;
+                let done = self.underway.scan(self.scanned_to, self.options.target_is_zero).await;
                 self.take_in(done);
             }
             Step::Copy => self.start_copy().await,

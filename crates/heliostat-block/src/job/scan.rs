@@ -4,13 +4,11 @@
 //! cleared them (MIRROR.md section 3). One piece at a time, each bounded, so that it never holds anybody up.
 //! Called by `mirror`.
 
-use std::sync::Arc;
-
+use super::copy::Route;
 use crate::error::BlockError;
-use crate::node::Node;
 use crate::planted;
 use crate::range::ByteRange;
-use crate::storage::{Extent, ExtentStatus};
+use crate::storage::ExtentStatus;
 
 /// What the first pass copies (MIRROR.md section 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,24 +45,24 @@ pub(crate) struct Scanned {
 ///
 /// # Errors
 /// What the source says. A target that cannot say how it is laid out is copied to in full.
-pub(crate) async fn scan(
-    source: &Arc<Node>,
-    target: &Arc<Node>,
-    from: u64,
-    belief: Belief,
-) -> Result<Scanned, BlockError> {
+pub(crate) async fn scan(route: &Route, from: u64, belief: Belief) -> Result<Scanned, BlockError> {
+    let source = &route.source;
     let rest = ByteRange::from_bounds(from, source.size());
-    let extents = source.extents_below(rest).await?;
+    // What the active layer does not hold the target has from its own chain.
+    let is_top = route.sync == SyncMode::Top && source.backing().is_some();
+    let extents =
+        if is_top { source.extents_of_layer(rest).await? } else { source.extents_below(rest).await? };
     planted::remember_holes(&extents);
     let mut dirty = Vec::new();
     let mut end = from;
     for extent in extents {
         end = extent.range.end();
         match (extent.status, belief) {
+            (ExtentStatus::Hole, _) if is_top => {}
             (ExtentStatus::Data, _) | (_, Belief::Nothing) => dirty.push(extent.range),
             (ExtentStatus::Zero | ExtentStatus::Hole, Belief::AllZero) => {}
             (ExtentStatus::Zero | ExtentStatus::Hole, Belief::WhatItSays) => {
-                end = not_zero(target, extent.range, &mut dirty).await;
+                end = not_zero(route, extent.range, &mut dirty).await;
                 if end < extent.range.end() {
                     break;
                 }
@@ -81,18 +79,13 @@ pub(crate) async fn scan(
 
 /// Adds the parts of `range` that are not known to read as zero on the target, as far as that answers in one go;
 /// says how far.
-async fn not_zero(target: &Arc<Node>, range: ByteRange, dirty: &mut Vec<ByteRange>) -> u64 {
-    let extents = target.extents_below(range).await.unwrap_or_default();
+async fn not_zero(route: &Route, range: ByteRange, dirty: &mut Vec<ByteRange>) -> u64 {
+    let extents = route.target.extents_below(range).await.unwrap_or_default();
     let end = extents.last().map_or(range.offset(), |last| last.range.end());
     if end == range.offset() {
         dirty.push(range);
         return range.end();
     }
-    dirty.extend(extents.iter().filter(|extent| !reads_zero(extent)).map(|extent| extent.range));
+    dirty.extend(extents.iter().filter(|extent| !route.reads_zero(extent)).map(|extent| extent.range));
     end
-}
-
-/// Says whether an extent of a node without backing is known to read as zero.
-pub(crate) fn reads_zero(extent: &Extent) -> bool {
-    matches!(extent.status, ExtentStatus::Zero | ExtentStatus::Hole)
 }

@@ -11,7 +11,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, TargetHalf};
 use super::lanes::{Errand, Lanes, Returns};
-use super::scan::{Belief, Scanned, scan};
+use super::scan::{Scanned, scan};
 use super::unflushed::Begun;
 use crate::clock::{LocalFuture, yield_once};
 use crate::error::BlockError;
@@ -100,9 +100,9 @@ impl Underway {
     }
 
     /// Starts to look at the source from `from` on.
-    pub(crate) async fn scan(&mut self, from: u64, belief: Belief) -> Option<Done> {
+    pub(crate) async fn scan(&mut self, from: u64, target_is_zero: bool) -> Option<Done> {
         let route = Arc::clone(&self.route);
-        let look = async move { Done::Scanned(scan(&route.source, &route.target, from, belief).await) };
+        let look = async move { Done::Scanned(scan(&route, from, route.belief(target_is_zero)).await) };
         self.launch(look).await
     }
 

@@ -1,4 +1,4 @@
-//! `heliostat compare A B`: whether two images read the same.
+//! `heliostat compare A B`: whether two disks read the same, of whatever format their images are.
 //!
 //! What both sides say is zero is not read, so that sparse images take no time. Holes equal zeroes; where one
 //! image is longer, the rest of it must be zeroes. Exit status as `qemu-img compare`: 0 same, 1 differ, 2
@@ -18,13 +18,13 @@ use heliostat_block::error::BlockError;
 use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Extent, ExtentStatus};
-use heliostat_host::open::{Cache, Locking};
 use heliostat_host::runtime::block_on;
 use serde_json::json;
 
-use super::image;
+use super::disk::{Disk, FormatName, Look, Trust};
 use super::output::{self, Form, Outcome};
 use super::units;
+use crate::daemon::Sharing;
 
 /// Read at once: long enough for full speed, short enough to stay in a processor's cache.
 const PIECE: u64 = 1 << 20;
@@ -39,6 +39,12 @@ pub struct Compare {
     a: PathBuf,
     /// The other one
     b: PathBuf,
+    /// What the first image is: needed only for one that looks like another format
+    #[arg(long, value_enum)]
+    format_a: Option<FormatName>,
+    /// What the second one is
+    #[arg(long, value_enum)]
+    format_b: Option<FormatName>,
     /// Images of different size are different, even if the rest is zeroes
     #[arg(long)]
     strict: bool,
@@ -48,6 +54,8 @@ pub struct Compare {
     /// Read from the disks, not from the host's page cache
     #[arg(long)]
     direct: bool,
+    #[command(flatten)]
+    trust: Trust,
 }
 
 /// What comparing has shown.
@@ -66,10 +74,10 @@ impl Compare {
     /// # Errors
     /// When an image cannot be opened or read.
     pub fn run(&self, form: Form) -> Result<Outcome> {
-        let cache = if self.direct { Cache::Direct } else { Cache::Page };
-        let locking = if self.force_share { Locking::Off } else { Locking::Still };
-        let a = image::open(&self.a, cache, locking)?;
-        let b = image::open(&self.b, cache, locking)?;
+        let sharing = if self.force_share { Sharing::Anything } else { Sharing::Still };
+        let look = |format| Look { format, trust: &self.trust, direct: self.direct, sharing };
+        let a = Disk::open(&self.a, &look(self.format_a))?;
+        let b = Disk::open(&self.b, &look(self.format_b))?;
         let comparison = block_on(compare(&a.node, &b.node))
             .context("cannot start the I/O engine")?
             .with_context(|| format!("cannot compare {} and {}", self.a.display(), self.b.display()))?;

@@ -2,6 +2,7 @@
 //!
 //! Names and meanings of options are those of `qemu-img create`. What is there already stays, unless `--force`.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -158,7 +159,7 @@ impl Create {
     }
 }
 
-/// A name in an image is meant from the image's directory.
+/// A backing file's name is meant from the image's directory.
 fn beside(image: &Path, name: &Path) -> PathBuf {
     image.parent().map_or_else(|| name.to_owned(), |folder| folder.join(name))
 }
@@ -178,10 +179,8 @@ impl Made {
         let image = &create.image;
         let file = self.open(image, create.force)?;
         let data_file = match &options.data_file {
-            Some(name) => {
-                let path = beside(image, Path::new(std::ffi::OsStr::from_bytes(name)));
-                Some(self.open(&path, create.force)?)
-            }
+            // As QEMU does: unlike that of a backing file, this name is meant from the current directory.
+            Some(name) => Some(self.open(Path::new(OsStr::from_bytes(name)), create.force)?),
             None => None,
         };
         let made = async {
@@ -335,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_in_an_image_is_meant_from_its_directory() {
+    fn a_backing_file_is_meant_from_the_images_directory() {
         assert_eq!(beside(Path::new("a/b.qcow2"), Path::new("c")), Path::new("a/c"));
         assert_eq!(beside(Path::new("b.qcow2"), Path::new("c")), Path::new("c"));
         assert_eq!(beside(Path::new("a/b.qcow2"), Path::new("/c")), Path::new("/c"));

@@ -21,8 +21,6 @@ pub struct Image {
     /// Its bytes.
     pub node: Arc<Node>,
     storage: Arc<FileStorage>,
-    /// Whether it is a block device, not a file.
-    pub is_device: bool,
     /// Whether the page cache is passed by.
     pub is_direct: bool,
 }
@@ -42,14 +40,23 @@ pub fn open(path: &Path, cache: Cache, locking: Locking) -> Result<Image, OpenEr
 /// [`OpenError`], which says what to do.
 pub fn open_as(path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
     let storage = Arc::new(FileStorage::open(path, options)?);
-    let (is_device, is_direct) = (storage.is_device(), storage.is_direct());
+    let is_direct = storage.is_direct();
     let node = Node::new(
         NodeName::generated(0),
         Driver::Raw(Raw::whole(storage.clone())),
         NodeOptions { read_only: true, ..NodeOptions::default() },
         Arc::new(RealClock::new()),
     );
-    Ok(Image { path: path.to_owned(), node, storage, is_device, is_direct })
+    Ok(Image { path: path.to_owned(), node, storage, is_direct })
+}
+
+/// Opens the bytes of an image for reading, without locks.
+///
+/// # Errors
+/// [`OpenError`], which says what to do.
+pub fn open_storage(path: &Path) -> Result<FileStorage, OpenError> {
+    let options = OpenOptions { access: Access::ReadOnly, locking: Locking::Off, ..OpenOptions::default() };
+    FileStorage::open(path, &options)
 }
 
 /// How an image says that it keeps its bytes.
@@ -59,17 +66,6 @@ pub enum Format {
     Raw,
     /// It begins as a qcow2 image.
     Qcow2,
-}
-
-impl Format {
-    /// The format's name.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
 }
 
 /// The first bytes of every qcow2 image (docs/interop/qcow2: "QFI\xfb").

@@ -13,16 +13,17 @@ use heliostat_host::runtime::block_on;
 use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
+use super::disk::{Backing, FormatName, Kind, Trust, backing_of, explain, size_of};
 use super::ending;
-use super::image::{self, Image};
+use super::image::{self, Format, Image};
 use super::offer::{NODE, Offer, Offered};
 use super::output::{self, Form, Outcome, say};
 use super::progress::Wanted;
 use super::serve::{How, notify};
 use super::session::{AtReady, Ended, Session};
-use super::target::{Permission, Plan, Target};
+use super::target::{Needs, Permission, Plan, Target};
 use super::units;
-use crate::daemon::{Daemon, MirrorSpec, NodeSpec, Subscription};
+use crate::daemon::{BackingSpec, Child, Daemon, DriverSpec, MirrorSpec, Subscription};
 
 /// The id of the one job.
 const JOB: &str = "mirror";
@@ -40,7 +41,10 @@ pub struct Mirror {
     source: PathBuf,
     /// What it is mirrored to
     target: PathBuf,
-    /// What the first pass copies: everything, or nothing but what clients write from now on
+    /// What the target is to be; by default what the source is. One that is there is taken for what it looks like
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    target_format: Option<FormatName>,
+    /// What the first pass copies: everything, what the source's top image holds, or nothing but what clients write from now on
     #[arg(long, value_enum, default_value_t = Sync::Full)]
     sync: Sync,
     /// Copy at most so many bytes a second: 64M, 1.5G; 0 is no limit
@@ -80,12 +84,16 @@ pub struct Mirror {
     offer: Offer,
     #[command(flatten)]
     how: How,
+    #[command(flatten)]
+    trust: Trust,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Sync {
     /// Everything that is there
     Full,
+    /// Only what the top image of the source holds; the target stands on what that stands on
+    Top,
     /// Only what is written from now on
     None,
 }
@@ -158,20 +166,22 @@ impl Mirror {
             );
         }
         let granularity = self.granularity()?;
-        let source = self.look_at_source()?;
-        let size = source.node.size();
+        let (source, kind) = self.look_at_source()?;
         let cache = self.how.host_cache();
-        let plan = Plan::new(&self.source, &self.target, size, self.permission(), cache)?;
+        let needs = Needs {
+            source: &self.source,
+            size: size_of(&self.source, kind)?,
+            kind,
+            format: self.target_format,
+            backing: self.backing(kind)?,
+        };
+        let plan = Plan::new(needs, &self.target, self.permission(), cache)?;
         // Kept open, the source lets nobody else write meanwhile; clients of ours do so only when they are served.
         let source = (!self.offer.has_clients()).then_some(source);
         let signals = ending::signals()?;
-        let mut target = plan.make(cache)?;
-        if self.keep_partial {
-            target.keep();
-        }
-        let daemon = Daemon::new();
-        let started = self.start(&daemon, address, granularity, &target);
-        let (offered, events, job) = started.inspect_err(|_| {
+        let daemon = self.trust.daemon()?;
+        let started = self.start(&daemon, address, granularity, kind, plan);
+        let (offered, events, job, target) = started.inspect_err(|_| {
             // A client may have found the socket already. The error that is told is the first one.
             let _ = daemon.shutdown();
         })?;
@@ -191,19 +201,28 @@ impl Mirror {
         self.carry_through(session, source, target, offered, form)
     }
 
+    /// Opens the source before the target is made: what is wrong with it is known before anything has happened.
     fn start(
         &self,
         daemon: &Arc<Daemon>,
         address: Option<Address>,
         granularity: Option<u32>,
-        target: &Target,
-    ) -> Result<(Offered, Subscription, Arc<Job>)> {
-        let mut offered = self.add_disks(daemon, address)?;
+        kind: Kind,
+        plan: Plan,
+    ) -> Result<(Offered, Subscription, Arc<Job>, Target)> {
+        let source = self.how.node(NODE, &self.source, kind, !self.offer.has_clients());
+        daemon.add_node(&source).map_err(|error| explain(&self.source, kind, error))?;
+        let mut target = plan.make(self.how.host_cache())?;
+        if self.keep_partial {
+            target.keep();
+        }
+        self.add_target(daemon, &target)?;
+        let mut offered = self.offer.open(daemon, address, true)?;
         let events = daemon.subscribe();
-        let job = daemon.start_mirror(&self.spec(granularity, target)?)?;
+        let job = daemon.start_mirror(&self.spec(granularity, &target)?)?;
         offered.take_orders(daemon)?;
         self.announce(&offered);
-        Ok((offered, events, job))
+        Ok((offered, events, job, target))
     }
 
     fn permission(&self) -> Permission {
@@ -223,7 +242,7 @@ impl Mirror {
         }
     }
 
-    fn look_at_source(&self) -> Result<Image> {
+    fn look_at_source(&self) -> Result<(Image, Kind)> {
         let (access, locking) = match self.offer.has_clients() {
             true => (Access::ReadWrite, Locking::Auto),
             false => (Access::ReadOnly, Locking::Still),
@@ -231,25 +250,46 @@ impl Mirror {
         let cache = self.how.host_cache();
         let image =
             image::open_as(&self.source, &OpenOptions { access, cache, locking, ..OpenOptions::default() })?;
-        // A copy of an image is a copy in any format; only clients would misread it.
-        if self.offer.has_clients() {
-            block_on(self.how.check_format(&image)).context("cannot start the I/O engine")??;
-        }
-        Ok(image)
+        let found = block_on(image.format()).context("cannot start the I/O engine")??;
+        Ok((image, self.how.kind(&self.source, found)))
     }
 
-    fn add_disks(&self, daemon: &Arc<Daemon>, address: Option<Address>) -> Result<Offered> {
-        let live = self.offer.has_clients();
-        let source = self.how.apply(NodeSpec::file(NODE, &self.source));
-        daemon.add_node(&NodeSpec { read_only: !live, ..source })?;
-        daemon.add_node(&self.how.apply(NodeSpec::file(TARGET_NODE, &self.target)))?;
-        self.offer.open(daemon, address, true)
+    /// What a new target stands on: what the source does, where only the source's top image is copied.
+    fn backing(&self, kind: Kind) -> Result<Option<Backing>> {
+        if self.sync != Sync::Top {
+            return Ok(None);
+        }
+        let backing = match kind.format() {
+            Format::Qcow2 => backing_of(&self.source)?,
+            Format::Raw => None,
+        };
+        if backing.is_none() {
+            bail!(
+                "--sync top: {} stands on no other image, so there is no top; leave --sync out",
+                self.source.display()
+            );
+        }
+        Ok(backing)
+    }
+
+    fn add_target(&self, daemon: &Arc<Daemon>, target: &Target) -> Result<()> {
+        let mut spec = self.how.node(TARGET_NODE, &self.target, target.kind(), false);
+        if let (DriverSpec::Qcow2(image), true) = (&mut spec.driver, target.shares_backing()) {
+            let nodes = daemon.nodes();
+            let source = nodes.iter().find(|entry| entry.node.name().as_str() == NODE);
+            let below = source.and_then(|entry| entry.backing.as_ref());
+            let given = below.map(|name| BackingSpec::Given(Child::Named(name.to_string())));
+            image.backing = given.unwrap_or(BackingSpec::Nothing);
+        }
+        daemon.add_node(&spec).map_err(|error| explain(&self.target, target.kind(), error))?;
+        Ok(())
     }
 
     fn spec(&self, granularity: Option<u32>, target: &Target) -> Result<MirrorSpec> {
         Ok(MirrorSpec {
             sync: match self.sync {
                 Sync::Full => SyncMode::Full,
+                Sync::Top => SyncMode::Top,
                 Sync::None => SyncMode::None,
             },
             copy_mode: match self.copy_mode {

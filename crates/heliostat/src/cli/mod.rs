@@ -10,10 +10,12 @@ mod completions;
 mod control;
 mod create;
 pub mod demo;
+mod disk;
 mod ending;
 mod image;
 mod info;
 mod job;
+mod map;
 mod mirror;
 mod offer;
 mod output;
@@ -50,6 +52,7 @@ enum Verb {
     Job(job::Job),
     Create(create::Create),
     Info(info::Inspect),
+    Map(map::Map),
     Check(check::Check),
     Compare(compare::Compare),
     Completions(completions::Completions),
@@ -64,6 +67,7 @@ impl Verb {
             Self::Job(job) => job.run(form),
             Self::Create(create) => create.run(form),
             Self::Info(info) => info.run(form),
+            Self::Map(map) => map.run(form),
             Self::Check(check) => check.run(form),
             Self::Compare(compare) => compare.run(form),
             Self::Completions(completions) => completions.run(),

@@ -1,6 +1,6 @@
 //! `heliostat serve`: a disk on NBD until somebody ends it, or an empty daemon that is told over QMP what to do.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -10,12 +10,13 @@ use heliostat_host::open::{Access, Attempt, Cache, OpenError, OpenOptions};
 use heliostat_host::runtime::block_on;
 use serde_json::json;
 
+use super::disk::{FormatName, Kind, Trust, explain};
 use super::ending;
 use super::image::{self, Format};
 use super::offer::{NODE, Offer, Offered};
 use super::output::{self, Form, Outcome, say};
 use super::units;
-use crate::daemon::{CacheUse, Daemon, NodeSpec};
+use crate::daemon::{CacheUse, Daemon, NodeSpec, Sharing};
 
 /// Offers a disk to NBD clients; without a disk, starts a daemon that is configured over its control socket
 ///
@@ -31,6 +32,8 @@ pub struct Serve {
     offer: Offer,
     #[command(flatten)]
     how: How,
+    #[command(flatten)]
+    trust: Trust,
 }
 
 /// How a disk is kept; the arguments that `serve` and `mirror` share.
@@ -46,7 +49,7 @@ pub struct How {
     /// What becomes of written data that is all zero: nothing special, the cheapest zeroes, or a hole
     #[arg(long, value_enum, default_value_t = ZeroesMode::Off)]
     detect_zeroes: ZeroesMode,
-    /// What the image is. Needed only for one that looks like another format
+    /// What the image is. Needed only for one that looks like another format, or names other files and is not called .qcow2
     #[arg(long, value_enum)]
     format: Option<FormatName>,
 }
@@ -77,16 +80,21 @@ enum ZeroesMode {
     Unmap,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum FormatName {
-    /// The image's bytes are the disk's bytes
-    Raw,
-}
-
 impl How {
-    /// Puts what was asked into a node's description.
+    /// Of which format the disk at `path` is, which begins as `found` says.
     #[must_use]
-    pub fn apply(self, spec: NodeSpec) -> NodeSpec {
+    pub fn kind(self, path: &Path, found: Format) -> Kind {
+        Kind::of(path, self.format, found)
+    }
+
+    /// The node for the disk at `path`.
+    #[must_use]
+    pub fn node(self, name: &str, path: &Path, kind: Kind, read_only: bool) -> NodeSpec {
+        kind.node(name, path, Sharing::default(), &NodeSpec { read_only, ..self.like(name, path) })
+    }
+
+    /// What was asked for, whatever the format.
+    fn like(self, name: &str, path: &Path) -> NodeSpec {
         let discard = match self.discard {
             DiscardMode::Ignore => Discard::Ignore,
             DiscardMode::Unmap => Discard::Unmap,
@@ -97,7 +105,7 @@ impl How {
             ZeroesMode::Unmap => DetectZeroes::Unmap,
         };
         let cache = CacheUse { direct: matches!(self.cache, CacheMode::Direct), no_flush: false };
-        NodeSpec { discard, detect_zeroes, cache, ..spec }
+        NodeSpec { discard, detect_zeroes, cache, ..NodeSpec::file(name, path) }
     }
 
     /// How an image is opened to be looked at.
@@ -107,23 +115,6 @@ impl How {
             CacheMode::Page => Cache::Page,
             CacheMode::Direct => Cache::Direct,
         }
-    }
-
-    /// Refuses an image that says it is of a format that we would misread, unless the operator knows.
-    ///
-    /// # Errors
-    /// When it does, or cannot be read.
-    pub async fn check_format(self, image: &image::Image) -> Result<()> {
-        let format = image.format().await?;
-        if self.format.is_none() && format != Format::Raw {
-            bail!(
-                "{} looks like a {} image, and this version knows raw only; add --format raw to use its bytes \
-                 as they are",
-                image.path.display(),
-                format.name()
-            );
-        }
-        Ok(())
     }
 }
 
@@ -143,7 +134,7 @@ impl Serve {
             bail!("--nbd needs a disk; without one, start the NBD server over the control socket");
         }
         let mut signals = ending::signals()?;
-        let daemon = Daemon::new();
+        let daemon = self.trust.daemon()?;
         let disk = self.add_disk(&daemon)?;
         let mut offered = self.offer.open(&daemon, address, !self.read_only)?;
         offered.take_orders(&daemon)?;
@@ -162,21 +153,20 @@ impl Serve {
     /// Opens the disk. Answers its size.
     fn add_disk(&self, daemon: &Arc<Daemon>) -> Result<Option<u64>> {
         let Some(path) = &self.disk else { return Ok(None) };
-        {
-            // Looked at first: its errors say what to do, and nothing has been started yet.
-            let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
-            let cache = self.how.host_cache();
-            let options = OpenOptions { access, cache, ..OpenOptions::default() };
-            let image = image::open_as(path, &options).map_err(|error| match &error {
-                OpenError::Denied { attempt: Attempt::Write, .. } | OpenError::ReadOnly { .. } => {
-                    anyhow!("{error}, or add --read-only")
-                }
-                _ => error.into(),
-            })?;
-            block_on(self.how.check_format(&image)).context("cannot start the I/O engine")??;
-        }
-        let spec = self.how.apply(NodeSpec::file(NODE, path));
-        let node = daemon.add_node(&NodeSpec { read_only: self.read_only, ..spec })?;
+        // Looked at first: its errors say what to do, and nothing has been started yet.
+        let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let options = OpenOptions { access, cache: self.how.host_cache(), ..OpenOptions::default() };
+        let image = image::open_as(path, &options).map_err(|error| match &error {
+            OpenError::Denied { attempt: Attempt::Write, .. } | OpenError::ReadOnly { .. } => {
+                anyhow!("{error}, or add --read-only")
+            }
+            _ => error.into(),
+        })?;
+        let found = block_on(image.format()).context("cannot start the I/O engine")??;
+        drop(image);
+        let kind = self.how.kind(path, found);
+        let spec = self.how.node(NODE, path, kind, self.read_only);
+        let node = daemon.add_node(&spec).map_err(|error| explain(path, kind, error))?;
         Ok(Some(node.size()))
     }
 

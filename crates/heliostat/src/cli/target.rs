@@ -1,15 +1,22 @@
 //! [`Target`]: the file or device that a mirror writes to: checked before anything is touched, made if it is
 //! missing, and removed again if the mirror that made it fails.
 
+use std::ffi::OsStr;
 use std::fs::Metadata;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use heliostat_block::driver::qcow2::create::{CreateOptions, create};
+use heliostat_block::driver::qcow2::file::ImageFile;
 use heliostat_host::file::FileStorage;
 use heliostat_host::open::{Access, Cache, Existing, OpenOptions};
+use heliostat_host::runtime::block_on;
 
-use super::image;
+use super::disk::{Backing, FormatName, Kind, look_at, size_of};
+use super::image::{self, Format};
 use super::output::say;
 use super::units;
 
@@ -29,7 +36,35 @@ pub enum Permission {
 pub struct Plan {
     path: PathBuf,
     size: u64,
+    kind: Kind,
+    backing: Option<Backing>,
     way: Way,
+}
+
+/// What a mirror needs of its target.
+#[derive(Clone, Debug)]
+pub struct Needs<'a> {
+    /// The disk that is mirrored.
+    pub source: &'a Path,
+    /// Its virtual size.
+    pub size: u64,
+    /// Of which format it is.
+    pub kind: Kind,
+    /// The format of the target, where the operator says it.
+    pub format: Option<FormatName>,
+    /// What a new target is to stand on.
+    pub backing: Option<Backing>,
+}
+
+impl Needs<'_> {
+    /// Of which format a new target is. One that may not look like an image stays so on the target.
+    fn kind_of_new(&self) -> Kind {
+        match (self.format, self.kind) {
+            (Some(FormatName::Qcow2), _) | (None, Kind::Qcow2 | Kind::LooksQcow2) => Kind::Qcow2,
+            (Some(FormatName::Raw), Kind::LooksRaw) | (None, Kind::LooksRaw) => Kind::LooksRaw,
+            (Some(FormatName::Raw), _) | (None, Kind::Raw) => Kind::Raw,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +77,8 @@ enum Way {
 /// A target that is there. Dropped before [`Target::keep`], it is removed again if we made it.
 pub struct Target {
     path: PathBuf,
+    kind: Kind,
+    shares_backing: bool,
     was_created: bool,
     reads_zero: bool,
     removes: bool,
@@ -52,7 +89,11 @@ impl Plan {
     ///
     /// # Errors
     /// When it must not, or cannot, be used. Nothing has been touched.
-    pub fn new(source: &Path, path: &Path, size: u64, permission: Permission, cache: Cache) -> Result<Self> {
+    pub fn new(needs: Needs<'_>, path: &Path, permission: Permission, cache: Cache) -> Result<Self> {
+        let kind = needs.kind_of_new();
+        let (source, size) = (needs.source, needs.size);
+        let plan =
+            |way, kind| Self { path: path.to_owned(), size, kind, backing: needs.backing.clone(), way };
         let Some(there) = metadata(path)? else {
             if permission == Permission::Existing {
                 bail!(
@@ -61,7 +102,7 @@ impl Plan {
                 );
             }
             check_parent(path)?;
-            return Ok(Self { path: path.to_owned(), size, way: Way::Create });
+            return plan(Way::Create, kind).checked();
         };
         if let Some(source_there) = metadata(source)?
             && is_same(&source_there, &there)
@@ -86,8 +127,27 @@ impl Plan {
             ),
             _ => Way::Use,
         };
-        check(path, size, way, cache)?;
-        Ok(Self { path: path.to_owned(), size, way })
+        image::open_as(path, &options(cache))?;
+        if way != Way::Use {
+            return plan(way, kind).checked();
+        }
+        let kind = Kind::of(path, needs.format, look_at(path)?);
+        check_size(path, size, kind)?;
+        Ok(plan(way, kind))
+    }
+
+    /// Refuses what cannot be made.
+    fn checked(self) -> Result<Self> {
+        if self.backing.is_some() && self.kind.format() == Format::Raw {
+            bail!("--sync top: a raw target can stand on no other image; leave --target-format out");
+        }
+        if self.kind.format() == Format::Qcow2 && !self.size.is_multiple_of(512) {
+            bail!(
+                "the source has {} bytes, and a qcow2 image has whole sectors of 512; add --target-format raw",
+                units::count(self.size)
+            );
+        }
+        Ok(self)
     }
 
     /// Carries it out.
@@ -96,15 +156,58 @@ impl Plan {
     /// When the host refuses.
     pub fn make(self, cache: Cache) -> Result<Target> {
         let existing = if self.way == Way::Replace { Existing::Replace } else { Existing::Refuse };
-        if self.way != Way::Use {
-            FileStorage::create(&self.path, self.size, existing, &options(cache))?;
+        let is_new = self.way != Way::Use;
+        let shares_backing = is_new && self.backing.is_some();
+        match self.kind.format() {
+            _ if !is_new => {}
+            Format::Raw => drop(FileStorage::create(&self.path, self.size, existing, &options(cache))?),
+            Format::Qcow2 => self.make_qcow2(existing, cache)?,
         }
         let was_created = self.way == Way::Create;
-        Ok(Target { path: self.path, was_created, reads_zero: self.way != Way::Use, removes: was_created })
+        Ok(Target {
+            path: self.path,
+            kind: self.kind,
+            shares_backing,
+            was_created,
+            reads_zero: is_new && !shares_backing,
+            removes: was_created,
+        })
+    }
+}
+
+impl Plan {
+    fn make_qcow2(&self, existing: Existing, cache: Cache) -> Result<()> {
+        let storage = FileStorage::create(&self.path, 0, existing, &options(cache))?;
+        let bytes = |text: &OsStr| text.as_bytes().to_vec();
+        let create_options = CreateOptions {
+            size: self.size,
+            backing_file: self.backing.as_ref().map(|backing| bytes(backing.name.as_os_str())),
+            backing_format: self.backing.as_ref().map(|backing| backing.format.clone().into_bytes()),
+            ..CreateOptions::default()
+        };
+        let file = ImageFile::new(Arc::new(storage));
+        let made = block_on(create(&file, None, &create_options)).context("cannot start the I/O engine")?;
+        made.with_context(|| format!("cannot create {}", self.path.display())).inspect_err(|_| {
+            if self.way == Way::Create {
+                let _ = std::fs::remove_file(&self.path);
+            }
+        })
     }
 }
 
 impl Target {
+    /// Of which format it is.
+    #[must_use]
+    pub const fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Says whether it was made to stand on what the source stands on.
+    #[must_use]
+    pub const fn shares_backing(&self) -> bool {
+        self.shares_backing
+    }
+
     /// Says whether all of it is known to read as zero.
     #[must_use]
     pub const fn reads_zero(&self) -> bool {
@@ -177,10 +280,10 @@ fn check_parent(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Opens a target that is there as the mirror will, and compares its size with what is needed.
-fn check(path: &Path, size: u64, way: Way, cache: Cache) -> Result<()> {
-    let there = image::open_as(path, &options(cache))?.node.size();
-    if way != Way::Use || there == size {
+/// Compares the size of a target that is there with what is needed.
+fn check_size(path: &Path, size: u64, kind: Kind) -> Result<()> {
+    let there = size_of(path, kind)?;
+    if there == size {
         return Ok(());
     }
     let relation = if there < size { "smaller" } else { "larger" };

@@ -27,6 +27,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+pub use commands::{Depth, image_info};
+
 use crate::daemon::{Daemon, Watch};
 use outbox::{Outbox, Overflow};
 use session::Session;
@@ -35,6 +37,10 @@ use splitter::Splitter;
 
 /// Clients at once. Each costs two threads; more is a client that forgets to close its connections.
 pub const CLIENTS_MAX: usize = 64;
+
+/// What a client's commands have to nest in: a chain of images is opened one inside the other. As much as a program's
+/// first thread has.
+const STACK: usize = 8 << 20;
 
 /// How long the end waits for clients to read what was said last.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
@@ -162,7 +168,7 @@ impl Shared {
         client.outbox.send(line(&session::greeting()));
         let (sender, shared) = (Arc::clone(&client), Arc::clone(self));
         let sending = thread::Builder::new().name(format!("qmp-out-{number}"));
-        let reading = thread::Builder::new().name(format!("qmp-{number}"));
+        let reading = thread::Builder::new().name(format!("qmp-{number}")).stack_size(STACK);
         let sending = sending.spawn(move || {
             sender.send_all();
             shared.let_go(number);

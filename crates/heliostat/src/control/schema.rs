@@ -193,13 +193,21 @@ const QCOW2: &[Member] = &[
         Kind::WordOrObject(&["none", "constant", "cached", "all"], &OVERLAP_FLAGS, "Qcow2OverlapChecks"),
         "accepted; what is cheap to know is always checked",
     ),
-    optional("cache-size", Kind::Int, "memory for all tables in bytes; default: what the image needs, to 32 MiB"),
+    optional(
+        "cache-size",
+        Kind::Int,
+        "memory for all tables in bytes; default: what the image needs, to 32 MiB",
+    ),
     optional("l2-cache-size", Kind::Int, "memory for the mapping; counts towards the whole"),
     optional("l2-cache-entry-size", Kind::Int, "accepted; we choose ourselves"),
     optional("refcount-cache-size", Kind::Int, "memory for reference counts; counts towards the whole"),
     optional("cache-clean-interval", Kind::Int, "accepted, of no effect"),
     optional("encrypt", Kind::Object(&ENCRYPTION), "not supported"),
-    optional("data-file", Kind::NodeRef, "the node that holds the data; default: the file that the image names"),
+    optional(
+        "data-file",
+        Kind::NodeRef,
+        "the node that holds the data; default: the file that the image names",
+    ),
 ];
 
 const NULL: &[Member] = &[
@@ -240,13 +248,7 @@ pub static NODE: Record = Record {
     ],
     cases: Some(Cases {
         tag: "driver",
-        by_word: &[
-            ("file", FILE),
-            ("host_device", FILE),
-            ("null-co", NULL),
-            ("qcow2", QCOW2),
-            ("raw", RAW),
-        ],
+        by_word: &[("file", FILE), ("host_device", FILE), ("null-co", NULL), ("qcow2", QCOW2), ("raw", RAW)],
     }),
 };
 
@@ -319,7 +321,7 @@ static MIRROR: Record = record(&[
     optional(
         "granularity",
         Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default 64 KiB",
+        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
     ),
     optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
     optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),

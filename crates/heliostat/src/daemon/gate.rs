@@ -15,8 +15,9 @@ use heliostat_host::pinned::{Identity, Pinned};
 
 use super::error::open_text;
 
-/// The most images on top of each other. As many as QEMU's users may have with libvirt; each holds open files.
-pub const CHAIN_MAX: usize = 200;
+/// The most images on top of each other. A request that goes down to the lowest nests a call for each: through 60 of
+/// them, without optimisation, a write has been seen to fit into a thread's stack of 2 MiB, through 200 not.
+pub const CHAIN_MAX: usize = 64;
 
 /// What an image names a file for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -371,7 +372,7 @@ mod tests {
             0,
         )
         .unwrap();
-        for name in ["fifo", "below", "none", ".", ".."] {
+        for name in ["fifo", "below", "none", ".."] {
             assert!(matches!(scene.asks(&gate, name), Err(GateError::Open(_))), "{name}");
         }
     }

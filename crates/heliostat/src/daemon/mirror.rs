@@ -114,6 +114,9 @@ impl MirrorSpec {
 /// granularity that is a disk of 128 TiB.
 const GRANULES_MAX: u64 = 1 << 31;
 
+/// The finest granularity that a target's clusters make the default: as QEMU has it.
+const GRANULARITY_DEFAULT_MIN: u32 = 4 << 10;
+
 /// What the job's thread is given when everything is ready.
 struct Start {
     job: Arc<Job>,
@@ -140,7 +143,7 @@ impl Daemon {
         let source = self.node(&spec.source)?;
         self.check_source(&source)?;
         let target = self.node(&spec.target)?;
-        let granularity = granularity(spec.granularity, source.size())?;
+        let granularity = granularity(spec.granularity, source.size(), &Clusters::of(&target))?;
         self.check_target(&target)?;
         self.check_replaces(spec, &source)?;
         check_options(spec)?;
@@ -282,12 +285,35 @@ fn check_options(spec: &MirrorSpec) -> Result<(), DaemonError> {
     Ok(())
 }
 
+/// How a target allocates.
+#[derive(Default)]
+struct Clusters {
+    size: Option<u32>,
+    /// Bytes that must be written together: where a target's backing is not there, the rest of a cluster would be
+    /// filled with zeroes instead of what the backing shows.
+    whole: Option<u32>,
+}
+
+impl Clusters {
+    fn of(target: &Node) -> Self {
+        let size = target.cluster_size().and_then(|bytes| u32::try_from(bytes).ok());
+        Self { size, whole: size.filter(|_| target.lacks_backing()) }
+    }
+}
+
 /// The granularity for a disk of `size` bytes, given what was asked for.
-fn granularity(asked: Option<u32>, size: u64) -> Result<u32, DaemonError> {
+fn granularity(asked: Option<u32>, size: u64, target: &Clusters) -> Result<u32, DaemonError> {
+    let granularity = granularity_alone(asked, size, target)?;
+    Ok(granularity.max(target.whole.unwrap_or(0)))
+}
+
+fn granularity_alone(asked: Option<u32>, size: u64, target: &Clusters) -> Result<u32, DaemonError> {
     let is_too_fine = |bytes: u32| size / u64::from(bytes) > GRANULES_MAX;
     match asked {
         None | Some(0) => {
-            let powers = (GRANULARITY_DEFAULT.trailing_zeros()..).map(|power| 1_u32 << power);
+            let cluster = target.size.unwrap_or(GRANULARITY_DEFAULT);
+            let least = cluster.clamp(GRANULARITY_DEFAULT_MIN, GRANULARITY_DEFAULT);
+            let powers = (least.trailing_zeros()..).map(|power| 1_u32 << power);
             let mut allowed = powers.take_while(|bytes| *bytes <= GRANULARITY_MAX);
             allowed.find(|bytes| !is_too_fine(*bytes)).ok_or(DaemonError::TooLarge)
         }
@@ -436,10 +462,28 @@ mod tests {
 
     #[test]
     fn the_default_granularity_grows_with_the_disk_so_that_memory_does_not() {
-        assert_eq!(granularity(None, 1 << 40).unwrap(), 64 << 10);
-        assert_eq!(granularity(None, 64 << 40).unwrap(), 64 << 10);
-        assert_eq!(granularity(Some(0), 1 << 50).unwrap(), 512 << 10);
-        assert!(matches!(granularity(Some(512), 64 << 40), Err(DaemonError::GranularityTooFine { .. })));
-        assert!(matches!(granularity(None, 1 << 62), Err(DaemonError::TooLarge)));
+        assert_eq!(granularity(None, 1 << 40, &Clusters::default()).unwrap(), 64 << 10);
+        assert_eq!(granularity(None, 64 << 40, &Clusters::default()).unwrap(), 64 << 10);
+        assert_eq!(granularity(Some(0), 1 << 50, &Clusters::default()).unwrap(), 512 << 10);
+        assert!(matches!(
+            granularity(Some(512), 64 << 40, &Clusters::default()),
+            Err(DaemonError::GranularityTooFine { .. })
+        ));
+        assert!(matches!(granularity(None, 1 << 62, &Clusters::default()), Err(DaemonError::TooLarge)));
+    }
+
+    #[test]
+    fn the_default_granularity_is_the_targets_cluster_within_bounds() {
+        let of = |size: u32| Clusters { size: Some(size), whole: None };
+        for (cluster, expected) in
+            [(512, 4 << 10), (4096, 4 << 10), (16 << 10, 16 << 10), (2 << 20, 64 << 10)]
+        {
+            assert_eq!(granularity(None, 1 << 30, &of(cluster)).unwrap(), expected, "{cluster}");
+            assert_eq!(granularity(Some(512), 1 << 30, &of(cluster)).unwrap(), 512);
+        }
+        let incomplete = Clusters { size: Some(2 << 20), whole: Some(2 << 20) };
+        assert_eq!(granularity(None, 1 << 30, &incomplete).unwrap(), 2 << 20);
+        assert_eq!(granularity(Some(512), 1 << 30, &incomplete).unwrap(), 2 << 20);
+        assert!(matches!(granularity(Some(511), 1 << 30, &incomplete), Err(DaemonError::GranularityRange)));
     }
 }

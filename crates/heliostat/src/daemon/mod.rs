@@ -25,9 +25,9 @@ use heliostat_host::clock::RealClock;
 pub use error::DaemonError;
 pub use events::{Event, Happening, Subscription, Watch};
 pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
+pub use gate::{Gate, Probing, resolved};
 pub use jobs::JobEntry;
 pub use mirror::MirrorSpec;
-pub use gate::{Gate, Probing, resolved};
 pub use nodes::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
@@ -212,8 +212,12 @@ mod tests {
     fn nodes_that_may_be_written_never_share_bytes() {
         let daemon = with_two_nodes();
         let raw = |name: &str, offset, size, read_only| {
-            let driver =
-                DriverSpec::Raw { file: Child::Named("source".to_owned()), offset, size: Some(size), is_guess: false };
+            let driver = DriverSpec::Raw {
+                file: Child::Named("source".to_owned()),
+                offset,
+                size: Some(size),
+                is_guess: false,
+            };
             NodeSpec { read_only, ..NodeSpec::new(Some(name.to_owned()), driver) }
         };
         daemon.add_node(&raw("first", 0, 4096, false)).unwrap();

@@ -209,6 +209,8 @@ impl Image {
 pub enum Afterwards {
     /// Both programs say that it is sound.
     Sound,
+    /// The same, but `qemu-img` is not asked to put it right: it takes most of a minute for it.
+    SoundAfterLong,
     /// It stays as it is, for the reason given.
     Left(&'static str),
 }
@@ -227,7 +229,7 @@ pub fn compare(folder: &Path, name: &str, image: &Image, afterwards: Afterwards)
     let said = our_check(&ours, &["--repair", "all"]);
     let after = qemu_check(&ours, &[]);
     assert_eq!(our_check(&ours, &[]), after, "{name}, put right by us");
-    if afterwards == Afterwards::Sound {
+    if matches!(afterwards, Afterwards::Sound | Afterwards::SoundAfterLong) {
         assert!(after.is_clean(), "{name}, put right by us: {after:?}");
         assert!(said.is_clean(), "{name}, what we say after putting it right: {said:?}");
     } else {
@@ -236,7 +238,9 @@ pub fn compare(folder: &Path, name: &str, image: &Image, afterwards: Afterwards)
 
     let other = at("theirs.qcow2");
     image.save(&other);
-    qemu_check(&other, &["-r", "all"]);
+    if afterwards != Afterwards::SoundAfterLong {
+        qemu_check(&other, &["-r", "all"]);
+    }
     // Sometimes it makes a file so long that it cannot look at it itself.
     if std::fs::metadata(&other).unwrap().len() < 1 << 34 {
         assert_eq!(our_check(&other, &[]), qemu_check(&other, &[]), "{name}, put right by qemu-img");

@@ -54,6 +54,9 @@ impl Allocations {
 pub(crate) struct Epochs {
     current: u64,
     requests: BTreeMap<u64, u64>,
+    /// How many of them will never leave.
+    leaked: BTreeMap<u64, u64>,
+    left: Event,
 }
 
 impl Epochs {
@@ -70,7 +73,28 @@ impl Epochs {
             if *count == 0 {
                 self.requests.remove(&epoch);
             }
+            let left = self.requests.get(&epoch).copied().unwrap_or(0);
+            if left == self.leaked.get(&epoch).copied().unwrap_or(0) {
+                self.left.notify(usize::MAX);
+            }
         }
+    }
+
+    /// A request of that epoch was dropped and will never leave.
+    pub(crate) fn leak(&mut self, epoch: u64) {
+        *self.leaked.entry(epoch).or_default() += 1;
+        self.left.notify(usize::MAX);
+    }
+
+    /// Hears when requests of some epoch have ended.
+    pub(crate) fn listen(&self) -> EventListener {
+        self.left.listen()
+    }
+
+    /// Says whether every request has ended, or was dropped, that entered in `epoch` or before.
+    pub(crate) fn has_ended(&self, epoch: u64) -> bool {
+        let mut old = self.requests.range(..=epoch);
+        old.all(|(epoch, count)| self.leaked.get(epoch) == Some(count))
     }
 
     /// Ends the current epoch; says which it was. What was unmapped before is seen by nobody who enters later.
@@ -120,5 +144,16 @@ mod tests {
         assert!(!epochs.has_passed(turned));
         epochs.leave(new);
         assert!(epochs.has_passed(turned));
+    }
+
+    #[test]
+    fn a_request_that_was_dropped_has_ended_and_never_passes() {
+        let mut epochs = Epochs::default();
+        let (dropped, other) = (epochs.enter(), epochs.enter());
+        let turned = epochs.turn();
+        epochs.leak(dropped);
+        assert!(!epochs.has_ended(turned));
+        epochs.leave(other);
+        assert!(epochs.has_ended(turned) && !epochs.has_passed(turned));
     }
 }

@@ -21,6 +21,7 @@ pub mod file;
 pub mod header;
 mod in_flight;
 pub mod layout;
+mod map;
 mod open;
 mod read;
 mod refcount;
@@ -106,6 +107,7 @@ impl Landing<'_> {
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
         if let Some(visit) = self.0.take() {
+            visit.driver.lock().epochs.leak(visit.epoch);
             std::mem::forget(visit);
         }
     }

@@ -124,7 +124,7 @@ impl Qcow2 {
             file_end: size,
             tables: BTreeMap::new(),
             commits: Commits::default(),
-            haunted: BTreeSet::new(),
+            haunted: BTreeMap::new(),
             corrupt: None,
             header,
         };

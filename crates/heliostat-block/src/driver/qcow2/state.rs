@@ -83,7 +83,7 @@ pub(crate) struct State {
     pub(crate) tables: BTreeMap<u64, &'static str>,
     pub(crate) commits: Commits,
     /// Host clusters in which a write may land that was dropped before its end. Empty as long as nobody drops one.
-    pub(crate) haunted: BTreeSet<u64>,
+    pub(crate) haunted: BTreeMap<u64, u64>,
     /// What was found wrong; from then on nothing is written.
     pub(crate) corrupt: Option<Corruption>,
 }

@@ -71,7 +71,7 @@ impl State {
         let allocation = match old {
             Cluster::Standard(Standard { host: None, .. }) => self.plan_new(range, old)?,
             Cluster::Standard(Standard { host: Some(host), copied, .. })
-                if self.is_external() || (copied && !self.haunted.contains(&host)) =>
+                if self.is_external() || (copied && !self.haunted.contains_key(&host)) =>
             {
                 if !self.is_external() {
                     self.check_in_place(ByteRange::from_bounds(host, host + layout.cluster_size()))?;
@@ -98,7 +98,7 @@ impl State {
         let Cluster::Standard(Standard { host: Some(host), copied, data, .. }) = cluster else {
             return None;
         };
-        if !copied && !is_planted(Bug::SharedInPlace) {
+        if (!copied && !is_planted(Bug::SharedInPlace)) || self.haunted.contains_key(&host) {
             return None;
         }
         let within = layout.in_cluster(part.offset());
@@ -181,6 +181,12 @@ impl State {
     /// A new cluster in the place of one that others use too, or that is compressed.
     fn plan_moved(&mut self, range: ByteRange, old: Cluster) -> Attempt<Allocation> {
         let layout = self.layout;
+        if let Cluster::Standard(Standard { host: Some(host), .. }) = old
+            && self.haunted.get(&host).is_some_and(|epoch| !self.epochs.has_ended(*epoch))
+        {
+            // Somebody may still write it in place, and that must not miss the copy.
+            return Err(Obstacle::Wait(self.epochs.listen()));
+        }
         let guest = layout.cluster_start(range.offset());
         let clusters = ByteRange::from_bounds(guest, guest + layout.cluster_size());
         let write = range.intersection(clusters).unwrap_or(range);
@@ -265,7 +271,8 @@ impl State {
             return;
         }
         match old {
-            Cluster::Standard(Standard { host: Some(host), .. }) => {
+            // A haunted cluster is nobody's any more.
+            Cluster::Standard(Standard { host: Some(host), .. }) if !self.haunted.contains_key(&host) => {
                 self.drop_later([layout.cluster_index(host)], discard);
             }
             Cluster::Standard(_) => {}
@@ -279,9 +286,8 @@ impl State {
     /// A write that filled the cluster at `host` up was dropped and may still land there, with what was around it:
     /// it must not be filled up again, nor be anybody else's.
     fn haunt(&mut self, host: u64) {
-        self.haunted.insert(host);
-        // Never left, so nothing that is freed from now on is used anew.
-        self.epochs.enter();
+        let epoch = self.epochs.turn();
+        self.haunted.insert(host, epoch);
     }
 
     /// The data could not be written: gives the clusters back, which nothing names.

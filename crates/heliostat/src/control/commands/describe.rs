@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use heliostat_block::driver::Qcow2;
+use heliostat_block::driver::qcow2::bitmap_directory::{AUTO, BitmapEntry, IN_USE};
 use heliostat_block::driver::qcow2::header::{Compression, Header, compatible, incompatible};
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::node::DetectZeroes;
@@ -125,7 +126,7 @@ fn describe_image(info: &mut Value, entry: &NodeEntry, image: &Qcow2) {
     if let Some(format) = &header.backing_format {
         info["backing-filename-format"] = json!(text(format));
     }
-    info["format-specific"] = json!({ "type": "qcow2", "data": format_specific(&header) });
+    info["format-specific"] = json!({ "type": "qcow2", "data": format_specific(&header, entry) });
 }
 
 fn snapshot_info(snapshot: &Snapshot) -> Value {
@@ -146,7 +147,7 @@ fn snapshot_info(snapshot: &Snapshot) -> Value {
     info
 }
 
-fn format_specific(header: &Header) -> Value {
+fn format_specific(header: &Header, entry: &NodeEntry) -> Value {
     let mut data = Map::new();
     let mut put = |name: &str, value: Value| data.insert(name.to_owned(), value);
     let is_first_version = header.layout.version < 3;
@@ -164,6 +165,9 @@ fn format_specific(header: &Header) -> Value {
         put("corrupt", json!(header.incompatible & incompatible::CORRUPT != 0));
         put("extended-l2", json!(header.layout.extended_l2));
     }
+    if !entry.bitmaps.is_empty() {
+        put("bitmaps", entry.bitmaps.iter().map(|bitmap| stored_bitmap(bitmap, entry)).collect());
+    }
     if header.has_external_data() {
         if let Some(name) = &header.data_file {
             put("data-file", json!(String::from_utf8_lossy(name)));
@@ -171,6 +175,18 @@ fn format_specific(header: &Header) -> Value {
         put("data-file-raw", json!(header.is_data_file_raw()));
     }
     Value::Object(data)
+}
+
+/// A bitmap as the image has it. One that is open to be written is marked as in use there.
+fn stored_bitmap(bitmap: &BitmapEntry, entry: &NodeEntry) -> Value {
+    let is_open = !entry.node.options().read_only && bitmap.is_usable();
+    let flags = [("in-use", is_open || bitmap.flags & IN_USE != 0), ("auto", bitmap.flags & AUTO != 0)];
+    let flags: Vec<_> = flags.iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| *flag).collect();
+    json!({
+        "flags": flags,
+        "name": String::from_utf8_lossy(&bitmap.name),
+        "granularity": bitmap.granularity(),
+    })
 }
 
 /// How QEMU names what a node shows: a path, unless the operator said what it stands on.

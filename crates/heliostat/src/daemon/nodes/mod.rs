@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use heliostat_block::driver::null::{NullStorage, ReadsZero};
+use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::graph::{Place, Role};
@@ -59,6 +60,8 @@ pub struct NodeEntry {
     pub backing_is_given: bool,
     /// The snapshots in the image.
     pub snapshots: Vec<Snapshot>,
+    /// The persistent dirty bitmaps in the image, as they were when it was opened.
+    pub bitmaps: Vec<BitmapEntry>,
     /// How the page cache is used.
     pub cache: CacheUse,
 }
@@ -74,6 +77,7 @@ impl NodeEntry {
             backing: None,
             backing_is_given: false,
             snapshots: Vec::new(),
+            bitmaps: Vec::new(),
             cache,
         }
     }
@@ -167,7 +171,9 @@ impl Daemon {
         // QEMU names the user that came last, but for nodes above, of which it speaks only without others.
         match roles.iter().rev().find(|role| !matches!(role, Role::Child { .. })) {
             Some(Role::MirrorSource { .. }) => return Err(DaemonError::NodeBusy(name())),
-            Some(Role::Backing { of }) => return Err(DaemonError::NodeIsBacking { node: name(), of: of.clone() }),
+            Some(Role::Backing { of }) => {
+                return Err(DaemonError::NodeIsBacking { node: name(), of: of.clone() });
+            }
             Some(_) => return Err(DaemonError::NodeInUse(name())),
             None => {}
         }
@@ -180,7 +186,9 @@ impl Daemon {
     fn make_node(&self, spec: &NodeSpec, making: Making) -> Result<Below, DaemonError> {
         let name = self.check_new(spec, making)?;
         match &spec.driver {
-            DriverSpec::File(file) => self.make_file(name, spec, making, open_file(file, spec, "file")?, &file.path),
+            DriverSpec::File(file) => {
+                self.make_file(name, spec, making, open_file(file, spec, "file")?, &file.path)
+            }
             DriverSpec::HostDevice(file) => {
                 self.make_file(name, spec, making, open_file(file, spec, "host_device")?, &file.path)
             }

@@ -5,11 +5,12 @@
 
 use std::sync::Arc;
 
+use heliostat_block::driver::Driver;
+use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
 use heliostat_block::driver::qcow2::file::ImageFile;
 use heliostat_block::driver::qcow2::header::Header;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::qcow2::{OpenOptions, Qcow2};
-use heliostat_block::driver::Driver;
 use heliostat_block::graph::{Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard};
@@ -20,7 +21,9 @@ use heliostat_host::runtime;
 use super::super::gate::{CHAIN_MAX, Format, GateError, Namer, Purpose, tree_of};
 use super::super::open;
 use super::super::{Daemon, DaemonError};
-use super::{BackingSpec, Below, Child, DriverSpec, Making, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache};
+use super::{
+    BackingSpec, Below, Child, DriverSpec, Making, NodeEntry, NodeSpec, Qcow2Spec, Sharing, TableCache,
+};
 
 impl Daemon {
     /// Opens an image and what it stands on. `above` is the image that named this one, if one did.
@@ -40,7 +43,7 @@ impl Daemon {
             return Err(DaemonError::TargetReadOnly);
         }
         let storage = file.storage()?;
-        let (header, snapshots) = read(&storage)?;
+        let (header, snapshots, bitmaps) = read(&storage)?;
         check_tables(&image.cache, image.lazy_refcounts, &header)?;
         let by = namer(&file, above);
         check_guess(image, &header, &by)?;
@@ -70,6 +73,7 @@ impl Daemon {
             backing: backing.map(|backing| backing.entry.node.name().clone()),
             backing_is_given: image.backing != BackingSpec::FromImage,
             snapshots,
+            bitmaps,
             ..NodeEntry::new(node, "qcow2", path, spec.cache)
         };
         self.keep_at(at, Below { entry, start: file.start, identity: file.identity }, places, making)
@@ -206,7 +210,6 @@ impl Daemon {
         }
         Ok(())
     }
-
 }
 
 /// What others may do with a file below an image: anything, where that holds for the image.
@@ -240,12 +243,17 @@ fn namer(file: &Below, above: Option<Namer>) -> Namer {
     Namer { path, tree, trail }
 }
 
-fn read(storage: &Arc<dyn Storage>) -> Result<(Header, Vec<Snapshot>), DaemonError> {
+/// What an image says of itself.
+type Read = (Header, Vec<Snapshot>, Vec<BitmapEntry>);
+
+fn read(storage: &Arc<dyn Storage>) -> Result<Read, DaemonError> {
     let file = ImageFile::new(Arc::clone(storage));
     let reading = async {
         let header = Header::read(&file).await?;
         let snapshots = header.read_snapshots(&file).await?;
-        Ok((header, snapshots))
+        // What cannot be believed is not shown; opening the image says why.
+        let bitmaps = header.read_bitmap_directory(&file).await.unwrap_or_default();
+        Ok((header, snapshots, bitmaps))
     };
     runtime::block_on(reading).map_err(DaemonError::Engine)?
 }
@@ -275,7 +283,8 @@ fn check_guess(image: &Qcow2Spec, header: &Header, by: &Namer) -> Result<(), Dae
 impl TableCache {
     /// Bytes for all tables. We divide them up as they are needed.
     fn budget(&self) -> Option<u64> {
-        let budget = self.total.or_else(|| self.maps.map(|maps| maps.saturating_add(self.counts.unwrap_or(0))));
+        let budget =
+            self.total.or_else(|| self.maps.map(|maps| maps.saturating_add(self.counts.unwrap_or(0))));
         budget.map(|bytes| bytes.max(TABLES_MIN))
     }
 }
@@ -288,7 +297,9 @@ fn check_tables(cache: &TableCache, lazy: bool, header: &Header) -> Result<(), D
     let refused = |text: &str| Err(DaemonError::Tables(text.to_owned()));
     if let Some(total) = cache.total {
         if cache.maps.is_some() && cache.counts.is_some() {
-            return refused("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time");
+            return refused(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
+            );
         }
         if cache.maps.is_some_and(|bytes| bytes > total) {
             return refused("l2-cache-size may not exceed cache-size");

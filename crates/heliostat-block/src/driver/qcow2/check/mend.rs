@@ -21,26 +21,45 @@ use crate::range::ByteRange;
 /// Where the header says how many snapshots there are, and where.
 const SNAPSHOTS_FIELDS: u64 = 60;
 
-/// What has been given up, in words.
-pub(super) type Notes = Vec<String>;
+/// What has been given up, in words, up to a limit.
+pub(super) struct Notes {
+    pub(super) texts: Vec<String>,
+    pub(super) left_out: u64,
+    max: usize,
+}
+
+impl Notes {
+    pub(super) const fn new(max: usize) -> Self {
+        Self { texts: Vec::new(), left_out: 0, max }
+    }
+
+    pub(super) fn push(&mut self, text: impl FnOnce() -> String) {
+        if self.texts.len() < self.max {
+            self.texts.push(text());
+        } else {
+            self.left_out += 1;
+        }
+    }
+}
 
 /// Puts right what keeps an image from being examined at all. Returns whether anything was.
 pub(super) async fn names(file: &ImageFile, notes: &mut Notes) -> Result<bool, FormatError> {
     let header = Header::read(file).await?;
     let snapshots = SnapshotTable::read(file, &header).await?;
     if header.snapshots.len == 0 && header.snapshots.offset != 0 {
-        notes.push("the header says where a snapshot table is, though there is none".to_owned());
-        write_snapshots(file, &header, &snapshots).await?;
+        notes.push(|| "the header says where a snapshot table is, though there is none".to_owned());
+        point_to_snapshots(file, 0, 0).await?;
         return Ok(true);
     }
     if let Some(broken) = &snapshots.broken {
         let (lost, kept) = (u64::from(header.snapshots.len), snapshots.entries.len());
-        notes.push(format!("{broken}: {} snapshots are given up", lost - u64_from(kept)));
-        write_snapshots(file, &header, &snapshots).await?;
+        notes.push(|| format!("{broken}: {} snapshots are given up", lost - u64_from(kept)));
+        let offset = if kept > 0 { header.snapshots.offset } else { 0 };
+        point_to_snapshots(file, kept, offset).await?;
         return Ok(true);
     }
     if let Err(error) = names::bitmaps(file, &header).await {
-        notes.push(format!("the persistent bitmaps are given up: {error}"));
+        notes.push(|| format!("the persistent bitmaps are given up: {error}"));
         drop_bitmaps(file, header).await?;
         return Ok(true);
     }
@@ -55,27 +74,33 @@ pub(super) async fn drop_bitmaps(file: &ImageFile, mut header: Header) -> Result
     Ok(file.flush().await?)
 }
 
-/// Writes the snapshot table anew, behind the end of the file, and then says in the header where it is.
-async fn write_snapshots(
-    file: &ImageFile,
-    header: &Header,
-    table: &SnapshotTable,
-) -> Result<(), FormatError> {
-    let bytes = table.encode(header);
-    let mut fields = u32::try_from(table.entries.len()).unwrap_or(0).to_be_bytes().to_vec();
-    let mut offset = 0;
-    if !bytes.is_empty() {
-        offset = file.size().next_multiple_of(header.layout.cluster_size());
-        file.set_size(
-            offset + header.layout.clusters_for(u64_from(bytes.len())) * header.layout.cluster_size(),
-        )
-        .await?;
-        file.write(offset, bytes.into()).await?;
-        file.flush().await?;
-    }
+/// Says in the header how many snapshots there are, and where.
+async fn point_to_snapshots(file: &ImageFile, count: usize, offset: u64) -> Result<(), FormatError> {
+    let mut fields = u32::try_from(count).unwrap_or(0).to_be_bytes().to_vec();
     fields.extend_from_slice(&offset.to_be_bytes());
     file.write(SNAPSHOTS_FIELDS, fields.into()).await?;
     Ok(file.flush().await?)
+}
+
+/// Writes the snapshot table anew, behind all that is in use, and then says in the header where it is.
+async fn write_snapshots(
+    file: &ImageFile,
+    examination: &Examination,
+    table: &SnapshotTable,
+) -> Result<(), FormatError> {
+    let layout = examination.header.layout;
+    let bytes = table.encode(&examination.header);
+    if bytes.is_empty() {
+        return point_to_snapshots(file, 0, 0).await;
+    }
+    let offset = examination.free_from(file) << layout.cluster_bits;
+    let end = offset + (layout.clusters_for(u64_from(bytes.len())) << layout.cluster_bits);
+    if file.size() < end {
+        file.set_size(end).await?;
+    }
+    file.write(offset, bytes.into()).await?;
+    file.flush().await?;
+    point_to_snapshots(file, table.entries.len(), offset).await
 }
 
 /// Gives up what leads nowhere: snapshots, bitmaps, L1 and L2 entries. Durable when it returns.
@@ -88,7 +113,7 @@ pub(super) async fn tables(
     let mut mender = Mender { file, examination, layout: header.layout, notes };
     let snapshots = mender.snapshots().await?;
     if examination.bitmaps_are_broken {
-        mender.notes.push("the persistent bitmaps are given up: they lead out of the file".to_owned());
+        mender.notes.push(|| "the persistent bitmaps are given up: they lead out of the file".to_owned());
         drop_bitmaps(file, Header::read(file).await?).await?;
     }
     let mut l1_tables: Vec<Table> = snapshots.entries.iter().map(|entry| entry.l1).collect();
@@ -144,9 +169,9 @@ impl Mender<'_> {
         let is_outside = self.is_outside(header.snapshots.offset, snapshots.len) && snapshots.len > 0;
         if lost > 0 || is_outside || left.entries.iter().any(|entry| entry.is_incomplete) {
             if lost > 0 {
-                self.notes.push(format!("{lost} snapshots without a table are given up"));
+                self.notes.push(|| format!("{lost} snapshots without a table are given up"));
             }
-            write_snapshots(self.file, header, &left).await?;
+            write_snapshots(self.file, self.examination, &left).await?;
         }
         Ok(left)
     }
@@ -208,10 +233,12 @@ impl Mender<'_> {
                 continue;
             }
             let start = u64_from(index) * self.layout.l2_coverage();
-            self.notes.push(format!(
-                "{} bytes of the disk from {start:#x} are lost: L1 entry {entry:#x} leads to no table",
-                self.layout.l2_coverage()
-            ));
+            self.notes.push(|| {
+                format!(
+                    "{} bytes of the disk from {start:#x} are lost: L1 entry {entry:#x} leads to no table",
+                    self.layout.l2_coverage()
+                )
+            });
             *entry = 0;
         }
         if new != old {
@@ -233,10 +260,12 @@ impl Mender<'_> {
             };
             let Some((mended, loses)) = self.mended(entry, guest) else { continue };
             if loses {
-                self.notes.push(format!(
-                    "the cluster at {guest:#x} of the disk is lost: L2 entry {:#x} leads to no data",
-                    entry.descriptor
-                ));
+                self.notes.push(|| {
+                    format!(
+                        "the cluster at {guest:#x} of the disk is lost: L2 entry {:#x} leads to no data",
+                        entry.descriptor
+                    )
+                });
             }
             words[index * step] = mended.descriptor;
             if step == 2 {

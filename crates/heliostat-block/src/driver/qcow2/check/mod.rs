@@ -143,6 +143,11 @@ impl CheckReport {
         }
     }
 
+    /// What must be read even where there is no room for all.
+    fn note_first(&mut self, kind: FindingKind, text: &str) {
+        self.findings.insert(0, Finding { kind, text: text.to_owned() });
+    }
+
     /// A contradiction in tables, seen `times` times.
     fn structural(&mut self, times: u64, text: impl FnOnce() -> String) {
         self.structural += times;
@@ -185,4 +190,4 @@ pub async fn check(file: &ImageFile, options: CheckOptions<'_>) -> Result<CheckR
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::driver::qcow2) mod tests;

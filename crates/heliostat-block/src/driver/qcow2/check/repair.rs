@@ -26,7 +26,7 @@ const ROUNDS_MAX: usize = 3;
 
 /// Checks and repairs as `options` ask.
 pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<CheckReport, FormatError> {
-    let mut notes = mend::Notes::new();
+    let mut notes = mend::Notes::new(options.findings_max);
     let mut first = examine(file, options).await;
     let mut fixed_before = 0;
     // Twice at most: the snapshot table and the bitmaps may both be beyond reading.
@@ -40,44 +40,28 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
     let mut examination = first?;
     let found = examination.report.clone();
     let features = examination.header.incompatible;
+    let mut keeps_leaks = false;
     if has_no_l1_table(&examination) {
         let mut report = examination.report;
-        report.note(FindingKind::CheckError, || {
-            "nothing is put right: the active L1 table is not where the header says, and without it everything would \
-             be given up"
-                .to_owned()
-        });
+        let text = "nothing is put right: the active L1 table is not where the header says, and without it everything \
+                    would be given up";
+        report.note_first(FindingKind::Corruption, text);
         return Ok(report);
     }
     if examination.header.bitmaps.is_some()
         && super::names::bitmaps(file, &examination.header).await?.is_none()
     {
-        notes.push("the persistent bitmaps are given up: they are out of date".to_owned());
+        notes.push(|| "the persistent bitmaps are given up: they are out of date".to_owned());
         mend::drop_bitmaps(file, Header::read(file).await?).await?;
     }
     if !found.is_clean() {
         match options.repair {
             Repair::All => {
-                mark(file, &examination.header, features | incompatible::DIRTY).await?;
-                if found.structural > 0 {
-                    mend::tables(file, &examination, &mut notes).await?;
-                    examination = examine(file, options).await?;
-                }
-                // New counts make the file longer, and what was beyond its end may be inside then.
-                for _ in 0..ROUNDS_MAX {
-                    all_counts(file, &mut examination, options).await?;
-                    copied_flags(file, &examination).await?;
-                    examination = examine(file, options).await?;
-                    if examination.report.is_clean() {
-                        break;
-                    }
-                }
+                all(file, &mut examination, options, &mut notes).await?;
             }
             // Where tables contradict each other, what looks unused may be what a broken entry meant.
             _ if found.structural > 0 || found.check_errors > 0 => {
-                notes.push(
-                    "nothing: tables contradict each other, so what looks unused may be needed".to_owned(),
-                );
+                keeps_leaks = found.leaks > 0;
             }
             _ => {
                 leaks(file, &examination).await?;
@@ -90,11 +74,40 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
         }
         examination = examine(file, options).await?;
     }
+    if keeps_leaks {
+        let text = "nothing is given back: tables contradict each other, so what looks unused may be needed";
+        examination.report.note_first(FindingKind::Leak, text);
+    }
     let is_good = examination.report.corruptions == 0 && examination.report.check_errors == 0;
     let bits = incompatible::DIRTY | incompatible::CORRUPT;
     mark(file, &examination.header, if is_good { features & !bits } else { features }).await?;
     file.flush().await?;
     Ok(conclude(examination.report, found, notes, fixed_before))
+}
+
+/// Puts right all that can be.
+async fn all(
+    file: &ImageFile,
+    examination: &mut Examination,
+    options: &CheckOptions<'_>,
+    notes: &mut mend::Notes,
+) -> Result<(), FormatError> {
+    let features = examination.header.incompatible | incompatible::DIRTY;
+    mark(file, &examination.header, features).await?;
+    if examination.report.structural > 0 {
+        mend::tables(file, examination, notes).await?;
+        *examination = examine(file, options).await?;
+    }
+    // New counts make the file longer, and what was beyond its end may be inside then.
+    for _ in 0..ROUNDS_MAX {
+        all_counts(file, examination, options).await?;
+        copied_flags(file, examination).await?;
+        *examination = examine(file, options).await?;
+        if examination.report.is_clean() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Repairs the reference counts of an image that was not closed. Its tables must be sound: they are not touched, but
@@ -109,9 +122,8 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     let options = CheckOptions::default();
     let mut examination = examine(file, &options).await?;
     let found = examination.report.clone();
-    // Blocks that cannot be used are made anew; that costs nothing but what is known from the tables.
-    let blocks_only = examination.refcounts.is_sound || found.structural == 0;
-    if found.structural > 0 && blocks_only {
+    // Blocks that cannot be used are made anew: what they must hold is known from the tables.
+    if !examination.tables_are_sound {
         return Err(FormatError::Invalid(
             "the image was not closed and its tables contradict each other; heliostat check --repair all tells more"
                 .into(),
@@ -130,7 +142,7 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     let features = examination.header.incompatible & !incompatible::DIRTY;
     mark(file, &examination.header, features).await?;
     file.flush().await?;
-    Ok(conclude(examination.report, found, Vec::new(), 0))
+    Ok(conclude(examination.report, found, mend::Notes::new(0), 0))
 }
 
 /// Says whether the active L1 table is where none can be.
@@ -153,7 +165,8 @@ fn conclude(mut left: CheckReport, found: CheckReport, notes: mend::Notes, fixed
     left.corruptions_fixed = (found.corruptions + fixed_before).saturating_sub(left.corruptions);
     left.leaks_fixed = found.leaks.saturating_sub(left.leaks);
     let still = std::mem::take(&mut left.findings);
-    for text in notes {
+    left.findings_left_out += notes.left_out;
+    for text in notes.texts {
         left.repaired(|| text);
     }
     for finding in found.findings {
@@ -165,9 +178,6 @@ fn conclude(mut left: CheckReport, found: CheckReport, notes: mend::Notes, fixed
         left.note(kind, || text);
     }
     left.findings_left_out = left.findings_left_out.max(found.findings_left_out);
-    debug_assert!(
-        left.findings.iter().all(|finding| finding.kind != FindingKind::Repaired || !finding.text.is_empty())
-    );
     left
 }
 
@@ -324,9 +334,8 @@ async fn rebuild(file: &ImageFile, examination: &Examination) -> Result<(), Form
         }
     }
     let behind = |cluster: u64| NewCounts::plan(examination, &used, cluster << layout.cluster_bits);
-    let file_end = layout.clusters_for(file.size()).max(references.end());
     // A file may be so long, and so empty at its end, that no table reaches there.
-    let plan = behind(file_end).or_else(|| behind(references.end())).ok_or_else(|| {
+    let plan = behind(examination.free_from(file)).or_else(|| behind(references.end())).ok_or_else(|| {
         FormatError::Invalid("the image uses clusters that no refcount table can reach".into())
     })?;
     let first = layout.cluster_index(plan.start);

@@ -51,8 +51,20 @@ pub(super) struct Examination {
     pub(super) snapshots: SnapshotTable,
     /// Every L2 table, by where it begins.
     pub(super) l2_tables: BTreeMap<u64, Uses>,
+    /// Nothing is wrong but counts, COPIED flags, and where the counts are.
+    pub(super) tables_are_sound: bool,
     /// Bitmaps lead to what is not in the file.
     pub(super) bitmaps_are_broken: bool,
+}
+
+impl Examination {
+    /// The first cluster that nobody can want: behind the end of the file, where nothing lost lies either. What cannot
+    /// grow, a block device, has only what follows the last cluster that is used or counted.
+    pub(super) fn free_from(&self, file: &ImageFile) -> u64 {
+        let layout = self.header.layout;
+        let used = self.references.end().max(layout.cluster_index(self.report.image_end_offset));
+        if file.storage().traits().can_resize { used.max(layout.clusters_for(file.size())) } else { used }
+    }
 }
 
 /// What an L2 entry names, seen without trust.
@@ -99,7 +111,7 @@ pub(super) async fn examine(
     options: &CheckOptions<'_>,
 ) -> Result<Examination, FormatError> {
     let header = Header::read(file).await?;
-    if header.layout.in_cluster(header.snapshots.offset) != 0 {
+    if header.layout.in_cluster(header.snapshots.offset) != 0 || header.snapshots.offset >> 63 != 0 {
         return Err(FormatError::header("Snapshot table offset invalid"));
     }
     let snapshots = SnapshotTable::read(file, &header).await?;
@@ -137,19 +149,30 @@ pub(super) async fn examine(
     walk.l2_tables().await?;
     walk.count(header.snapshots.offset, snapshots.len, 1, "the snapshot table")?;
     let table = header.refcount_table_range();
+    let mut tables_are_sound = walk.report.structural == 0;
     let table_is_inside = walk.count(table.offset(), table.len(), 1, "the refcount table")?;
     let before_bitmaps = walk.report.structural;
     if let Some((extension, bitmaps)) = &bitmaps {
         walk.bitmaps(*extension, bitmaps).await?;
     }
     let bitmaps_are_broken = walk.report.structural > before_bitmaps;
+    tables_are_sound &= !bitmaps_are_broken;
     walk.refcounts.is_sound = table_is_inside;
     walk.refcounts.count_blocks(&mut walk.references, &mut walk.report)?;
     let mut clusters = layout.cluster_index(table.offset())..layout.cluster_index(table.end());
     walk.refcounts.is_sound &= clusters.all(|cluster| walk.references.uses(cluster) == 1);
     walk.compare().await?;
     let Walk { report, references, refcounts, l2_tables, .. } = walk;
-    Ok(Examination { report, header, references, refcounts, snapshots, l2_tables, bitmaps_are_broken })
+    Ok(Examination {
+        report,
+        header,
+        references,
+        refcounts,
+        snapshots,
+        l2_tables,
+        tables_are_sound,
+        bitmaps_are_broken,
+    })
 }
 
 struct Walk<'a> {
@@ -232,7 +255,9 @@ impl Walk<'_> {
 
     async fn l1_table(&mut self, table: Table, uses: Uses) -> Result<(), FormatError> {
         let len = u64::from(table.len) * 8;
-        if !self.count(table.offset, len, uses.all, "an L1 table")? {
+        self.count(table.offset, len, uses.all, "an L1 table")?;
+        // What there is of it in the file counts all the same.
+        if table.offset >= self.file.size() {
             return Ok(());
         }
         let range = ByteRange::from_bounds(table.offset, table.offset + len);
