@@ -68,6 +68,8 @@ pub(crate) struct Commits {
     is_adrift: bool,
     /// Since the last commit began, or since one before that has failed, older data was copied to new clusters.
     copies: [bool; 2],
+    /// Flushes of a file that have failed.
+    failed_flushes: u64,
     /// What is unmapped for good, and may still be read by requests of that epoch or before.
     passing: Vec<(u64, Limbo)>,
 }
@@ -217,6 +219,24 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// What [`Qcow2::flush_after`] wants to know of the time before something is written.
+    pub(crate) fn failed_flushes(&self) -> u64 {
+        self.lock().commits.failed_flushes
+    }
+
+    /// [`Qcow2::flush`] for what was written since `failed` was the count of failed flushes.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush`]. And if a flush that somebody else asked for has failed since: it may have lost what was
+    /// written, and this one would not know.
+    pub(crate) async fn flush_after(&self, failed: u64) -> io::Result<()> {
+        self.flush().await?;
+        if self.failed_flushes() == failed {
+            return Ok(());
+        }
+        Err(io::Error::other("a flush has failed since this was written, and may have lost it"))
+    }
+
     /// Writes tables where so much is changed that there would soon be no room for more.
     pub(crate) async fn make_room(&self) -> io::Result<()> {
         if self.lock().slices.wants_commit() { self.flush().await } else { Ok(()) }
@@ -258,6 +278,7 @@ impl Qcow2 {
         let flushed = file.flush().await;
         if flushed.is_err() {
             let mut state = self.lock();
+            state.commits.failed_flushes += 1;
             state.commits.is_adrift |= state.commits.copies != [false, false];
         }
         flushed

@@ -108,6 +108,7 @@ impl Qcow2 {
 
     async fn write_in_parts(&self, range: ByteRange, data: Bytes, durability: Durability) -> io::Result<()> {
         self.make_room().await?;
+        let failed = self.failed_flushes();
         let mut rest = range;
         while !rest.is_empty() {
             let mut parts = Vec::new();
@@ -132,7 +133,7 @@ impl Qcow2 {
         match durability {
             Durability::Cached => Ok(()),
             Durability::Fua if is_planted(Bug::FuaWithoutMapping) => self.data().flush().await,
-            Durability::Fua => self.flush().await,
+            Durability::Fua => self.flush_after(failed).await,
         }
     }
 
