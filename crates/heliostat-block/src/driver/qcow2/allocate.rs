@@ -43,7 +43,7 @@ impl Allocation {
     /// Whether more has to be written than what the guest writes: older data, or zeroes over what was there.
     pub(super) fn writes_around(&self) -> bool {
         let is_fresh = self.run.is_some_and(|run| run.fresh);
-        !self.gaps.is_empty() && !(is_fresh && self.gaps.iter().all(|gap| gap.source == Source::Zero))
+        self.gaps.iter().any(|gap| !is_fresh || gap.source != Source::Zero)
     }
 }
 
