@@ -197,6 +197,11 @@ impl Graph {
         Ok(place)
     }
 
+    /// Ends a use now, whoever still holds its place. Nothing may come through it any more.
+    pub fn detach(&self, place: &Arc<Place>) {
+        self.state().places.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(place)));
+    }
+
     /// Puts `target` in the place of the drained node under every export: the pivot. Who waits at the closed
     /// gate goes to `target` when it opens.
     pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {

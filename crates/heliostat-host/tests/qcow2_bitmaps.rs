@@ -4,7 +4,6 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -61,16 +60,12 @@ fn dirty(qcow2: &Qcow2, name: &str) -> Option<Vec<ByteRange>> {
     Some(found)
 }
 
-/// What QEMU says is dirty in it: `qemu-nbd` shows it, `nbdinfo` lists it.
-fn dirty_by_qemu(folder: &Path, path: &Path, name: &str) -> Vec<ByteRange> {
-    let socket = folder.join("nbd");
-    let _ = std::fs::remove_file(&socket);
-    let mut command = Command::new("qemu-nbd");
-    command.args(["--fork", "-r", "-f", "qcow2", "-B", name, "-k"]).arg(&socket).arg(path);
-    assert!(command.status().unwrap().success());
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
+/// What QEMU says is dirty in it: `qemu-nbd` shows it, `nbdinfo` starts that, lists what it shows and ends it.
+fn dirty_by_qemu(path: &Path, name: &str) -> Vec<ByteRange> {
     let map = format!("--map=qemu:dirty-bitmap:{name}");
-    let listed = run("nbdinfo", &[&map, &uri]).unwrap();
+    let server = ["[", "qemu-nbd", "-r", "-f", "qcow2", "-B", name, path.to_str().unwrap(), "]"];
+    let arguments: Vec<_> = [map.as_str(), "--"].into_iter().chain(server).collect();
+    let listed = run("nbdinfo", &arguments).unwrap();
     let dirty = listed.lines().filter_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
         let number = |at: usize| fields[at].parse::<u64>().unwrap();
@@ -112,8 +107,8 @@ fn bitmaps_follow_writes_and_qemu_reads_what_we_wrote() {
         })
         .unwrap();
         let since = vec![before, range(10 << 20, 128 << 10), range(SIZE - (64 << 10), 64 << 10)];
-        assert_eq!(dirty_by_qemu(folder.path(), &path, "one"), since);
-        assert_eq!(dirty_by_qemu(folder.path(), &path, "two"), [before], "a disabled one stays as it is");
+        assert_eq!(dirty_by_qemu(&path, "one"), since);
+        assert_eq!(dirty_by_qemu(&path, "two"), [before], "a disabled one stays as it is");
         run("qemu-img", &["check", path.to_str().unwrap()]).unwrap();
         block_on(async {
             let (qcow2, node) = open(&path).await;

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod answer;
 mod bench;
 mod faults;
 mod guest;

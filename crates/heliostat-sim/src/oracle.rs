@@ -324,6 +324,24 @@ impl Oracle {
         self.explain(&self.possible(range, |segment| &segment.crash), range, image)
     }
 
+    /// As [`Oracle::check_crash`], for an image whose clusters move: where something was written since a flush that
+    /// made it durable, and a flush has failed since, there may be anything. Everywhere else nothing is forgiven.
+    ///
+    /// # Errors
+    /// The first byte that nothing explains.
+    pub(crate) fn check_crash_of_image(&self, image: &[u8]) -> Result<(), String> {
+        for (start, segment) in &self.segments {
+            let range = ByteRange::from_bounds(*start, segment.end);
+            let is_doubtful =
+                segment.crash.len() > 1 && segment.crash.iter().any(|write| self.writes[write.0].doubtful);
+            if !is_doubtful {
+                let bytes = &image[usize_from(range.offset())..usize_from(range.end())];
+                self.explain(&[(range, segment.crash.clone())], range, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The ranges of all writes that had not ended at `moment` or came later, as starts and ends. Discards and
     /// failed writes are left out: they may have done nothing.
     pub(crate) fn written_since(&self, moment: u64) -> BTreeMap<u64, u64> {

@@ -5,11 +5,8 @@
 //! waits for it: dropping its future does not stop it, as a kernel may not either. Two that overlap and are in flight at
 //! once therefore land in either order, piece by piece.
 
-use std::future::Future;
 use std::io;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,6 +17,7 @@ use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
 
+use crate::answer::{Answer, Shared, finish};
 use crate::faults::{EIO, ENOSPC, Kind, Plan, Profile, error};
 use crate::medium::{Content, Medium};
 use crate::random::Random;
@@ -65,14 +63,6 @@ struct State {
     /// Draws what the host does with a hint.
     hints: Random,
 }
-
-/// What a request brings back, when it has ended.
-struct Slot<T> {
-    answer: Option<io::Result<T>>,
-    waker: Option<Waker>,
-}
-
-type Shared<T> = Arc<Mutex<Slot<T>>>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -223,10 +213,7 @@ impl SimStorage {
     }
 
     fn answer_now<'a, T: Unpin + 'a>(begin: impl FnOnce(bool) -> Answer<T> + 'a) -> IoFuture<'a, T> {
-        let mut answer = begin(true);
-        answer.ended = true;
-        let ready = lock(&answer.slot).answer.take();
-        IoFuture::ready(ready.expect("carried out to its end at once"))
+        IoFuture::ready(begin(true).now())
     }
 
     /// Lets what a plan says happen in its time, or at once; the answer is what `last` says at the end.
@@ -294,56 +281,6 @@ impl SimStorage {
             ZeroSpace::Keep => ExtentStatus::Zero,
             ZeroSpace::MayUnmap if lock(&self.state).random.chance(500) => ExtentStatus::Zero,
             ZeroSpace::MayUnmap => ExtentStatus::Hole,
-        }
-    }
-}
-
-impl<T> Default for Slot<T> {
-    fn default() -> Self {
-        Self { answer: None, waker: None }
-    }
-}
-
-fn finish<T>(slot: &Shared<T>, answer: io::Result<T>) {
-    let mut slot = lock(slot);
-    slot.answer = Some(answer);
-    let waker = slot.waker.take();
-    drop(slot);
-    if let Some(waker) = waker {
-        waker.wake();
-    }
-}
-
-/// Waits for the end of a request that has begun.
-struct Answer<T> {
-    slot: Shared<T>,
-    world: Arc<World>,
-    /// It has ended, or nobody minds that it is dropped before.
-    ended: bool,
-}
-
-impl<T> Future for Answer<T> {
-    type Output = io::Result<T>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        let mut slot = lock(&self.slot);
-        let answer = slot.answer.take();
-        slot.waker = Some(cx.waker().clone());
-        drop(slot);
-        match answer {
-            Some(answer) => {
-                self.ended = true;
-                Poll::Ready(answer)
-            }
-            None => Poll::Pending,
-        }
-    }
-}
-
-impl<T> Drop for Answer<T> {
-    fn drop(&mut self) {
-        if !self.ended && !self.world.is_over() && !std::thread::panicking() {
-            self.world.fail("a request to a storage was dropped before its end");
         }
     }
 }

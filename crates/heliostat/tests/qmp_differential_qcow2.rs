@@ -5,8 +5,8 @@ mod qmp;
 
 use std::path::Path;
 
-use common::qcow2::{name_backing, qemu_img, try_qemu_img};
-use qmp::transcript::Step::{self, Differs, Do};
+use common::qcow2::{name_backing, qemu_img, qemu_io, try_qemu_img};
+use qmp::transcript::Step::{self, Await, Differs, Do};
 use qmp::transcript::{Script, compare_on};
 use serde_json::{Value, json};
 
@@ -57,6 +57,12 @@ fn make_images(folder: &Path) {
     create(&["-f", "qcow2", "-o", "data_file=data.raw,data_file_raw=on", "ext.qcow2", "1M"]);
     create(&["-f", "raw", "t.raw", "1M"]);
     qemu_img(folder, &["snapshot", "-c", "first", "other.qcow2"]);
+    create(&["-f", "qcow2", "marked.qcow2", "1M"]);
+    qemu_img(folder, &["bitmap", "--add", "marked.qcow2", "one"]);
+    qemu_img(folder, &["bitmap", "--add", "--disable", "-g", "128k", "marked.qcow2", "two"]);
+    create(&["-f", "qcow2", "full.qcow2", "1M"]);
+    qemu_io(folder, "full.qcow2", &["write -P 1 0 1M"]);
+    create(&["-f", "qcow2", "-o", "cluster_size=4k", "target.qcow2", "1M"]);
     let bent = [
         ("no-format", "base.raw", None),
         ("bad-format", "base.raw", Some("zork")),
@@ -116,6 +122,9 @@ fn images_are_opened_listed_and_removed_alike() {
         list(),
         delete("n"),
         add(image("other.qcow2", &json!({ "read-only": true }))),
+        list(),
+        delete("n"),
+        add(image("marked.qcow2", &json!({}))),
         list(),
         delete("n"),
         add(image("ext.qcow2", &json!({ "data-file": file("data.raw") }))),
@@ -283,6 +292,39 @@ fn where_an_image_names_what_it_may_not_open_ours_is_stricter_on_purpose() {
         add(image("outside.qcow2", &json!({ "backing": { "driver": "raw", "file": file("base.raw") } }))),
         delete("n"),
         list(),
+    ];
+    compare(&script);
+}
+
+#[test]
+fn a_mirror_of_images_says_the_same() {
+    let named =
+        |name: &str, image_name: &str| changed(image(image_name, &json!({})), &json!({ "node-name": name }));
+    let mirror = |sync: &str, target: &str| {
+        Do("blockdev-mirror", json!({ "job-id": "j", "device": "s", "target": target, "sync": sync }))
+    };
+    let complete = || Do("block-job-complete", json!({ "device": "j" }));
+    let script = vec![
+        add(named("s", "full.qcow2")),
+        add(named("t", "target.qcow2")),
+        mirror("full", "t"),
+        Await("BLOCK_JOB_READY", "j"),
+        Do("query-block-jobs", json!({})),
+        complete(),
+        Await("null", "j"),
+        delete("t"),
+        add(named("t", "target.qcow2")),
+        mirror("top", "t"),
+        Await("BLOCK_JOB_READY", "j"),
+        Do("query-block-jobs", json!({})),
+        Do("block-job-cancel", json!({ "device": "j" })),
+        Await("null", "j"),
+        add(named("small", "rich.qcow2")),
+        mirror("full", "small"),
+        Await("null", "j"),
+        delete("small"),
+        delete("t"),
+        delete("s"),
     ];
     compare(&script);
 }

@@ -180,9 +180,16 @@ impl Bench {
         self.storage.errors() + self.backing_storage.as_ref().map_or(0, |storage| storage.errors())
     }
 
-    /// Whether a failed flush may have lost what no later one brings back.
-    pub(crate) fn has_lost(&self) -> bool {
-        !self.keeps_after_flush && self.storage.flush_failures() > 0
+    /// Tells the oracle how many flushes have failed: before it hears that anything is durable.
+    pub(crate) fn tell_failures(&self) {
+        if !self.keeps_after_flush {
+            self.oracle().flushes_failed(self.storage.flush_failures());
+        }
+    }
+
+    /// Whether the driver may refuse to write tables from now on: a commit was dropped, or a flush has failed.
+    pub(crate) fn may_be_adrift(&self) -> bool {
+        self.has_dropped.load(Ordering::SeqCst) || self.storage.flush_failures() > 0
     }
 
     /// Judges what a crash at some moment has left.
@@ -191,9 +198,7 @@ impl Bench {
     /// What is wrong with it.
     pub(crate) fn judge_crash(&self, bytes: &[u8]) -> Result<u64, String> {
         let (content, leaks) = self.judge(bytes)?;
-        if !self.has_lost() {
-            self.oracle().check_crash(&content)?;
-        }
+        self.oracle().check_crash_of_image(&content)?;
         if self.keep.load(Ordering::SeqCst) {
             self.kept().push((bytes.to_vec(), leaks));
         }

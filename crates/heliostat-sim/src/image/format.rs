@@ -136,7 +136,7 @@ impl<'a> Image<'a> {
             return Ok(Entry::Compressed { start, end: (start & !511) + sectors * 512 });
         }
         let offset = entry & OFFSET;
-        if offset % self.cluster_size() != 0 {
+        if !offset.is_multiple_of(self.cluster_size()) {
             return Err(format!("the L2 entry {entry:#x} at {at:#x} is not aligned"));
         }
         let host = (offset != 0).then_some(offset);

@@ -165,8 +165,8 @@ impl Client {
                 bench.seen().dropped += 1;
             }
             Some(Ok(())) => {}
-            // After a commit was dropped there may be no other.
-            Some(Err(error)) if errors == bench.errors() && !bench.has_dropped.load(Ordering::SeqCst) => {
+            // There may be no other commit after one.
+            Some(Err(error)) if errors == bench.errors() && !bench.may_be_adrift() => {
                 self.fail(&format!("was told of an error that no storage gave: {error}"));
             }
             Some(Err(_)) => bench.seen().errors += 1,
@@ -235,6 +235,7 @@ impl Client {
         };
         let changed = ask(asked, polls).await;
         if let Some(changed) = &changed {
+            bench.tell_failures();
             bench.oracle().end_write(id, changed.is_ok(), fua == Durability::Fua);
         }
         changed
@@ -244,6 +245,7 @@ impl Client {
         let bench = &self.bench;
         let id = bench.oracle().begin_flush();
         let flushed = ask(async { bench.node.enter().await.flush().await }, polls).await;
+        bench.tell_failures();
         bench.oracle().end_flush(&id, matches!(flushed, Some(Ok(()))));
         flushed
     }

@@ -73,7 +73,7 @@ impl Walk<'_> {
         self.add(image.refcount_table, end, Use::Table("refcount table"))?;
         for at in (image.refcount_table..end).step_by(8) {
             let block = number(image.bytes, at, 8);
-            if block % size != 0 {
+            if !block.is_multiple_of(size) {
                 return Err(format!("the refcount block {block:#x} is not aligned"));
             }
             if block != 0 {
@@ -94,7 +94,7 @@ impl Walk<'_> {
         for index in 0..l1.len {
             let entry = number(image.bytes, l1.offset + index * 8, 8);
             let table = entry & OFFSET;
-            if table % size != 0 {
+            if !table.is_multiple_of(size) {
                 return Err(format!("the L1 entry {entry:#x} is not aligned"));
             }
             if table == 0 {

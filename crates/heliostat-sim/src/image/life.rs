@@ -159,7 +159,7 @@ pub(crate) async fn read_all(bench: &Arc<Bench>) {
         }
         if let Err(error) = read
             && errors == bench.errors()
-            && !bench.has_dropped.load(Ordering::SeqCst)
+            && !bench.may_be_adrift()
         {
             bench.world.fail(format!("a look at the whole disk: {error}"));
         }
@@ -183,12 +183,13 @@ pub(crate) async fn close(bench: &Arc<Bench>) -> bool {
         let id = bench.oracle().begin_flush();
         match bench.node.close().await {
             Ok(()) => {
+                bench.tell_failures();
                 bench.oracle().end_flush(&id, true);
                 return true;
             }
             Err(_) if errors != bench.errors() => {}
-            // After a commit was dropped there is no other.
-            Err(_) if bench.has_dropped.load(Ordering::SeqCst) => return false,
+            // There is no other commit after one that was dropped, or a flush that has lost what was copied.
+            Err(_) if bench.may_be_adrift() => return false,
             Err(error) => {
                 bench.world.fail(format!("it cannot be closed: {error}"));
                 return false;

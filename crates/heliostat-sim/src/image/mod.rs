@@ -89,7 +89,7 @@ fn lives(seed: u64, tracing: bool, kept: &mut Kept) -> Result<Seen, String> {
 }
 
 fn backing(size: u64, random: &mut Random) -> Result<Backing, String> {
-    let size = size * random.pick(&[250, 1000, 1000, 1500]) / 1000 & !511;
+    let size = (size * random.pick(&[250, 1000, 1000, 1500]) / 1000) & !511;
     if random.chance(500) {
         let shape =
             Shape { size: size.max(512), snapshot: false, leaked: 0, filled: 500, ..Shape::draw(random) };

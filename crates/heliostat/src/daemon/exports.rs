@@ -258,8 +258,9 @@ impl Daemon {
             let found = serving.exports.iter().position(|export| export.id == id);
             found.map(|index| serving.exports.remove(index))
         };
-        if export.is_some() {
-            drop(export);
+        if let Some(export) = export {
+            // A client may still be letting go of it; who hears of the end may remove the node at once.
+            self.graph.detach(&export.place);
             self.events.say(Happening::ExportDeleted { id: id.to_owned() });
         }
     }

@@ -52,6 +52,8 @@ impl Verdict {
 /// What `qemu-img check` says, with further arguments.
 pub fn qemu_check(path: &Path, arguments: &[&str]) -> Verdict {
     let mut command = Command::new("qemu-img");
+    // It looks for a data file of no absolute name where it stands itself, not beside the image.
+    command.current_dir(path.parent().unwrap());
     Verdict::of(&command.args(["check", "--output=json"]).args(arguments).arg(path).output().unwrap())
 }
 

@@ -19,6 +19,8 @@ use futures_util::StreamExt;
 use futures_util::stream;
 
 use super::Qcow2;
+use super::allocate::Allocation;
+use super::file::ImageFile;
 use super::slices::Kind;
 use super::state::{Limbo, State, numbers_len, write_numbers};
 use crate::convert::{u64_from, usize_from};
@@ -60,9 +62,14 @@ pub(crate) struct Commits {
     durable: u64,
     /// Whether one is under way.
     pub(crate) is_running: bool,
-    /// Tables were being written when a commit was dropped. They may still land, at any time, over newer ones: so
-    /// nothing more is committed.
+    /// What is on the medium can no longer be told: tables were being written when a commit was dropped, and may
+    /// still land over newer ones; or a flush has lost what was copied. So nothing more is committed, and what was
+    /// flushed stays.
     is_adrift: bool,
+    /// Since the last commit began, or since one before that has failed, older data was copied to new clusters.
+    copies: [bool; 2],
+    /// Flushes of a file that have failed.
+    failed_flushes: u64,
     /// What is unmapped for good, and may still be read by requests of that epoch or before.
     passing: Vec<(u64, Limbo)>,
 }
@@ -71,6 +78,7 @@ impl State {
     fn take_batch(&mut self) -> Batch {
         self.commits.begun += 1;
         self.commits.is_running = true;
+        self.commits.copies = [false, self.commits.copies[0] || self.commits.copies[1]];
         let entry = |at: u64, number: u64| (at, Bytes::copy_from_slice(&number.to_be_bytes()));
         let table = self.header.refcount_table;
         let table_dirty: Vec<_> = mem::take(&mut self.refcount_table_dirty).into_iter().collect();
@@ -106,6 +114,17 @@ impl State {
         }
     }
 
+    /// Data for new clusters is being written, or has been. With it, perhaps, older data: what shares their units of
+    /// allocation, or, where the file has blocks, their blocks.
+    pub(super) fn note_copy(&mut self, allocation: &Allocation) {
+        self.commits.copies[0] |= self.has_blocks || allocation.writes_around();
+    }
+
+    /// What the medium holds is not known any more.
+    pub(super) fn set_adrift(&mut self) {
+        self.commits.is_adrift = true;
+    }
+
     /// Takes note of how a commit ended.
     fn end_batch(&mut self, batch: Batch, is_durable: bool) {
         self.commits.is_running = false;
@@ -113,6 +132,7 @@ impl State {
         if is_durable || is_planted(Bug::FailedCommitForgotten) {
             self.slices.durable(starts);
             self.commits.durable = batch.number;
+            self.commits.copies[1] = false;
             let epoch = batch.epoch;
             self.commits.passing.extend(batch.limbo.into_iter().map(|limbo| (epoch, limbo)));
         } else {
@@ -170,8 +190,8 @@ impl Qcow2 {
     /// Makes everything durable that has ended before this call.
     ///
     /// # Errors
-    /// The storage's; what could not be written is written again by the next. Any, for ever, after one was dropped
-    /// while it wrote tables.
+    /// The storage's; what could not be written is written again by the next. Any, for ever, once what the medium
+    /// holds is not known any more.
     pub(crate) async fn flush(&self) -> io::Result<()> {
         let begun = self.lock().commits.begun;
         let _turn = self.turn.lock(ByteRange::from_bounds(0, 1)).await;
@@ -183,7 +203,7 @@ impl Qcow2 {
             }
             if state.commits.is_adrift {
                 return Err(io::Error::other(
-                    "a commit of the image was dropped while it wrote: the image has to be opened again",
+                    "what the medium holds of the image is not known any more: it has to be opened again",
                 ));
             }
         }
@@ -199,6 +219,24 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// What [`Qcow2::flush_after`] wants to know of the time before something is written.
+    pub(crate) fn failed_flushes(&self) -> u64 {
+        self.lock().commits.failed_flushes
+    }
+
+    /// [`Qcow2::flush`] for what was written since `failed` was the count of failed flushes.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush`]. And if a flush that somebody else asked for has failed since: it may have lost what was
+    /// written, and this one would not know.
+    pub(crate) async fn flush_after(&self, failed: u64) -> io::Result<()> {
+        self.flush().await?;
+        if self.failed_flushes() == failed {
+            return Ok(());
+        }
+        Err(io::Error::other("a flush has failed since this was written, and may have lost it"))
+    }
+
     /// Writes tables where so much is changed that there would soon be no room for more.
     pub(crate) async fn make_room(&self) -> io::Result<()> {
         if self.lock().slices.wants_commit() { self.flush().await } else { Ok(()) }
@@ -207,30 +245,43 @@ impl Qcow2 {
     async fn write_batch(&self, batch: &Batch) -> io::Result<()> {
         self.write_all(&batch.refcounts).await?;
         if !batch.refcount_table.is_empty() {
-            self.file.flush().await?;
+            self.flush_file(&self.file).await?;
             self.write_all(&batch.refcount_table).await?;
             if let Some(words) = &batch.moved {
-                self.file.flush().await?;
+                self.flush_file(&self.file).await?;
                 self.write_all(&[(REFCOUNT_TABLE_WORDS, words.clone())]).await?;
             }
         }
         if let Some(data) = &self.data_file {
-            data.flush().await?;
+            self.flush_file(data).await?;
         }
         if !is_planted(Bug::TablesBeforeCounts) {
-            self.file.flush().await?;
+            self.flush_file(&self.file).await?;
         }
         if !batch.l2.is_empty() {
             self.write_all(&batch.l2).await?;
             if !is_planted(Bug::LinksBeforeTables) {
-                self.file.flush().await?;
+                self.flush_file(&self.file).await?;
             }
         }
         if !batch.l1.is_empty() {
             self.write_all(&batch.l1).await?;
-            self.file.flush().await?;
+            self.flush_file(&self.file).await?;
         }
         Ok(())
+    }
+
+    /// Makes one file durable. Where that fails, what was written to it since the last time may be gone, and later
+    /// flushes do not tell. Who wrote it has been told; but older data that was copied with it must not be given up
+    /// for what may not be there.
+    async fn flush_file(&self, file: &ImageFile) -> io::Result<()> {
+        let flushed = file.flush().await;
+        if flushed.is_err() {
+            let mut state = self.lock();
+            state.commits.failed_flushes += 1;
+            state.commits.is_adrift |= state.commits.copies != [false, false];
+        }
+        flushed
     }
 
     /// Writes pieces of the image file, neighbours together, several at once.

@@ -10,6 +10,7 @@ use super::error::FormatError;
 use super::file::ImageFile;
 use super::header::{Compression, HEADER_START, Header, Table, autoclear, compatible, incompatible};
 use super::layout::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, Layout};
+pub use super::resize::Preallocation;
 use crate::convert::{u64_from, usize_from};
 use crate::range::ByteRange;
 use crate::storage::ZeroSpace;
@@ -25,20 +26,6 @@ const REFCOUNT_TABLE_SIZE_MAX: u64 = 8 << 20;
 const PIECE: u64 = 1 << 20;
 /// The width that every version 2 image has.
 const REFCOUNT_ORDER_DEFAULT: u32 = 4;
-
-/// How much of an image is there from the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Nothing but tables that are needed at once.
-    #[default]
-    Off,
-    /// Every guest cluster has its place; the host has not.
-    Metadata,
-    /// The host has set the space aside too.
-    Falloc,
-    /// Zeroes have been written to all of it.
-    Full,
-}
 
 /// What image to make.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! What faults and dropped futures leave of an image, on a storage in memory that fails, loses and delays as it is
 //! told.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;

@@ -7,6 +7,7 @@
 //! need from the file is loaded on demand; what is changed goes back in [`commit`], in an order that leaves a sound
 //! image whenever it stops.
 
+mod allocate;
 pub mod bitmap_directory;
 mod bitmaps;
 pub mod check;

@@ -126,6 +126,7 @@ impl Qcow2 {
             file_end: size,
             tables: BTreeMap::new(),
             commits: Commits::default(),
+            has_blocks: options.data_file.as_ref().unwrap_or(file.storage()).traits().block_size > 1,
             haunted: BTreeMap::new(),
             corrupt: None,
             header,

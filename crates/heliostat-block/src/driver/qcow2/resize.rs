@@ -102,8 +102,7 @@ impl Qcow2 {
         } else {
             self.grow_l1(self.layout.l1_entries_for(size)).await?;
         }
-        self.file.write(SIZE_WORD, Bytes::copy_from_slice(&size.to_be_bytes())).await?;
-        self.file.flush().await?;
+        self.write_header(SIZE_WORD, Bytes::copy_from_slice(&size.to_be_bytes())).await?;
         self.lock().header.size = size;
         self.set_known_size(size);
         if size > old {
@@ -174,18 +173,17 @@ impl Qcow2 {
             let old = state.l1.iter().map(|entry| entry.0);
             write_numbers(old.chain(std::iter::repeat(0)).take(usize_from(len)))
         };
-        let moved = async {
+        let made = async {
             self.file.write(host.offset(), Bytes::from(table)).await?;
             // The new table's reference counts and contents are durable before the header names it.
-            self.flush().await?;
-            let words = [&u32_be(len)[..], &host.offset().to_be_bytes()[..]].concat();
-            self.file.write(L1_WORDS, Bytes::from(words)).await?;
-            self.file.flush().await
+            self.flush().await
         };
-        if let Err(error) = moved.await {
+        if let Err(error) = made.await {
             self.give_back(run).await;
             return Err(error.into());
         }
+        let words = [&u32_be(len)[..], &host.offset().to_be_bytes()[..]].concat();
+        self.write_header(L1_WORDS, Bytes::from(words)).await?;
         let mut state = self.lock();
         state.unprotect(old);
         state.header.l1.offset = host.offset();
@@ -195,6 +193,19 @@ impl Qcow2 {
         let first = layout.cluster_index(old.offset());
         state.drop_later(first..first + layout.clusters_for(old.len()), false);
         Ok(())
+    }
+
+    /// Changes words of the header. Where that fails, which of them the medium holds is not known.
+    async fn write_header(&self, at: u64, words: Bytes) -> io::Result<()> {
+        let written = async {
+            self.file.write(at, words).await?;
+            self.file.flush().await
+        };
+        let written = written.await;
+        if written.is_err() {
+            self.lock().set_adrift();
+        }
+        written
     }
 
     async fn give_back(&self, run: Run) {

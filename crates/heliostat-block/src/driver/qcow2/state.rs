@@ -82,6 +82,8 @@ pub(crate) struct State {
     /// What must not be written by anybody but its owner: clusters of tables, by number.
     pub(crate) tables: BTreeMap<u64, &'static str>,
     pub(crate) commits: Commits,
+    /// Whether what is written has been widened to the file's blocks.
+    pub(crate) has_blocks: bool,
     /// Host clusters in which a write may land that was dropped before its end. Empty as long as nobody drops one.
     pub(crate) haunted: BTreeMap<u64, u64>,
     /// What was found wrong; from then on nothing is written.

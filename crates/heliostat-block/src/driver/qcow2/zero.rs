@@ -106,10 +106,11 @@ impl Qcow2 {
     ) -> IoFuture<'_, ()> {
         IoFuture::pending(async move {
             self.make_room().await?;
+            let failed = self.failed_flushes();
             self.zero(range, space).await?;
             match durability {
                 Durability::Cached => Ok(()),
-                Durability::Fua => self.flush().await,
+                Durability::Fua => self.flush_after(failed).await,
             }
         })
     }

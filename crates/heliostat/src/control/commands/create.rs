@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use heliostat_block::driver::Preallocation;
-use heliostat_block::driver::qcow2::create::{self, CreateOptions};
+use heliostat_block::driver::qcow2::create::CreateOptions;
 use heliostat_block::driver::qcow2::header::Compression;
 use serde_json::{Value, json};
 
@@ -22,12 +22,7 @@ pub(super) fn start(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Va
         "file" => ImageSpec::File {
             path: PathBuf::from(options.required_text("filename")),
             size: options.uint64("size").unwrap_or(0),
-            preallocation: match options.text("preallocation") {
-                Some("metadata") => Preallocation::Metadata,
-                Some("falloc") => Preallocation::Falloc,
-                Some("full") => Preallocation::Full,
-                _ => Preallocation::Off,
-            },
+            preallocation: preallocation(options),
         },
         "qcow2" => qcow2(options)?,
         _ => return Err(Refusal::new("Driver does not support blockdev-create")),
@@ -57,12 +52,7 @@ fn qcow2(options: Arguments<'_>) -> Result<ImageSpec, Refusal> {
         refcount_order: power(options.uint64("refcount-bits"), base.refcount_order),
         backing_file: bytes("backing-file"),
         backing_format: bytes("backing-fmt").filter(|_| !is_unnamed),
-        preallocation: match options.text("preallocation") {
-            Some("metadata") => create::Preallocation::Metadata,
-            Some("falloc") => create::Preallocation::Falloc,
-            Some("full") => create::Preallocation::Full,
-            _ => create::Preallocation::Off,
-        },
+        preallocation: preallocation(options),
         lazy_refcounts: options.flag("lazy-refcounts").unwrap_or(false),
         compression: match options.text("compression-type") {
             Some("zstd") => Compression::Zstd,
@@ -77,4 +67,13 @@ fn qcow2(options: Arguments<'_>) -> Result<ImageSpec, Refusal> {
     let file = file.ok_or_else(|| Refusal::new("Parameter 'options.file' is missing"))?;
     let data_file = child(options, "data-file", above)?;
     Ok(ImageSpec::Qcow2 { file, data_file, options: Box::new(image) })
+}
+
+fn preallocation(options: Arguments<'_>) -> Preallocation {
+    match options.text("preallocation") {
+        Some("metadata") => Preallocation::Metadata,
+        Some("falloc") => Preallocation::Falloc,
+        Some("full") => Preallocation::Full,
+        _ => Preallocation::Off,
+    }
 }

@@ -60,10 +60,34 @@ fn described(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value {
         "cache": { "no-flush": cache.no_flush, "direct": cache.direct, "writeback": true },
         "file": filename(nodes, entry),
     });
+    let bitmaps = dirty_bitmaps(entry);
+    if !bitmaps.is_empty() {
+        described["dirty-bitmaps"] = json!(bitmaps);
+    }
     if let Some(backing) = backing(nodes, entry) {
         described["backing_file"] = json!(filename(nodes, backing));
     }
     described
+}
+
+/// The bitmaps that follow writes, the last one first. Those of an image that is only read are not loaded.
+fn dirty_bitmaps(entry: &NodeEntry) -> Vec<Value> {
+    let Some(image) = entry.node.image() else { return Vec::new() };
+    let described = image.bitmaps().iter().rev().map(|bitmap| {
+        let mut described = json!({
+            "name": String::from_utf8_lossy(&bitmap.entry.name),
+            "recording": bitmap.bits.is_some() && bitmap.is_enabled(),
+            "persistent": true,
+            "busy": false,
+            "granularity": bitmap.entry.granularity(),
+            "count": bitmap.bits.as_ref().map_or(0, |bits| bits.dirty_bytes()),
+        });
+        if bitmap.bits.is_none() {
+            described["inconsistent"] = json!(true);
+        }
+        described
+    });
+    described.collect()
 }
 
 /// The node among `nodes` that `entry` stands on.
