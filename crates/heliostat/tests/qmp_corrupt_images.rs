@@ -21,16 +21,17 @@ fn number(bytes: &[u8], at: usize) -> usize {
     usize::try_from(word & 0x00ff_ffff_ffff_fe00).unwrap()
 }
 
-type Bend = fn(&mut Vec<u8>);
+/// Damages an image.
+type Bend = fn(&mut [u8]);
 
 /// The first L1 entry leads into the middle of a cluster.
-fn bend_l1(bytes: &mut Vec<u8>) {
+fn bend_l1(bytes: &mut [u8]) {
     let l1 = number(bytes, 40);
     bytes[l1 + 6] |= 2;
 }
 
 /// So does the first L2 entry.
-fn bend_l2(bytes: &mut Vec<u8>) {
+fn bend_l2(bytes: &mut [u8]) {
     let l2 = number(bytes, number(bytes, 40));
     bytes[l2 + 6] |= 2;
 }
@@ -88,13 +89,14 @@ fn a_corruption_is_told_of_once_with_the_fields_that_qemu_has() {
     if !has_tools() {
         return;
     }
-    for (bend, options, read_only) in [
-        (bend_l1 as Bend, "compat=1.1", true),
+    let table: [(Bend, &str, bool); 5] = [
+        (bend_l1, "compat=1.1", true),
         (bend_l2, "compat=1.1", true),
         (bend_l1, "compat=1.1", false),
         (bend_l2, "compat=1.1", false),
         (bend_l2, "compat=0.10", false),
-    ] {
+    ];
+    for (bend, options, read_only) in table {
         let Some(qemu) = Peer::qemu() else { return };
         let theirs = said(&qemu, bend, options, read_only);
         let ours = said(&Peer::ours(), bend, options, read_only);
@@ -105,7 +107,7 @@ fn a_corruption_is_told_of_once_with_the_fields_that_qemu_has() {
 }
 
 /// The first L2 entry leads to the L1 table, so that a write in place would destroy it.
-fn bend_onto_l1(bytes: &mut Vec<u8>) {
+fn bend_onto_l1(bytes: &mut [u8]) {
     let l1 = number(bytes, 40);
     let l2 = number(bytes, l1);
     let entry = u64::try_from(l1).unwrap() | 1 << 63;
