@@ -295,7 +295,7 @@ fn the_service_manager_is_told_when_it_begins_and_when_it_ends() {
     assert!(message().contains("STOPPING=1"));
 }
 
-/// Connects, and asks for so much without ever reading an answer that the server cannot get rid of them.
+/// Connects, and asks for so much without ever reading a whole answer that the server cannot get rid of them.
 fn client_that_never_reads(socket: &Path) -> UnixStream {
     let mut stream = UnixStream::connect(socket).unwrap();
     let mut greeting = [0; 18];
@@ -316,6 +316,9 @@ fn client_that_never_reads(socket: &Path) -> UnixStream {
         request.extend((1_u32 << 20).to_be_bytes());
         stream.write_all(&request).unwrap();
     }
+    // The start of the first answer: the server is at it, and its megabyte does not fit into the socket.
+    let mut answer = [0; 16];
+    stream.read_exact(&mut answer).unwrap();
     stream
 }
 
