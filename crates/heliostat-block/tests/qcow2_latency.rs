@@ -157,7 +157,7 @@ async fn write_all(node: &Arc<Node>, from: u64) {
 #[test]
 fn writes_that_allocate_take_at_most_three_times_the_time_of_writes_in_place() {
     let storage = Arc::new(SlowStorage::default());
-    let as_storage = || Arc::<SlowStorage>::clone(&storage) as Arc<dyn Storage>;
+    let as_storage = || -> Arc<dyn Storage> { Arc::<SlowStorage>::clone(&storage) };
     let options = CreateOptions { size: 1 << 30, ..CreateOptions::default() };
     ticks(&storage, create(&ImageFile::new(as_storage()), None, &options)).1.unwrap();
     let image = ticks(&storage, Qcow2::open(as_storage(), OpenOptions::default())).1.unwrap();
