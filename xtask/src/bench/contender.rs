@@ -55,6 +55,7 @@ pub fn our_program() -> PathBuf {
 
 /// A daemon that is driven over QMP: ours or QEMU's, by the same code.
 pub struct ControlledDaemon {
+    contender: Contender,
     pub process: Daemon,
     pub qmp: Qmp,
 }
@@ -74,7 +75,7 @@ impl ControlledDaemon {
             Daemon::start_qemu("qemu-storage-daemon".as_ref(), folder).with_context(starting)?
         };
         let qmp = Qmp::connect(&socket)?;
-        Ok(Self { process, qmp })
+        Ok(Self { contender, process, qmp })
     }
 
     /// Adds a node over a file.
@@ -107,7 +108,13 @@ impl ControlledDaemon {
 
     /// Ends it in order, so that its files are whole.
     pub fn quit(mut self) -> Result<()> {
-        self.qmp.execute("quit", json!({})).context("asking it to quit")?;
+        let asked = self.qmp.execute("quit", json!({})).context("asking it to quit");
+        if let (Err(error), false) = (&asked, self.contender.is_ours()) {
+            // What was measured was measured. qemu-storage-daemon 10.0.2 is sometimes gone by then.
+            println!("{}: {error:#}", self.contender.name());
+        } else {
+            asked?;
+        }
         self.process.wait()?;
         Ok(())
     }
