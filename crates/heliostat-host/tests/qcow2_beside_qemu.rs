@@ -416,3 +416,30 @@ fn images_past_the_page_cache_are_written_alike() {
         (first_seed()..first_seed() + cases() / 4).for_each(|seed| case(seed, true));
     }
 }
+
+#[test]
+fn an_external_data_file_that_is_a_raw_image_stays_as_long_as_the_disk() {
+    if !has_tools() {
+        return;
+    }
+    let folder = memory_directory().unwrap();
+    let [path, data] = ["image.qcow2", "data"].map(|name| folder.path().join(name));
+    let size = (1 << 20) + 512;
+    // Its last cluster is new, and reaches beyond the disk.
+    let longer = size + (100 << 10);
+    let options = format!("data_file={},data_file_raw=on", data.display());
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, text(&path), &size.to_string()])
+        .unwrap();
+    block_on(async {
+        let access = Access::ReadWrite;
+        let data_file = Some(storage(&data, false, access));
+        let image = ImageOptions { data_file, ..ImageOptions::default() };
+        let image = Qcow2::open(storage(&path, false, access), image).await.unwrap();
+        let node = node(Driver::Qcow2(image), false);
+        node.resize(longer, Preallocation::Off).await.unwrap();
+        node.enter().await.write(longer - 512, pattern(1, 512, 0), Durability::Cached).await.unwrap();
+        node.close().await.unwrap();
+    })
+    .unwrap();
+    assert_eq!(data.metadata().unwrap().len(), longer);
+}

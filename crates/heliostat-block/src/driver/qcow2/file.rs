@@ -25,13 +25,15 @@ pub struct ImageFile {
     blocks: Blocks<Arc<dyn Storage>>,
     /// Held by whoever changes the length.
     length: RangeLock,
+    size_found: u64,
 }
 
 impl ImageFile {
     /// Uses all of `storage`.
     #[must_use]
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        Self { blocks: Blocks::new(storage), length: RangeLock::default() }
+        let size_found = storage.size();
+        Self { blocks: Blocks::new(storage), length: RangeLock::default(), size_found }
     }
 
     /// What it is.
@@ -171,6 +173,23 @@ impl ImageFile {
                 self.blocks.set_size(end.next_multiple_of(block)).await
             }
             grown => grown,
+        }
+    }
+
+    /// How long it was when it was opened.
+    pub(crate) const fn size_found(&self) -> u64 {
+        self.size_found
+    }
+
+    /// Cuts off what lies beyond `end`, where that can be done.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(crate) async fn cut_to(&self, end: u64) -> io::Result<()> {
+        if end < self.size() && self.storage().traits().can_resize {
+            self.set_size(end).await
+        } else {
+            Ok(())
         }
     }
 

@@ -223,10 +223,12 @@ impl Qcow2 {
         // Where the end cannot be found, the file stays a little longer.
         let _ = self.attempt(State::find_end).await;
         let end = self.lock().used_end << self.layout.cluster_bits;
-        if end < self.file.size() && self.file.storage().traits().can_resize {
-            self.file.set_size(end).await?;
+        self.file.cut_to(end).await?;
+        match &self.data_file {
+            // Alone it is a raw image as long as the disk; what it was found with is not ours to cut.
+            Some(data) => data.cut_to(self.size().max(data.size_found())).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The file of the guest's data.

@@ -90,7 +90,8 @@ impl Qcow2 {
     /// Nobody may use the image meanwhile.
     ///
     /// # Errors
-    /// [`FormatError`]; the size is unchanged then.
+    /// [`FormatError`]. Where it comes after the header was written, the image has its new size all the same, and what
+    /// it has gained may not all be cleared.
     pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), FormatError> {
         self.attempt(|state| state.check_sound()).await?;
         self.check_size(size)?;
