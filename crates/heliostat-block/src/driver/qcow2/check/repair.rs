@@ -15,6 +15,7 @@ use super::counts::{Block, cluster_at};
 use super::walk::{Examination, Named, entries, examine, named};
 use super::{CheckOptions, CheckReport, Finding, FindingKind, Repair, mend};
 use crate::convert::{u64_from, usize_from};
+use crate::planted::{Bug, is_planted};
 
 /// Where the header says where the refcount table is, and how long.
 const REFCOUNT_TABLE_FIELDS: u64 = 48;
@@ -187,8 +188,10 @@ async fn mark(file: &ImageFile, header: &Header, features: u64) -> Result<(), Fo
     if header.layout.version < 3 || now == features {
         return Ok(());
     }
-    // What has been done so far is done before the image says so.
-    file.flush().await?;
+    if !is_planted(Bug::CleanBeforeCounts) {
+        // What has been done so far is done before the image says so.
+        file.flush().await?;
+    }
     file.write(INCOMPATIBLE_WORD, features.to_be_bytes().to_vec().into()).await?;
     Ok(file.flush().await?)
 }
