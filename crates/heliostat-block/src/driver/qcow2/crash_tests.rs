@@ -401,3 +401,77 @@ fn a_resize_that_fails_leaves_the_disk_and_takes_no_space() {
     assert!(left.bytes[0].len() < usize_from(SIZE_MAX / 2), "{} bytes", left.bytes[0].len());
     assert!(left.open().unwrap().content() == before);
 }
+
+/// Where the one block of reference counts is, and the tables, in an image that was just made in clusters of 4 KiB.
+const TABLE: usize = 1 << 12;
+const BLOCK: usize = 2 << 12;
+const L1: usize = 3 << 12;
+
+fn put(bytes: &mut [u8], at: usize, value: u64) {
+    bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+}
+
+/// An image that was not closed, with data in it and right counts.
+fn not_closed() -> Files {
+    let options = CreateOptions { size: 256 << 10, cluster_bits: 12, ..CreateOptions::default() };
+    let opened = make(&options, None).open().unwrap();
+    for cluster in 0..20 {
+        opened.write(cluster << 13, 4096, u8::try_from(cluster + 1).unwrap());
+    }
+    now(opened.image.close()).unwrap();
+    let mut files = opened.files();
+    files.bytes[0][79] |= 1;
+    files
+}
+
+#[test]
+fn a_repair_on_opening_that_is_cut_off_anywhere_loses_nothing_and_is_made_up_for() {
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(&str, Damage); 7] = [
+        ("nothing is wrong", |_| ()),
+        ("counts are behind", |bytes| bytes[BLOCK + 12..BLOCK + 20].fill(0)),
+        ("counts are too high", |bytes| bytes[BLOCK + 13] = 7),
+        ("nothing is counted", |bytes| bytes[BLOCK..L1].fill(0)),
+        ("there is no block", |bytes| put(bytes, TABLE, 0)),
+        ("the block is nowhere", |bytes| put(bytes, TABLE, 3 << 50)),
+        ("a flag is missing", |bytes| bytes[L1] &= 0x7f),
+    ];
+    for (name, damage) in damages {
+        let mut files = not_closed();
+        let before = Files { bytes: files.bytes.clone(), below: None }.open().unwrap().content();
+        damage(&mut files.bytes[0]);
+        let opened = files.open().unwrap();
+        assert!(opened.content() == before, "{name}");
+        let journal = lock(&opened.journal).clone();
+        assert!(!journal.is_empty(), "the dirty bit goes");
+        files.crashes(&journal, |left, moment| {
+            let what = format!("{name}, a crash before request {moment} of {}", journal.len());
+            if left.bytes[0][79] & 1 == 0 {
+                is_sound(left, &what);
+            }
+            let again = left.open().unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert!(again.content() == before, "{what}");
+            let after = again.files();
+            assert_eq!(after.bytes[0][79] & 1, 0, "{what}");
+            is_sound(&after, &what);
+        });
+    }
+}
+
+#[test]
+fn an_image_whose_counts_stand_where_its_tables_do_is_not_repaired_on_opening() {
+    let to_table = |bytes: &mut Vec<u8>| put(bytes, L1, u64_from(TABLE) | entry::COPIED);
+    let to_block = |bytes: &mut Vec<u8>| put(bytes, L1, u64_from(BLOCK) | entry::COPIED);
+    let block_at_l1 = |bytes: &mut Vec<u8>| put(bytes, TABLE, u64_from(L1));
+    let damages: [&dyn Fn(&mut Vec<u8>); 3] = [&to_table, &to_block, &block_at_l1];
+    for damage in damages {
+        let mut files = not_closed();
+        damage(&mut files.bytes[0]);
+        let journal = Journal::default();
+        let bytes = Mutex::new(files.bytes[0].clone());
+        let memory = Arc::new(Memory { number: 0, bytes, journal: Arc::clone(&journal) });
+        let refused = now(Qcow2::open(memory, OpenOptions::default()));
+        assert!(matches!(refused, Err(FormatError::Invalid(_))));
+        assert!(lock(&journal).is_empty(), "nothing has been written");
+    }
+}

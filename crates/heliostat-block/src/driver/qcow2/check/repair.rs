@@ -115,7 +115,8 @@ async fn all(
 /// for COPIED flags. The image no longer says that it is dirty when this returns.
 ///
 /// # Errors
-/// [`FormatError::Invalid`] when more than counts is wrong; nothing has been written then. Those of the file.
+/// [`FormatError::Invalid`] when more than counts is wrong, or they stand where something else does; nothing has been
+/// written then. Those of the file.
 ///
 /// # Cancel safety
 /// As a crash: the image is still dirty.
@@ -124,7 +125,7 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     let mut examination = examine(file, &options).await?;
     let found = examination.report.clone();
     // Blocks that cannot be used are made anew: what they must hold is known from the tables.
-    if !examination.tables_are_sound {
+    if !examination.tables_are_sound || has_shared_counts(&examination) {
         return Err(FormatError::Invalid(
             "the image was not closed and its tables contradict each other; heliostat check --repair all tells more"
                 .into(),
@@ -144,6 +145,14 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     mark(file, &examination.header, features).await?;
     file.flush().await?;
     Ok(conclude(examination.report, found, mend::Notes::new(0), 0))
+}
+
+/// Says whether something else stands where counts do: an L1 entry that leads to the refcount table, say. What it
+/// should lead to looks unused then, and would be given away.
+fn has_shared_counts(examination: &Examination) -> bool {
+    let clusters = old_counts(examination);
+    let mut counted = clusters.chunk_by(|one, other| one == other);
+    counted.any(|same| examination.references.uses(same[0]) > u64_from(same.len()))
 }
 
 /// Says whether the active L1 table is where none can be.
