@@ -125,6 +125,7 @@ impl Qcow2 {
             used_end: layout.clusters_for(size),
             file_end: size,
             tables: BTreeMap::new(),
+            bitmap_places: stored::places(&bitmaps, &header),
             commits: Commits::default(),
             has_blocks: options.data_file.as_ref().unwrap_or(file.storage()).traits().block_size > 1,
             haunted: BTreeMap::new(),
