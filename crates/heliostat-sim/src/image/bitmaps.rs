@@ -73,8 +73,8 @@ impl Image<'_> {
         all.map(|bitmap| Found { bits: self.bits(&bitmap), bitmap }).collect()
     }
 
-    /// Judges the bitmaps. Whatever one says that can be believed must cover `writes`: ranges, and whether they have
-    /// ended. `closed`: what could be believed when the image was opened can be again.
+    /// Judges the bitmaps. Whatever one says that can be believed must cover `writes`: ranges, and whether each has
+    /// certainly been tried. `closed`: what could be believed when the image was opened can be again.
     ///
     /// # Errors
     /// The first thing that is wrong.
@@ -114,10 +114,10 @@ impl Image<'_> {
         let mut must = before.bits.clone();
         let mut may = before.bits.clone();
         let follows = before.bitmap.flags & AUTO != 0;
-        for (range, has_ended) in writes.iter().filter(|(range, _)| follows && !range.is_empty()) {
+        for (range, was_tried) in writes.iter().filter(|(range, _)| follows && !range.is_empty()) {
             let granules = range.offset() / granularity..range.end().div_ceil(granularity);
             for granule in granules.map(usize_from) {
-                must[granule] |= has_ended;
+                must[granule] |= was_tried;
                 may[granule] = true;
             }
         }
