@@ -51,6 +51,12 @@ impl Refusal {
         })
     }
 
+    /// Says whether it is about the argument `name`.
+    #[must_use]
+    pub fn is_about(&self, name: &str) -> bool {
+        self.text.starts_with(&format!("Parameter '{name}' "))
+    }
+
     /// The member `error` of a reply.
     #[must_use]
     pub fn to_json(&self) -> Value {
