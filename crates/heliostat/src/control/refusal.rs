@@ -51,6 +51,12 @@ impl Refusal {
         })
     }
 
+    /// What it says.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Says whether it is about the argument `name`.
     #[must_use]
     pub fn is_about(&self, name: &str) -> bool {

@@ -52,6 +52,8 @@ pub enum TargetName {
     Protocol(&'static str, Box<NodeSpec>),
     /// A node as it is to be, with nothing on top of it unless a format is said.
     Definition(Box<NodeSpec>),
+    /// Nothing that can be used; by which word it was named, and why not, which is said when its turn comes.
+    Unusable(String, String),
 }
 
 /// Whether a target is made.
@@ -130,6 +132,7 @@ impl Daemon {
             TargetName::Path(path) => (file_spec(path, source), self.unsaid(source)),
             TargetName::Protocol(_, below) => ((**below).clone(), self.unsaid(source)),
             TargetName::Definition(node) => ((**node).clone(), Wanted::AsBelow),
+            TargetName::Unusable(_, why) => return Err(DaemonError::Create(why.clone())),
         };
         let wanted = match layer.transpose()? {
             // A definition that has the format already is not put into another.
@@ -271,19 +274,26 @@ impl Drop for Made<'_> {
 fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Result<New, DaemonError> {
     let format = spec.format.as_deref().unwrap_or(source.driver);
     let refused = |text: String| Err(DaemonError::Create(text));
-    if format.starts_with("null-") || format == "blkdebug" {
-        return refused(format!("Format driver '{format}' does not support image creation"));
-    }
-    let Some(layer) = layer(format) else {
+    let is_protocol = format.starts_with("null-") || format == "blkdebug";
+    let layer = layer(format);
+    if layer.is_none() && !is_protocol {
         return refused(format!("Unknown file format '{format}'"));
-    };
-    let path = match &spec.target {
-        TargetName::Path(path) => path.clone(),
-        TargetName::Protocol(word, _) => {
+    }
+    if let TargetName::Unusable(word, why) = &spec.target {
+        let is_known = word.starts_with("nbd");
+        return refused(if is_known { why.clone() } else { format!("Unknown protocol '{word}'") });
+    }
+    let path = match (&spec.target, layer) {
+        (TargetName::Definition(_) | TargetName::Unusable(..), _) => {
+            return refused("Unknown protocol 'json'".to_owned());
+        }
+        (_, None) => return refused(format!("Format driver '{format}' does not support image creation")),
+        (TargetName::Protocol(word, _), _) => {
             return refused(format!("Protocol driver '{word}' does not support image creation"));
         }
-        TargetName::Definition(_) => return refused("Unknown protocol 'json'".to_owned()),
+        (TargetName::Path(path), Some(_)) => path.clone(),
     };
+    let layer = layer.unwrap_or(Layer::None);
     let below = match spec.mirror.sync {
         SyncMode::None if spec.mirror.sync_not_there.is_none() => Some((Beneath::Source, source)),
         SyncMode::Top => {

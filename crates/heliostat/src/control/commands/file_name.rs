@@ -13,23 +13,25 @@ use super::super::schema::NODE;
 use super::nodes::{Inherited, NULL_SIZE_DEFAULT, node_spec};
 use crate::daemon::{DriverSpec, NodeSpec, TargetName};
 
-/// What `name` means for a node that takes over `above`.
-///
-/// # Errors
-/// [`Refusal`] for a protocol that is not known, or not there yet.
-pub(super) fn target_name(name: &str, above: Inherited) -> Result<TargetName, Refusal> {
-    let Some((word, rest)) = protocol(name) else { return Ok(TargetName::Path(PathBuf::from(name))) };
+/// What `name` means for a node that takes over `above`. One that cannot be used is refused later, by who knows what
+/// comes before.
+pub(super) fn target_name(name: &str, above: Inherited) -> TargetName {
+    let Some((word, rest)) = protocol(name) else { return TargetName::Path(PathBuf::from(name)) };
+    let unusable = |why: String| TargetName::Unusable(word.to_owned(), why);
     match word {
-        "file" => Ok(TargetName::Path(PathBuf::from(rest))),
-        "json" => definition(rest, above).map(|spec| TargetName::Definition(Box::new(spec))),
+        "file" => TargetName::Path(PathBuf::from(rest)),
+        "json" => match definition(rest, above) {
+            Ok(spec) => TargetName::Definition(Box::new(spec)),
+            Err(refusal) => unusable(refusal.text().to_owned()),
+        },
         "null-co" => {
             let driver = DriverSpec::NullCo { size: NULL_SIZE_DEFAULT, read_zeroes: false };
-            Ok(TargetName::Protocol("null-co", Box::new(NodeSpec::new(None, driver))))
+            TargetName::Protocol("null-co", Box::new(NodeSpec::new(None, driver)))
         }
         "nbd" | "nbd+unix" | "nbd+tcp" | "nbds" | "nbds+tcp" => {
-            Err(Refusal::new("an NBD server cannot be a target yet: there is no client in this version"))
+            unusable("an NBD server cannot be a target yet: there is no client in this version".to_owned())
         }
-        _ => Err(Refusal::new(format!("Unknown protocol '{word}'"))),
+        _ => unusable(format!("Unknown protocol '{word}'")),
     }
 }
 
@@ -122,9 +124,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_understood_is_refused_in_qemus_words() {
-        let text = |name: &str| {
-            let refused = target_name(name, Inherited::default()).unwrap_err();
-            refused.to_json()["desc"].as_str().unwrap().to_owned()
+        let text = |name: &str| match target_name(name, Inherited::default()) {
+            TargetName::Unusable(_, why) => why,
+            other => panic!("{name}: {other:?}"),
         };
         for (name, expected) in [
             ("json:{", "Could not parse the JSON options: JSON parse error, premature EOI"),

@@ -22,7 +22,7 @@ pub(super) fn start_drive(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Res
     let mirror = spec(daemon, arguments);
     let above = inherited_from(daemon, &mirror.source)?;
     daemon.start_drive_mirror(&DriveMirrorSpec {
-        target: target_name(arguments.required_text("target"), above)?,
+        target: target_name(arguments.required_text("target"), above),
         format: arguments.text("format").map(str::to_owned),
         node_name: arguments.text("node-name").map(str::to_owned),
         mode: match arguments.text("mode") {
