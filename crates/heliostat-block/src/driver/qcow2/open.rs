@@ -100,6 +100,10 @@ impl Qcow2 {
         if header.has_external_data() && options.data_file.is_none() {
             return Err(FormatError::Invalid("'data-file' is required for this image".into()));
         }
+        if !header.has_external_data() && options.data_file.is_some() {
+            let text = "'data-file' can only be set for images with an external data file";
+            return Err(FormatError::Invalid(text.into()));
+        }
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
         let mut bitmaps = Vec::new();
         if !read_only {
