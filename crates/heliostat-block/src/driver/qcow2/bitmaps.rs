@@ -9,10 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::Qcow2;
-use super::bitmap_directory::{
-    AUTO, BitmapEntry, DIRECTORY_SIZE_MAX, IN_USE, decode_directory, encode_directory, runs,
-};
-use super::entry::OFFSET_MASK;
+use super::bitmap_directory::{AUTO, BitmapEntry, Bits, IN_USE, decode_directory, encode_directory, runs};
 use super::error::FormatError;
 use super::file::ImageFile;
 use super::header::{BitmapsExtension, Header, Table, autoclear};
@@ -24,9 +21,6 @@ use crate::range::ByteRange;
 
 /// The most memory that all bitmaps of an image may take: an image must not decide how much we have.
 const MEMORY_MAX: u64 = 256 << 20;
-
-/// A table's entry: the cluster is all ones.
-const ALL_ONES: u64 = 1;
 
 /// A persistent dirty bitmap of an open image.
 #[derive(Clone)]
@@ -48,22 +42,19 @@ impl StoredBitmap {
 
     /// Where its table and its bits are.
     pub(super) fn places(&self, layout: Layout) -> Vec<(ByteRange, &'static str)> {
-        let table = self.entry.table;
-        let range = ByteRange::from_bounds(table.offset, table.offset + u64::from(table.len) * 8);
-        let data = self.clusters().map(|start| ByteRange::from_bounds(start, start + layout.cluster_size()));
+        let range = self.entry.table_range();
+        let data =
+            self.clusters(layout).map(|start| ByteRange::from_bounds(start, start + layout.cluster_size()));
         let data = data.map(|range| (range, "data of a bitmap"));
         std::iter::once((range, "table of a bitmap")).chain(data).collect()
     }
 
     /// Where the clusters of its bits begin.
-    fn clusters(&self) -> impl Iterator<Item = u64> {
-        self.table.iter().map(|entry| entry & OFFSET_MASK).filter(|offset| *offset != 0)
-    }
-}
-
-impl BitmapsExtension {
-    fn range(&self) -> ByteRange {
-        ByteRange::from_bounds(self.directory_offset, self.directory_offset + self.directory_size)
+    fn clusters(&self, layout: Layout) -> impl Iterator<Item = u64> {
+        self.table.iter().filter_map(move |entry| match Bits::decode(*entry, layout) {
+            Some(Bits::At(offset)) => Some(offset),
+            _ => None,
+        })
     }
 }
 
@@ -76,10 +67,7 @@ impl Header {
         let Some(bitmaps) = self.bitmaps.filter(|_| self.autoclear & autoclear::BITMAPS != 0) else {
             return Ok(Vec::new());
         };
-        if bitmaps.directory_size > DIRECTORY_SIZE_MAX {
-            return Err(FormatError::header("the bitmap directory is damaged: it is too large"));
-        }
-        let bytes = file.read(bitmaps.range()).await?;
+        let bytes = file.read(bitmaps.directory()?).await?;
         decode_directory(&bytes, bitmaps.count, self.layout)
     }
 }
@@ -114,10 +102,6 @@ pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<Stored
 async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<StoredBitmap, FormatError> {
     let layout = header.layout;
     let granularity = u32::try_from(entry.granularity()).unwrap_or(u32::MAX);
-    let damaged = || {
-        let name = String::from_utf8_lossy(&entry.name);
-        FormatError::header(format!("the table of the bitmap '{name}' is damaged"))
-    };
     let Ok(bits) = DirtyBitmap::new(header.size, granularity) else {
         // Coarser than what we have: it is kept, and not used.
         return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
@@ -126,24 +110,17 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
         return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
     }
     if u64::from(entry.table.len) != entry.clusters(header.size, layout) {
-        return Err(damaged());
+        return Err(entry.unreadable_table());
     }
-    let place = entry.table.offset;
-    let table = read_numbers(
-        &file.read(ByteRange::from_bounds(place, place + u64::from(entry.table.len) * 8)).await?,
-    );
+    let table = read_numbers(&file.read(entry.table_range()).await?);
     let each = layout.cluster_size() * 8 * entry.granularity();
     for (index, number) in (0_u64..).zip(&table) {
         let start = (index * each).min(header.size);
         let part = ByteRange::from_bounds(start, start.saturating_add(each).min(header.size));
-        let cluster = number & OFFSET_MASK;
-        if layout.in_cluster(cluster) != 0 || (cluster != 0 && number & !OFFSET_MASK != 0) {
-            return Err(damaged());
-        }
-        match (cluster, number & ALL_ONES) {
-            (0, 0) => {}
-            (0, _) => bits.mark(part),
-            _ => {
+        match Bits::decode(*number, layout).ok_or_else(|| entry.unreadable_table())? {
+            Bits::Zeroes => {}
+            Bits::Ones => bits.mark(part),
+            Bits::At(cluster) => {
                 let bytes =
                     file.read(ByteRange::from_bounds(cluster, cluster + layout.cluster_size())).await?;
                 for (first, count) in runs(&bytes) {
@@ -171,7 +148,7 @@ impl Qcow2 {
             return Ok(());
         };
         let mut entries = Vec::new();
-        let mut freed = vec![old.range()];
+        let mut freed = vec![old.directory()?];
         for bitmap in &self.bitmaps {
             let Some(bits) = &bitmap.bits else {
                 entries.push(bitmap.entry.clone());

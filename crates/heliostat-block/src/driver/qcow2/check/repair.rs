@@ -57,7 +57,7 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
         && super::names::bitmaps(file, &examination.header).await?.is_none()
     {
         notes.push(|| "the persistent bitmaps are given up: they are out of date".to_owned());
-        mend::drop_bitmaps(file, Header::read(file).await?).await?;
+        mend::drop_bitmaps(file, Header::read_to_check(file).await?).await?;
     }
     if !found.is_clean() {
         match options.repair {
@@ -188,7 +188,7 @@ fn conclude(mut left: CheckReport, found: CheckReport, notes: mend::Notes, fixed
 
 /// Writes the incompatible features, where the version has them and they differ.
 async fn mark(file: &ImageFile, header: &Header, features: u64) -> Result<(), FormatError> {
-    let now = Header::read(file).await?.incompatible;
+    let now = Header::read_to_check(file).await?.incompatible;
     if header.layout.version < 3 || now == features {
         return Ok(());
     }

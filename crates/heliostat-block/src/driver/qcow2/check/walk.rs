@@ -8,6 +8,7 @@ use std::pin::pin;
 
 use futures_util::StreamExt;
 
+use super::super::bitmap_directory::BitmapEntry;
 use super::super::entry::{COMPRESSED, COPIED, Cluster, OFFSET_MASK, RawEntry, ZERO};
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
@@ -16,7 +17,7 @@ use super::super::layout::Layout;
 use super::super::state::read_numbers;
 use super::ahead;
 use super::counts::RefcountTable;
-use super::names::{self, Bitmap, SnapshotTable};
+use super::names::{self, SnapshotTable};
 use super::references::References;
 use super::{CheckOptions, CheckReport, Progress};
 use crate::convert::u64_from;
@@ -114,7 +115,7 @@ pub(super) async fn examine(
     file: &ImageFile,
     options: &CheckOptions<'_>,
 ) -> Result<Examination, FormatError> {
-    let header = Header::read(file).await?;
+    let header = Header::read_to_check(file).await?;
     if header.layout.in_cluster(header.snapshots.offset) != 0 || header.snapshots.offset >> 63 != 0 {
         return Err(FormatError::header("Snapshot table offset invalid"));
     }
@@ -221,11 +222,16 @@ impl Walk<'_> {
         }
     }
 
-    async fn bitmaps(&mut self, extension: BitmapsExtension, bitmaps: &[Bitmap]) -> Result<(), FormatError> {
+    async fn bitmaps(
+        &mut self,
+        extension: BitmapsExtension,
+        bitmaps: &[BitmapEntry],
+    ) -> Result<(), FormatError> {
         self.count(extension.directory_offset, extension.directory_size, 1, "the bitmap directory")?;
         for bitmap in bitmaps {
-            self.count(bitmap.table.offset(), bitmap.table.len(), 1, "a bitmap table")?;
-            for offset in bitmap.clusters(self.file).await? {
+            let table = bitmap.table_range();
+            self.count(table.offset(), table.len(), 1, "a bitmap table")?;
+            for offset in names::bitmap_clusters(self.file, bitmap).await? {
                 self.count(offset, self.layout.cluster_size(), 1, "bitmap data")?;
             }
         }
