@@ -4,7 +4,7 @@
 //! While the image is open its directory says "in use" of each of them, so that after a crash nobody believes what it
 //! says. What cannot be used is kept as it is.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 
@@ -75,16 +75,9 @@ impl Header {
 /// Reads the bitmaps of an image that will be written, and says in the image that they are in use.
 pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<StoredBitmap>, FormatError> {
     let entries = header.read_bitmap_directory(file).await?;
-    let mut memory = 0;
+    check_memory(&entries, header.size)?;
     let mut bitmaps = Vec::new();
     for entry in entries {
-        memory += header.size.div_ceil(entry.granularity()) / 8;
-        if memory > MEMORY_MAX {
-            return Err(FormatError::Unsupported(format!(
-                "the image's dirty bitmaps take more than {} MiB of memory; remove some with `qemu-img bitmap --remove`",
-                MEMORY_MAX >> 20
-            )));
-        }
         bitmaps.push(load(file, header, entry).await?);
     }
     if let Some(extension) = header.bitmaps.filter(|_| !bitmaps.is_empty()) {
@@ -97,6 +90,21 @@ pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<Stored
         file.flush().await?;
     }
     Ok(bitmaps)
+}
+
+/// Refuses bitmaps that would take too much memory for a disk of `size` bytes.
+fn check_memory<'a>(
+    entries: impl IntoIterator<Item = &'a BitmapEntry>,
+    size: u64,
+) -> Result<(), FormatError> {
+    let needed = entries.into_iter().map(|entry| size.div_ceil(entry.granularity()) / 8);
+    if needed.fold(0, u64::saturating_add) <= MEMORY_MAX {
+        return Ok(());
+    }
+    Err(FormatError::Unsupported(format!(
+        "the image's dirty bitmaps take more than {} MiB of memory; remove some with `qemu-img bitmap --remove`",
+        MEMORY_MAX >> 20
+    )))
 }
 
 async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<StoredBitmap, FormatError> {
@@ -137,19 +145,45 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
 impl Qcow2 {
     /// Its persistent dirty bitmaps, in the order of the directory.
     #[must_use]
-    pub fn bitmaps(&self) -> &[StoredBitmap] {
-        &self.bitmaps
+    pub fn bitmaps(&self) -> Vec<StoredBitmap> {
+        self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The bitmaps of a disk of `size` bytes: bits that it gains are not set. The ones in use stay as they are.
+    ///
+    /// # Errors
+    /// [`FormatError`] when one has bits that cannot be used, or there is no memory for them.
+    pub(super) fn bitmaps_for(&self, size: u64) -> Result<Vec<StoredBitmap>, FormatError> {
+        let bitmaps = self.bitmaps();
+        check_memory(bitmaps.iter().map(|bitmap| &bitmap.entry), size)?;
+        let resized = bitmaps.into_iter().map(|bitmap| {
+            let unusable = || {
+                let name = String::from_utf8_lossy(&bitmap.entry.name);
+                FormatError::Invalid(format!("Bitmap '{name}' is inconsistent and cannot be used"))
+            };
+            let old = bitmap.bits.as_ref().ok_or_else(unusable)?;
+            let bits = DirtyBitmap::new(size, old.granularity())
+                .map_err(|error| FormatError::Unsupported(error.to_string()))?;
+            bits.merge(old);
+            Ok(StoredBitmap { bits: Some(Arc::new(bits)), ..bitmap })
+        });
+        resized.collect()
+    }
+
+    /// Uses these from now on. Nobody may mark them meanwhile.
+    pub(super) fn set_bitmaps(&self, bitmaps: Vec<StoredBitmap>) {
+        *self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner) = bitmaps;
     }
 
     /// Writes the bitmaps, in new clusters, and says that they mean what they say. Nobody may mark them meanwhile.
     pub(super) async fn store_bitmaps(&self) -> Result<(), FormatError> {
-        let old = self.lock().header.bitmaps;
-        let Some(old) = old.filter(|_| self.bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
+        let (old, bitmaps) = (self.lock().header.bitmaps, self.bitmaps());
+        let Some(old) = old.filter(|_| bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
             return Ok(());
         };
         let mut entries = Vec::new();
         let mut freed = vec![old.directory()?];
-        for bitmap in &self.bitmaps {
+        for bitmap in &bitmaps {
             let Some(bits) = &bitmap.bits else {
                 entries.push(bitmap.entry.clone());
                 continue;

@@ -154,7 +154,7 @@ impl Qcow2 {
             data_file: options.data_file.map(ImageFile::new),
             lacks_backing: options.backing.is_none() && state.header.backing_file.is_some(),
             backing: options.backing,
-            bitmaps,
+            bitmaps: Mutex::new(bitmaps),
             state: Mutex::new(state),
             loading: RangeLock::default(),
             linking: RangeLock::default(),
