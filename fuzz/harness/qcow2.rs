@@ -1,16 +1,11 @@
 //! What the qcow2 fuzz targets do with their bytes. Also built into a test of `heliostat-block`, which replays the
 //! committed corpora.
 
-use std::future::Future;
-use std::io;
-use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use heliostat_block::buffer::Buffer;
-use heliostat_block::clock::{Clock, LocalFuture, Moment};
-use heliostat_block::convert::{u64_from, usize_from};
+use heliostat_block::convert::usize_from;
 use heliostat_block::driver::Driver;
 use heliostat_block::driver::qcow2::check::{self, CheckOptions, CheckReport, Finding, FindingKind, Repair};
 use heliostat_block::driver::qcow2::file::ImageFile;
@@ -18,9 +13,12 @@ use heliostat_block::driver::qcow2::{OpenOptions, Qcow2};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{Discard, Node, NodeOptions};
 use heliostat_block::range::ByteRange;
-use heliostat_block::storage::{
-    Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
-};
+use heliostat_block::storage::{Durability, Storage, ZeroEffort, ZeroSpace};
+
+#[path = "memory.rs"]
+mod memory;
+
+use memory::{MemoryStorage, StandingClock, run};
 
 /// A file does not grow beyond this: what an image makes of its few bytes must have a bound.
 const SIZE_MAX: u64 = 2 << 20;
@@ -28,118 +26,8 @@ const SIZE_MAX: u64 = 2 << 20;
 /// A read or a write is no longer than this.
 const REQUEST_MAX: u64 = 1 << 20;
 
-/// A file in memory, which answers at once.
-struct MemoryStorage(Mutex<Vec<u8>>);
-
-impl MemoryStorage {
-    fn with<T>(&self, act: impl FnOnce(&mut Vec<u8>) -> io::Result<T>) -> IoFuture<'static, T>
-    where
-        T: 'static,
-    {
-        IoFuture::ready(act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)))
-    }
-}
-
-fn place(bytes: &[u8], offset: u64, len: u64) -> io::Result<std::ops::Range<usize>> {
-    let end = offset.checked_add(len).filter(|end| *end <= u64_from(bytes.len()));
-    let end = end.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-    Ok(usize_from(offset)..usize_from(end))
-}
-
-impl Storage for MemoryStorage {
-    fn traits(&self) -> Traits {
-        Traits {
-            block_size: 1,
-            preferred_size: 4096,
-            read_only: false,
-            can_discard: true,
-            can_zero_fast: true,
-            can_resize: true,
-            remote: false,
-        }
-    }
-
-    fn size(&self) -> u64 {
-        u64_from(self.0.lock().unwrap_or_else(PoisonError::into_inner).len())
-    }
-
-    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
-        self.with(|bytes| {
-            if size > SIZE_MAX {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            bytes.resize(usize_from(size), 0);
-            Ok(())
-        })
-    }
-
-    fn allocated_size(&self) -> Option<u64> {
-        Some(self.size())
-    }
-
-    fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
-        self.with(|bytes| {
-            let place = place(bytes, offset, u64_from(buffer.len()))?;
-            buffer.copy_from_slice(&bytes[place]);
-            Ok(buffer)
-        })
-    }
-
-    fn write(&self, offset: u64, data: Bytes, _: Durability) -> IoFuture<'_, ()> {
-        self.with(|bytes| {
-            let place = place(bytes, offset, u64_from(data.len()))?;
-            bytes[place].copy_from_slice(&data);
-            Ok(())
-        })
-    }
-
-    fn write_zeroes(&self, range: ByteRange, _: ZeroSpace, _: ZeroEffort, _: Durability) -> IoFuture<'_, ()> {
-        self.with(|bytes| {
-            let place = place(bytes, range.offset(), range.len())?;
-            bytes[place].fill(0);
-            Ok(())
-        })
-    }
-
-    fn discard(&self, _: ByteRange) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn flush(&self) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        IoFuture::ready(Ok(vec![Extent { range, status: ExtentStatus::Data }]))
-    }
-}
-
-/// A clock that stands.
-struct StandingClock;
-
-impl Clock for StandingClock {
-    fn now(&self) -> Moment {
-        Moment::START
-    }
-
-    fn sleep_until(&self, _: Moment) -> LocalFuture<'static, ()> {
-        Box::pin(std::future::ready(()))
-    }
-}
-
-/// Runs to its end what never has to wait for anybody.
-fn run<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    for _ in 0..1_000_000 {
-        if let Poll::Ready(done) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            return done;
-        }
-    }
-    panic!("it waits for something that never comes");
-}
-
 fn in_memory(image: &[u8]) -> Arc<MemoryStorage> {
-    Arc::new(MemoryStorage(Mutex::new(image.to_vec())))
+    MemoryStorage::new(image.to_vec(), SIZE_MAX)
 }
 
 fn open_image(storage: &Arc<MemoryStorage>, read_only: bool) -> Option<Arc<Node>> {
@@ -226,7 +114,7 @@ fn is_sound(report: &CheckReport) -> bool {
 
 /// Clusters that are counted and not used, beyond the end of the file, too: it grows over them.
 fn leaks(storage: &MemoryStorage) -> u64 {
-    let mut bytes = storage.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut bytes = storage.contents();
     bytes.resize(usize_from(SIZE_MAX), 0);
     examine(&in_memory(&bytes), Repair::No).map_or(0, |report| report.leaks)
 }

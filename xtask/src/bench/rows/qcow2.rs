@@ -9,12 +9,12 @@ use serde_json::json;
 
 use super::Row;
 use super::mirror::{complete, start_mirror, wait_for};
-use crate::bench::contender::{Contender, ControlledDaemon, DiskOptions, Format};
+use crate::bench::contender::{Contender, ControlledDaemon, DiskOptions, Format, our_program};
 use crate::bench::fio::Load;
 use crate::bench::report::{Figure, Goal, Medians, Sample};
 use crate::bench::scene::{GIB, Scene, mib, occupied};
 
-use Contender::{Ours, QemuStorageDaemon};
+use Contender::{Ours, QemuImg, QemuStorageDaemon};
 
 const THROUGHPUT: Figure = "MiB/s";
 const READY: Figure = "ready s";
@@ -23,6 +23,7 @@ const WRITES: Figure = "writes/s depth 16";
 const READS: Figure = "reads/s depth 16";
 const FIRST_READ: Figure = "open and first read ms";
 const EXTENTS: Figure = "extents of all s";
+const TIME: Figure = "s";
 
 const BOTH: &[Contender] = &[Ours, QemuStorageDaemon];
 
@@ -76,6 +77,14 @@ pub const SPARSE: Row = Row {
             Goal::at_most("extents in at most its time", over(medians, EXTENTS), 1.0),
         ]
     },
+};
+
+pub const CHECKED: Row = Row {
+    name: "qcow2-check",
+    work: "check of a sound image of 1 TiB on tmpfs, all of it mapped, on the command line",
+    contenders: &[Ours, QemuImg],
+    measure: checked,
+    goals: |medians| vec![Goal::at_most("at most its time", medians.ours_over(QemuImg, TIME), 1.0)],
 };
 
 fn over(medians: &Medians, figure: Figure) -> Option<f64> {
@@ -205,6 +214,20 @@ fn sparse(scene: &Scene, contender: Contender) -> Result<Sample> {
     daemon.qmp.execute("block-export-del", json!({ "id": "export", "mode": "hard" }))?;
     daemon.quit()?;
     Ok(Sample::default().with(FIRST_READ, first).with(EXTENTS, extents))
+}
+
+fn checked(scene: &Scene, contender: Contender) -> Result<Sample> {
+    let image = scene.memory().join("mapped.qcow2");
+    if !image.exists() {
+        empty_image(&image, scene.size(1024 * GIB), "compat=1.1,preallocation=metadata")?;
+    }
+    let mut command = match contender {
+        QemuImg => Command::new("qemu-img"),
+        _ => Command::new(our_program()),
+    };
+    let start = Instant::now();
+    run(command.arg("check").arg(&image))?;
+    Ok(Sample::default().with(TIME, start.elapsed().as_secs_f64()))
 }
 
 fn run(command: &mut Command) -> Result<()> {

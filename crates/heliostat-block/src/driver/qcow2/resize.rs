@@ -95,6 +95,7 @@ impl Qcow2 {
     pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), FormatError> {
         self.attempt(|state| state.check_sound()).await?;
         self.check_size(size)?;
+        let bitmaps = self.bitmaps_for(size)?;
         let old = self.size();
         // Nothing may be half done when the header says something new.
         self.flush().await?;
@@ -106,6 +107,7 @@ impl Qcow2 {
         self.write_header(SIZE_WORD, Bytes::copy_from_slice(&size.to_be_bytes())).await?;
         self.lock().header.size = size;
         self.set_known_size(size);
+        self.set_bitmaps(bitmaps);
         if size > old {
             self.clear_gained(ByteRange::from_bounds(old, size)).await?;
             if let (Some(data), true) = (&self.data_file, self.is_data_file_raw) {
@@ -127,9 +129,6 @@ impl Qcow2 {
         let has_snapshots = self.lock().header.snapshots.len > 0;
         if has_snapshots && (self.layout.version < 3 || size < self.size()) {
             return invalid("Can't resize an image which has snapshots");
-        }
-        if self.lock().header.bitmaps.is_some() {
-            return invalid("Cannot resize an image that has persistent bitmaps");
         }
         Ok(())
     }
