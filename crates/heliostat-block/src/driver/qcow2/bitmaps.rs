@@ -17,6 +17,7 @@ use super::layout::Layout;
 use super::state::{read_numbers, write_numbers};
 use crate::convert::{u64_from, usize_from};
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// The most memory that all bitmaps of an image may take: an image must not decide how much we have.
@@ -80,9 +81,10 @@ pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<Stored
     for entry in entries {
         bitmaps.push(load(file, header, entry).await?);
     }
+    let is_in_use = |bitmap: &StoredBitmap| bitmap.bits.is_some() && !is_planted(Bug::BitmapsBelieved);
     if let Some(extension) = header.bitmaps.filter(|_| !bitmaps.is_empty()) {
         let marked = bitmaps.iter().map(|bitmap| BitmapEntry {
-            flags: bitmap.entry.flags | if bitmap.bits.is_some() { IN_USE } else { 0 },
+            flags: bitmap.entry.flags | if is_in_use(bitmap) { IN_USE } else { 0 },
             ..bitmap.entry.clone()
         });
         let marked: Vec<_> = marked.collect();

@@ -382,4 +382,6 @@ impl Qcow2 {
 }
 
 #[cfg(all(test, not(loom)))]
+mod crash_tests;
+#[cfg(all(test, not(loom)))]
 mod fault_tests;

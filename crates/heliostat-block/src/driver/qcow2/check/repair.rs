@@ -20,6 +20,7 @@ use super::counts::Block;
 use super::walk::{Examination, Named, entries, examine, named};
 use super::{CheckOptions, CheckReport, Finding, FindingKind, Repair, mend};
 use crate::convert::{u64_from, usize_from};
+use crate::planted::{Bug, is_planted};
 
 /// Where the header says where the refcount table is, and how long.
 const REFCOUNT_TABLE_FIELDS: u64 = 48;
@@ -119,7 +120,8 @@ async fn all(
 /// for COPIED flags. The image no longer says that it is dirty when this returns.
 ///
 /// # Errors
-/// [`FormatError::Invalid`] when more than counts is wrong; nothing has been written then. Those of the file.
+/// [`FormatError::Invalid`] when more than counts is wrong, or they stand where something else does; nothing has been
+/// written then. Those of the file.
 ///
 /// # Cancel safety
 /// As a crash: the image is still dirty.
@@ -128,7 +130,7 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     let mut examination = examine(file, &options).await?;
     let found = examination.report.clone();
     // Blocks that cannot be used are made anew: what they must hold is known from the tables.
-    if !examination.tables_are_sound {
+    if !examination.tables_are_sound || has_shared_counts(&examination) {
         return Err(FormatError::Invalid(
             "the image was not closed and its tables contradict each other; heliostat check --repair all tells more"
                 .into(),
@@ -148,6 +150,14 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     mark(file, &examination.header, features).await?;
     file.flush().await?;
     Ok(conclude(examination.report, found, mend::Notes::new(0), 0))
+}
+
+/// Says whether something else stands where counts do: an L1 entry that leads to the refcount table, say. What it
+/// should lead to looks unused then, and would be given away.
+fn has_shared_counts(examination: &Examination) -> bool {
+    let clusters = old_counts(examination);
+    let mut counted = clusters.chunk_by(|one, other| one == other);
+    counted.any(|same| examination.references.uses(same[0]) > u64_from(same.len()))
 }
 
 /// Says whether the active L1 table is where none can be.
@@ -192,8 +202,10 @@ async fn mark(file: &ImageFile, header: &Header, features: u64) -> Result<(), Fo
     if header.layout.version < 3 || now == features {
         return Ok(());
     }
-    // What has been done so far is done before the image says so.
-    file.flush().await?;
+    if !is_planted(Bug::CleanBeforeCounts) {
+        // What has been done so far is done before the image says so.
+        file.flush().await?;
+    }
     file.write(INCOMPATIBLE_WORD, features.to_be_bytes().to_vec().into()).await?;
     Ok(file.flush().await?)
 }
