@@ -29,8 +29,15 @@ use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
+use crate::node::Node;
+use crate::tracked::Drained;
 
 pub use super::options::MirrorOptions;
+
+/// Puts the target in the source's place. Called once, when the source is drained, everything is copied and flushed,
+/// and nothing is on its way to the target. Must not block. An error fails the job, with the source in its place: so
+/// nothing may have changed then.
+pub type Succession = Box<dyn FnOnce(&Drained, &Arc<Node>) -> Result<(), String> + Send>;
 
 /// A running mirror.
 pub struct Mirror {
@@ -59,6 +66,8 @@ pub struct Mirror {
     gather_until: Option<Moment>,
     failure: Option<String>,
     tally: Tally,
+    /// Taken when it is called.
+    succession: Option<Succession>,
 }
 
 impl Mirror {
@@ -105,7 +114,15 @@ impl Mirror {
             failure: None,
             tally,
             clock,
+            succession: None,
         }
+    }
+
+    /// Lets `succession` do what is to be done at the pivot, instead of only moving exports to the target.
+    #[must_use]
+    pub fn with_succession(mut self, succession: Succession) -> Self {
+        self.succession = Some(succession);
+        self
     }
 
     /// Lets it send copies to `lanes` while no guest wants the other cores.
@@ -115,11 +132,21 @@ impl Mirror {
         self
     }
 
-    /// Runs until the job has ended.
+    /// Runs until the job has ended, and says so.
     ///
     /// # Cancel safety
     /// Must not be dropped: the target's halves of guests' writes would be of unknown fate.
-    pub async fn run(mut self) {
+    pub async fn run(self) {
+        let job = Arc::clone(&self.job);
+        job.conclude(self.run_to_end().await);
+    }
+
+    /// Runs until nothing is held any more, and answers what is to be said with [`Job::conclude`]: whoever hears that
+    /// may delete the nodes and open their files.
+    ///
+    /// # Cancel safety
+    /// As [`Mirror::run`].
+    pub async fn run_to_end(mut self) -> JobEvent {
         if self.route.source.size() != self.route.target.size() {
             self.failure = Some("Source and target image have different sizes".to_owned());
         }
@@ -135,8 +162,11 @@ impl Mirror {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
-                Step::Pivot if self.may_end(End::Complete) => return self.end(End::Complete),
-                Step::EndWithCopy if self.may_end(End::Copy) => return self.end(End::Copy),
+                Step::Pivot if self.may_end(End::Complete) => match self.pivot() {
+                    Ok(()) => return self.end(),
+                    Err(failure) => self.failure = Some(failure),
+                },
+                Step::EndWithCopy if self.may_end(End::Copy) => return self.end(),
                 step => self.carry_out(step).await,
             }
         }
@@ -464,26 +494,29 @@ impl Mirror {
         (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
     }
 
-    fn end(mut self, end: End) {
+    fn pivot(&mut self) -> Result<(), String> {
+        // From here on nobody may write the target but whoever gets it.
+        self.doubling.close();
+        let Some(drained) = self.gate.drained() else { return Ok(()) };
+        match self.succession.take() {
+            Some(succession) => succession(drained, &self.route.target),
+            None => {
+                self.graph.pivot(drained, &self.route.target);
+                Ok(())
+            }
+        }
+    }
+
+    fn end(mut self) -> JobEvent {
         self.route.source.detach_doubling();
         self.doubling.close();
-        if let (End::Complete, Some(drained)) = (end, self.gate.drained()) {
-            self.graph.pivot(drained, &self.route.target);
-        }
         self.open_gate();
-        self.conclude(JobEvent::Completed(None));
-    }
-
-    fn end_aborted(mut self) {
-        let failure = self.failure.take();
-        self.conclude(failure.map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure))));
-    }
-
-    /// Says the end when nothing is held any more: who hears it may delete the nodes and open their files.
-    fn conclude(mut self, event: JobEvent) {
         self.tell_figures(true);
-        let job = Arc::clone(&self.job);
-        drop(self);
-        job.conclude(event);
+        JobEvent::Completed(None)
+    }
+
+    fn end_aborted(mut self) -> JobEvent {
+        self.tell_figures(true);
+        self.failure.take().map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure)))
     }
 }
