@@ -35,7 +35,7 @@ impl Contender {
             Self::QemuStorageDaemon => "qemu-storage-daemon",
             Self::QemuNbd => "qemu-nbd",
             Self::NbdkitFile => "nbdkit file",
-            Self::QemuImg => "qemu-img convert",
+            Self::QemuImg => "qemu-img",
             Self::Nbdcopy => "nbdcopy",
             Self::Cp => "cp --sparse=auto",
             Self::TwoThreads => "two plain threads",

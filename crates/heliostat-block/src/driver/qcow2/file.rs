@@ -26,7 +26,7 @@ pub struct ImageFile {
     blocks: Blocks<Arc<dyn Storage>>,
     /// Held by whoever changes the length.
     length: RangeLock,
-    size_found: u64,
+    size_found: AtomicU64,
     /// Where the highest write ended since it was opened.
     written_end: AtomicU64,
 }
@@ -35,11 +35,10 @@ impl ImageFile {
     /// Uses all of `storage`.
     #[must_use]
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        let size_found = storage.size();
         Self {
+            size_found: AtomicU64::new(storage.size()),
             blocks: Blocks::new(storage),
             length: RangeLock::default(),
-            size_found,
             written_end: AtomicU64::new(0),
         }
     }
@@ -199,9 +198,9 @@ impl ImageFile {
         }
     }
 
-    /// How long it was when it was opened.
-    pub(crate) const fn size_found(&self) -> u64 {
-        self.size_found
+    /// How long it was when it was opened, or what it has been cut to since.
+    pub(crate) fn size_found(&self) -> u64 {
+        self.size_found.load(Ordering::Relaxed)
     }
 
     /// Cuts off what lies beyond `end`, where that can be done.
@@ -209,6 +208,7 @@ impl ImageFile {
     /// # Errors
     /// The storage's.
     pub(crate) async fn cut_to(&self, end: u64) -> io::Result<()> {
+        self.size_found.fetch_min(end, Ordering::Relaxed);
         if end < self.size() && self.storage().traits().can_resize {
             self.set_size(end).await
         } else {

@@ -70,8 +70,9 @@ pub struct Qcow2 {
     backing: Option<Arc<Node>>,
     /// The image names a backing file, and it was opened without.
     lacks_backing: bool,
-    /// Its persistent dirty bitmaps; empty where it is not written.
-    bitmaps: Vec<StoredBitmap>,
+    /// Its persistent dirty bitmaps; empty where it is not written. Held to look which there are, and when the disk gets
+    /// another size.
+    bitmaps: Mutex<Vec<StoredBitmap>>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -392,5 +393,7 @@ impl Qcow2 {
     }
 }
 
+#[cfg(all(test, not(loom)))]
+mod crash_tests;
 #[cfg(all(test, not(loom)))]
 mod fault_tests;

@@ -137,7 +137,7 @@ fn in_order(mut object: Value, keys: &[&str]) -> Value {
 /// The bitmaps that follow writes, the last one first. Those of an image that is only read are not loaded.
 fn dirty_bitmaps(entry: &NodeEntry) -> Vec<Value> {
     let Some(image) = entry.node.image() else { return Vec::new() };
-    let described = image.bitmaps().iter().rev().map(|bitmap| {
+    let described = image.bitmaps().into_iter().rev().map(|bitmap| {
         let mut described = json!({
             "name": String::from_utf8_lossy(&bitmap.entry.name),
             "recording": bitmap.bits.is_some() && bitmap.is_enabled(),
