@@ -180,6 +180,18 @@ impl Qcow2 {
         self.backing.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Where the highest write to its file ended since it was opened.
+    #[must_use]
+    pub fn file_written_end(&self) -> u64 {
+        self.file.written_end()
+    }
+
+    /// The same of its data file, where it has one.
+    #[must_use]
+    pub fn data_file_written_end(&self) -> Option<u64> {
+        self.data_file.as_ref().map(ImageFile::written_end)
+    }
+
     /// What was found wrong since it was opened, if anything was.
     #[must_use]
     pub fn corruption(&self) -> Option<Corruption> {
