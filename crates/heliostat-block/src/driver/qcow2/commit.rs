@@ -252,7 +252,8 @@ impl Qcow2 {
                 self.write_all(&[(REFCOUNT_TABLE_WORDS, words.clone())]).await?;
             }
         }
-        if let Some(data) = &self.data_file {
+        let data_is_last = is_planted(Bug::MappingBeforeDataFile);
+        if let Some(data) = self.data_file.as_ref().filter(|_| !data_is_last) {
             self.flush_file(data).await?;
         }
         if !is_planted(Bug::TablesBeforeCounts) {
@@ -267,6 +268,9 @@ impl Qcow2 {
         if !batch.l1.is_empty() {
             self.write_all(&batch.l1).await?;
             self.flush_file(&self.file).await?;
+        }
+        if let Some(data) = self.data_file.as_ref().filter(|_| data_is_last) {
+            self.flush_file(data).await?;
         }
         Ok(())
     }

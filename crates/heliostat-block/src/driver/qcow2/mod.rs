@@ -69,8 +69,9 @@ pub struct Qcow2 {
     data_file: Option<ImageFile>,
     /// What is below it: changed only while nothing is in flight here; read for an instant by requests.
     backing: RwLock<Backing>,
-    /// Its persistent dirty bitmaps; empty where it is not written.
-    bitmaps: Vec<StoredBitmap>,
+    /// Its persistent dirty bitmaps; empty where it is not written. Held to look which there are, and when the disk gets
+    /// another size.
+    bitmaps: Mutex<Vec<StoredBitmap>>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -177,6 +178,18 @@ impl Qcow2 {
 
     fn below(&self) -> RwLockReadGuard<'_, Backing> {
         self.backing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the highest write to its file ended since it was opened.
+    #[must_use]
+    pub fn file_written_end(&self) -> u64 {
+        self.file.written_end()
+    }
+
+    /// The same of its data file, where it has one.
+    #[must_use]
+    pub fn data_file_written_end(&self) -> Option<u64> {
+        self.data_file.as_ref().map(ImageFile::written_end)
     }
 
     /// What was found wrong since it was opened, if anything was.
@@ -398,5 +411,7 @@ impl Qcow2 {
     }
 }
 
+#[cfg(all(test, not(loom)))]
+mod crash_tests;
 #[cfg(all(test, not(loom)))]
 mod fault_tests;

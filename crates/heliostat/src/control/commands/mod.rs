@@ -44,7 +44,10 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
     match name {
         "query-version" => Ok(version()),
         "query-commands" => Ok(COMMANDS.iter().map(|command| json!({ "name": command.name })).collect()),
+        "query-qmp-schema" => Ok(schema::schema()),
         "query-block" => Ok(json!([])),
+        "query-blockstats" => Ok(describe::statistics::query(daemon, arguments)),
+        "x-debug-query-block-graph" => Ok(describe::graph::query(daemon)),
         "quit" => {
             daemon.ask_to_quit();
             Ok(json!({}))

@@ -71,6 +71,8 @@ pub struct NodeEntry {
     pub is_fixed: bool,
     /// It does not begin where its storage does.
     pub is_window: bool,
+    /// Where in the node below it begins, in bytes.
+    pub window_start: u64,
 }
 
 impl NodeEntry {
@@ -88,6 +90,7 @@ impl NodeEntry {
             cache,
             is_fixed: false,
             is_window: false,
+            window_start: 0,
         }
     }
 }
@@ -223,6 +226,7 @@ impl Daemon {
                     child: Some(below.entry.node.name().clone()),
                     is_fixed: size.is_some(),
                     is_window: start > 0,
+                    window_start: *offset,
                     ..NodeEntry::new(node, "raw", path, spec.cache)
                 };
                 self.keep(Below { entry, start, identity: below.identity }, vec![place], making)

@@ -133,10 +133,6 @@ impl Daemon {
     ) -> Result<Option<Below>, DaemonError> {
         if let Some(child) = &image.data_file {
             let data = self.child(child, making)?;
-            if !header.has_external_data() {
-                let text = "'data-file' can only be set for images with an external data file";
-                return Err(DaemonError::Tables(text.to_owned()));
-            }
             if data.entry.node.options().read_only && !spec.read_only {
                 return Err(DaemonError::TargetReadOnly);
             }
