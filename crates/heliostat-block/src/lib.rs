@@ -28,5 +28,6 @@ pub mod node;
 pub mod planted;
 pub mod range;
 mod range_lock;
+pub mod statistics;
 pub mod storage;
 pub mod tracked;

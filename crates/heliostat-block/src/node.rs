@@ -22,8 +22,9 @@ use crate::latency::Latencies;
 use crate::name::NodeName;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
+use crate::statistics::Statistics;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
-use crate::tracked::{Drained, Tracked};
+use crate::tracked::{Drained, Tracked, Whose};
 
 /// What becomes of space that is no longer needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +82,7 @@ pub struct Node {
     /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
     watchers: RwLock<Watchers>,
     latencies: Latencies,
+    statistics: Statistics,
     clock: Arc<dyn Clock>,
 }
 
@@ -99,6 +101,7 @@ impl Node {
             in_flight: InFlight::default(),
             watchers: RwLock::new(watchers),
             latencies: Latencies::default(),
+            statistics: Statistics::default(),
             clock,
         })
     }
@@ -145,6 +148,12 @@ impl Node {
         &self.latencies
     }
 
+    /// What was counted of clients' and jobs' requests. What a mirror reads of its source behind the gate is its own.
+    #[must_use]
+    pub const fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
     /// How it keeps its bytes.
     pub(crate) const fn driver(&self) -> &Driver {
         self.blocks.below()
@@ -173,8 +182,17 @@ impl Node {
 
     /// The node below, which holds what this one does not.
     #[must_use]
-    pub fn backing(&self) -> Option<&Arc<Self>> {
+    pub fn backing(&self) -> Option<Arc<Self>> {
         self.blocks.below().backing()
+    }
+
+    /// Puts another node, or none, below the image that it is in: what this one does not hold reads as that shows it
+    /// from now on. The caller sees to it that nothing is in flight here, by its gate or, for a mirror's target, by
+    /// having nothing on its way. Nothing for what is in no image.
+    pub fn set_backing(&self, backing: Option<Arc<Self>>) {
+        if let Some(image) = self.image() {
+            image.set_backing(backing);
+        }
     }
 
     /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those
@@ -187,7 +205,13 @@ impl Node {
             return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
         }
         let _drained = self.drain().await;
+        let kept = self.driver().bitmaps();
         let resized = self.blocks.below().resize(size, preallocation).await;
+        // Bitmaps that the driver keeps have changed with its size, which it may have done even where it failed.
+        self.change_watchers(|watchers| {
+            watchers.bitmaps.retain(|other| !kept.iter().any(|kept| Arc::ptr_eq(kept, other)));
+            watchers.bitmaps.extend(self.driver().bitmaps());
+        });
         resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -232,13 +256,13 @@ impl Node {
     /// Dropped before it returns, it has not entered.
     pub async fn enter(self: &Arc<Self>) -> Tracked {
         self.in_flight.enter().await;
-        Tracked::new(Arc::clone(self), None)
+        Tracked::new(Arc::clone(self), Whose::Job, self.clock.now())
     }
 
     /// [`Node::enter`] for a guest, whose latency counts from `arrived`.
     pub(crate) async fn enter_for_guest(self: &Arc<Self>, arrived: Moment) -> Tracked {
         self.in_flight.enter().await;
-        Tracked::new(Arc::clone(self), Some(arrived))
+        Tracked::new(Arc::clone(self), Whose::Guest, arrived)
     }
 
     /// The clock that the node goes by.

@@ -70,6 +70,7 @@ pub(crate) struct Oracle {
     size: u64,
     /// The sizes that a crash may leave.
     crash_sizes: BTreeSet<u64>,
+    size_min: u64,
     failures_known: u64,
 }
 
@@ -88,6 +89,7 @@ impl Oracle {
             readings: BTreeMap::new(),
             size,
             crash_sizes: [size].into(),
+            size_min: size,
             failures_known: 0,
         };
         oracle.settle(image);

@@ -56,7 +56,7 @@ impl Driver {
     }
 
     /// The node below, which holds what this one does not.
-    pub(crate) fn backing(&self) -> Option<&Arc<Node>> {
+    pub(crate) fn backing(&self) -> Option<Arc<Node>> {
         match self {
             Self::Raw(_) => None,
             Self::Qcow2(qcow2) => qcow2.backing(),
@@ -85,8 +85,8 @@ impl Driver {
         match self {
             Self::Raw(_) => Vec::new(),
             Self::Qcow2(qcow2) => {
-                let enabled = qcow2.bitmaps().iter().filter(|bitmap| bitmap.is_enabled());
-                enabled.filter_map(|bitmap| bitmap.bits.clone()).collect()
+                let enabled = qcow2.bitmaps().into_iter().filter(qcow2::StoredBitmap::is_enabled);
+                enabled.filter_map(|bitmap| bitmap.bits).collect()
             }
         }
     }

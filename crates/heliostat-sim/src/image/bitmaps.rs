@@ -26,6 +26,13 @@ pub(crate) struct Found {
     bits: Vec<bool>,
 }
 
+impl Found {
+    /// Whether it can be believed.
+    pub(crate) const fn is_believed(&self) -> bool {
+        self.bitmap.flags & IN_USE == 0
+    }
+}
+
 impl Image<'_> {
     /// All bitmaps that the directory names.
     pub(crate) fn bitmaps(&self) -> Vec<Bitmap> {
@@ -74,14 +81,15 @@ impl Image<'_> {
     }
 
     /// Judges the bitmaps. Whatever one says that can be believed must cover `writes`: ranges, and whether each has
-    /// certainly been tried. `closed`: what could be believed when the image was opened can be again.
+    /// certainly been tried. Beyond `size_min` the disk was not there all the time. `closed`: what could be believed
+    /// when the image was opened can be again.
     ///
     /// # Errors
     /// The first thing that is wrong.
     pub(crate) fn check_bitmaps(
         &self,
         found: &[Found],
-        writes: &[(ByteRange, bool)],
+        (writes, size_min): (&[(ByteRange, bool)], u64),
         closed: bool,
     ) -> Result<(), String> {
         let now = self.bitmaps();
@@ -103,20 +111,27 @@ impl Image<'_> {
                 (false, true) => continue,
                 (false, false) => {}
             }
-            self.check_bits(before, &self.bits(&now), writes)
+            self.check_bits(before, &self.bits(&now), (writes, size_min))
                 .map_err(|wrong| format!("the bitmap {name}: {wrong}"))?;
         }
         Ok(())
     }
 
-    fn check_bits(&self, before: &Found, bits: &[bool], writes: &[(ByteRange, bool)]) -> Result<(), String> {
+    fn check_bits(
+        &self,
+        before: &Found,
+        bits: &[bool],
+        (writes, size_min): (&[(ByteRange, bool)], u64),
+    ) -> Result<(), String> {
         let granularity = before.bitmap.granularity;
         let mut must = before.bits.clone();
-        let mut may = before.bits.clone();
+        must.resize(bits.len(), false);
+        let mut may = must.clone();
+        must[usize_from(size_min.div_ceil(granularity)).min(bits.len())..].fill(false);
         let follows = before.bitmap.flags & AUTO != 0;
         for (range, was_tried) in writes.iter().filter(|(range, _)| follows && !range.is_empty()) {
-            let granules = range.offset() / granularity..range.end().div_ceil(granularity);
-            for granule in granules.map(usize_from) {
+            let end = usize_from(range.end().div_ceil(granularity)).min(bits.len());
+            for granule in usize_from(range.offset() / granularity)..end {
                 must[granule] |= was_tried;
                 may[granule] = true;
             }

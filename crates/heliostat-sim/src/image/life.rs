@@ -144,7 +144,7 @@ impl Life {
             let client = Client { bench, name: name.clone() };
             executor.spawn(name, Guest { client, workload, random }.run());
         }
-        if self.resizes > 0 {
+        if self.resizes > 0 && bench.record.can_resize() {
             bench.guests.fetch_add(1, Ordering::SeqCst);
             let client = Client { bench: Arc::clone(&bench), name: "operator".into() };
             let (times, gap) = (self.resizes, self.resize_gap);

@@ -124,7 +124,7 @@ fn draw(
     let life_max = delay_max * random.pick(&[50, 500, 2000]);
     // It is repaired first, and that is what is looked at.
     let opens_slowly = shape.dirty && random.chance(500);
-    let can_resize = shape.bitmaps == 0 && (shape.version > 2 || !shape.snapshot);
+    let can_resize = shape.version > 2 || !shape.snapshot;
     Life {
         files,
         backing,

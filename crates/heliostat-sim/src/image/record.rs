@@ -125,6 +125,11 @@ impl Record {
         !self.bitmaps.is_empty()
     }
 
+    /// Whether the disk can be made longer: bitmaps that were lost are in the way.
+    pub(crate) fn can_resize(&self) -> bool {
+        self.bitmaps.iter().all(Found::is_believed) && !self.may_lose_bitmaps.load(Ordering::SeqCst)
+    }
+
     /// Whether the disk cannot be made shorter: snapshots need all of it.
     pub(crate) fn grows_only(&self) -> bool {
         !self.snapshots.is_empty()
@@ -195,10 +200,10 @@ impl Record {
         if let Some(alone) = image.raw_content() {
             judge(&alone).map_err(|wrong| format!("the data file alone: {wrong}"))?;
         }
-        let writes: Vec<_> = oracle.writes().collect();
+        let (writes, size_min): (Vec<_>, _) = (oracle.writes().collect(), oracle.size_min());
         drop(oracle);
         let keeps_bitmaps = closed && !self.may_lose_bitmaps.load(Ordering::SeqCst);
-        image.check_bitmaps(&self.bitmaps, &writes, keeps_bitmaps)?;
+        image.check_bitmaps(&self.bitmaps, (&writes, size_min), keeps_bitmaps)?;
         Ok(leaks)
     }
 }

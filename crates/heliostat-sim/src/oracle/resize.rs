@@ -12,6 +12,7 @@ impl Oracle {
     pub(crate) fn begin_resize(&mut self, size: u64) {
         let moment = self.tick();
         self.crash_sizes.insert(size);
+        self.size_min = self.size_min.min(size);
         let gained = ByteRange::from_bounds(self.size, size);
         if gained.is_empty() {
             return;
@@ -63,7 +64,17 @@ impl Oracle {
     /// discard may be too small for its storage.
     pub(crate) fn writes(&self) -> impl Iterator<Item = (ByteRange, bool)> {
         let all = self.writes.iter().filter(|write| !matches!(write.put, Put::Image(_)));
-        all.map(|write| (write.range, write.ended != u64::MAX && !matches!(write.put, Put::Discard)))
+        // What reached beyond the end was refused, perhaps.
+        let was_tried = |write: &Write| {
+            let is_discard = matches!(write.put, Put::Discard);
+            write.ended != u64::MAX && !is_discard && write.range.end() <= self.size_min
+        };
+        all.map(move |write| (write.range, was_tried(write)))
+    }
+
+    /// The least that the disk has been long, or was to be.
+    pub(crate) const fn size_min(&self) -> u64 {
+        self.size_min
     }
 
     /// Says what is wrong with the size of a disk, if anything is.

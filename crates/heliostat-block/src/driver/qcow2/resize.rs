@@ -101,6 +101,7 @@ impl Qcow2 {
     pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), FormatError> {
         self.attempt(|state| state.check_sound()).await?;
         self.check_size(size)?;
+        let bitmaps = self.bitmaps_for(size)?;
         let old = self.size();
         // Nothing may be half done when the header says something new.
         self.flush().await?;
@@ -116,6 +117,7 @@ impl Qcow2 {
         self.write_header(SIZE_WORD, Bytes::copy_from_slice(&size.to_be_bytes())).await?;
         self.lock().header.size = size;
         self.set_known_size(size);
+        self.set_bitmaps(bitmaps);
         if size < old {
             // It is shorter, whatever comes of this. What stays mapped is cleared when it becomes longer again.
             let _ = self.forget_from(size).await;
@@ -138,10 +140,7 @@ impl Qcow2 {
         if has_snapshots && (self.layout.version < 3 || size < self.size()) {
             return invalid("Can't resize an image which has snapshots");
         }
-        if self.lock().header.bitmaps.is_some() {
-            return invalid("Cannot resize an image that has persistent bitmaps");
-        }
-        if self.layout.version < 3 && self.lacks_backing && size > self.size() {
+        if self.layout.version < 3 && self.lacks_backing() && size > self.size() {
             // It has no word for zero, and how much of what is below would show is not known.
             return invalid("An image of version 2 is made longer only together with its backing file");
         }

@@ -6,6 +6,7 @@
 mod create;
 mod describe;
 mod exports;
+mod file_name;
 mod jobs;
 mod mirror;
 mod nodes;
@@ -43,7 +44,10 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
     match name {
         "query-version" => Ok(version()),
         "query-commands" => Ok(COMMANDS.iter().map(|command| json!({ "name": command.name })).collect()),
+        "query-qmp-schema" => Ok(schema::schema()),
         "query-block" => Ok(json!([])),
+        "query-blockstats" => Ok(describe::statistics::query(daemon, arguments)),
+        "x-debug-query-block-graph" => Ok(describe::graph::query(daemon)),
         "quit" => {
             daemon.ask_to_quit();
             Ok(json!({}))
@@ -59,6 +63,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-block-exports" => Ok(exports::query(daemon)),
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
+        "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
         _ => jobs::ask(daemon, name, arguments).unwrap_or_else(|| Err(not_found(name))),

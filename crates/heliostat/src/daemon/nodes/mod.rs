@@ -7,6 +7,7 @@
 
 mod qcow2;
 mod spec;
+mod target;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -30,6 +31,8 @@ use super::{Daemon, DaemonError};
 pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
+pub use target::Beneath;
+pub(super) use target::Wanted;
 
 /// The most nodes in one daemon. Each holds an open file; a host gives a process 1,024 of them by default.
 const NODES_MAX: usize = 512;
@@ -68,6 +71,8 @@ pub struct NodeEntry {
     pub is_fixed: bool,
     /// It does not begin where its storage does.
     pub is_window: bool,
+    /// Where in the node below it begins, in bytes.
+    pub window_start: u64,
 }
 
 impl NodeEntry {
@@ -85,6 +90,7 @@ impl NodeEntry {
             cache,
             is_fixed: false,
             is_window: false,
+            window_start: 0,
         }
     }
 }
@@ -98,7 +104,7 @@ pub(super) struct Nodes {
 struct Record {
     below: Below,
     /// Keep the nodes below.
-    _places: Vec<Arc<Place>>,
+    places: Vec<Arc<Place>>,
     /// Made by an operator, who removes it; else made for the node above, with which it goes.
     is_owned: bool,
 }
@@ -220,6 +226,7 @@ impl Daemon {
                     child: Some(below.entry.node.name().clone()),
                     is_fixed: size.is_some(),
                     is_window: start > 0,
+                    window_start: *offset,
                     ..NodeEntry::new(node, "raw", path, spec.cache)
                 };
                 self.keep(Below { entry, start, identity: below.identity }, vec![place], making)
@@ -325,7 +332,7 @@ impl Daemon {
     ) -> Result<Below, DaemonError> {
         let node = &below.entry.node;
         self.graph.add(Arc::clone(node)).map_err(|_| DaemonError::NodeExists(node.name().to_string()))?;
-        let record = Record { below: below.clone(), _places: places, is_owned: making.is_owned };
+        let record = Record { below: below.clone(), places, is_owned: making.is_owned };
         self.lock_nodes().list.insert(at, record);
         Ok(below)
     }
@@ -352,6 +359,17 @@ impl Daemon {
             let made_for_others = list.iter().filter(|record| !record.is_owned);
             made_for_others.map(Record::node).find(|node| daemon.graph.roles(node).is_empty()).cloned()
         });
+    }
+
+    /// The same, for who is not in the middle of a change.
+    pub(super) fn drop_orphans_alone(&self) {
+        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        self.drop_orphans();
+    }
+
+    /// The files that nodes are in.
+    pub(super) fn files_in_use(&self) -> Vec<Identity> {
+        self.lock_nodes().list.iter().filter_map(|record| record.below.identity).collect()
     }
 
     /// Closes every node that nobody uses.

@@ -5,13 +5,18 @@
 //! and anew behind the end of the file where not, then flags that depend on counts; each step durable before the
 //! next. An image that says that its counts may be wrong has them repaired by whoever opens it.
 
+use std::pin::pin;
+
+use futures_util::StreamExt;
+
 use super::super::entry::{COPIED, OFFSET_MASK, RawEntry};
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
 use super::super::header::{Header, incompatible};
 use super::super::open::INCOMPATIBLE_WORD;
 use super::super::state::{read_numbers, write_numbers};
-use super::counts::{Block, cluster_at};
+use super::ahead;
+use super::counts::Block;
 use super::walk::{Examination, Named, entries, examine, named};
 use super::{CheckOptions, CheckReport, Finding, FindingKind, Repair, mend};
 use crate::convert::{u64_from, usize_from};
@@ -53,7 +58,7 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
         && super::names::bitmaps(file, &examination.header).await?.is_none()
     {
         notes.push(|| "the persistent bitmaps are given up: they are out of date".to_owned());
-        mend::drop_bitmaps(file, Header::read(file).await?).await?;
+        mend::drop_bitmaps(file, Header::read_to_check(file).await?).await?;
     }
     if !found.is_clean() {
         match options.repair {
@@ -193,7 +198,7 @@ fn conclude(mut left: CheckReport, found: CheckReport, notes: mend::Notes, fixed
 
 /// Writes the incompatible features, where the version has them and they differ.
 async fn mark(file: &ImageFile, header: &Header, features: u64) -> Result<(), FormatError> {
-    let now = Header::read(file).await?.incompatible;
+    let now = Header::read_to_check(file).await?.incompatible;
     if header.layout.version < 3 || now == features {
         return Ok(());
     }
@@ -244,8 +249,10 @@ async fn has_low_counts(file: &ImageFile, examination: &Examination) -> Result<b
     if !examination.refcounts.is_sound || has_uncounted(examination) {
         return Ok(true);
     }
-    for (index, block) in blocks(examination) {
-        let bytes = file.read(cluster_at(block, layout)).await?;
+    let wanted = blocks(examination).map(|(index, block)| (Some(block), index));
+    let mut stream = pin!(ahead::clusters(file, layout, wanted));
+    while let Some(next) = stream.next().await {
+        let (Some(bytes), index) = next? else { continue };
         let first = index * layout.refcount_block_entries();
         for entry in 0..layout.refcount_block_entries() {
             if layout.refcount(&bytes, entry) < examination.references.get(first + entry) {
@@ -274,8 +281,10 @@ async fn each_block(
     change: impl Fn(u64, u64) -> u64,
 ) -> Result<(), FormatError> {
     let layout = examination.header.layout;
-    for (index, offset) in blocks(examination) {
-        let mut bytes = file.read(cluster_at(offset, layout)).await?;
+    let wanted = blocks(examination).map(|(index, offset)| (Some(offset), (index, offset)));
+    let mut stream = pin!(ahead::clusters(file, layout, wanted));
+    while let Some(next) = stream.next().await {
+        let (Some(mut bytes), (index, offset)) = next? else { continue };
         let first = index * layout.refcount_block_entries();
         let mut is_changed = false;
         // What is counted beyond the file's end is nobody's concern.
@@ -412,8 +421,12 @@ async fn copied_flags(file: &ImageFile, examination: &Examination) -> Result<(),
         })
         .collect();
     write_changes(file, range.offset(), &old, &new).await?;
-    for (offset, _) in l2_tables.iter().filter(|(at, uses)| uses.active > 0 && layout.in_cluster(**at) == 0) {
-        let old = read_numbers(&file.read(cluster_at(*offset, layout)).await?);
+    let active = l2_tables.iter().filter(|(at, uses)| uses.active > 0 && layout.in_cluster(**at) == 0);
+    let wanted = active.map(|(offset, _)| (Some(*offset), *offset));
+    let mut stream = pin!(ahead::clusters(file, layout, wanted));
+    while let Some(next) = stream.next().await {
+        let (Some(old), offset) = next? else { continue };
+        let old = read_numbers(&old);
         let external = header.has_external_data();
         let new = entries(&old, layout).flat_map(|entry| {
             let descriptor = match named(entry, layout, external) {
@@ -424,7 +437,7 @@ async fn copied_flags(file: &ImageFile, examination: &Examination) -> Result<(),
             let RawEntry { subclusters, .. } = entry;
             std::iter::once(descriptor).chain(layout.extended_l2.then_some(subclusters))
         });
-        write_changes(file, *offset, &old, &new.collect::<Vec<u64>>()).await?;
+        write_changes(file, offset, &old, &new.collect::<Vec<u64>>()).await?;
     }
     Ok(file.flush().await?)
 }
