@@ -108,16 +108,17 @@ impl Bench {
         keeps_after_flush: bool,
     ) -> Result<Arc<Self>, String> {
         let clock = Arc::new(SimClock(Arc::clone(&world)));
+        let as_storage =
+            |storage: &Arc<SimStorage>| -> Arc<dyn Storage> { Arc::<SimStorage>::clone(storage) };
         let opened = loop {
             let before = storages.errors();
             let options = OpenOptions {
                 read_only: false,
                 backing: below_node(&storages, backing.as_ref(), &clock).await?,
-                data_file: storages.data.as_ref().map(|data| Arc::<SimStorage>::clone(data) as _),
+                data_file: storages.data.as_ref().map(as_storage),
                 cache,
             };
-            let storage: Arc<dyn Storage> = Arc::<SimStorage>::clone(&storages.image);
-            match Qcow2::open(storage, options).await {
+            match Qcow2::open(as_storage(&storages.image), options).await {
                 Ok(opened) => break opened,
                 Err(_) if storages.errors() != before => {
                     record.may_lose_bitmaps.store(true, Ordering::SeqCst);

@@ -156,7 +156,7 @@ impl Files {
         });
         let options = OpenOptions {
             backing: below,
-            data_file: files.get(1).map(|file| Arc::<Memory>::clone(file) as Arc<dyn Storage>),
+            data_file: files.get(1).map(|file| -> Arc<dyn Storage> { Arc::<Memory>::clone(file) }),
             ..OpenOptions::default()
         };
         let image = now(Qcow2::open(Arc::<Memory>::clone(&files[0]), options))?;
@@ -467,7 +467,8 @@ fn an_image_whose_counts_stand_where_its_tables_do_is_not_repaired_on_opening() 
     let to_table = |bytes: &mut Vec<u8>| put(bytes, L1, u64_from(TABLE) | entry::COPIED);
     let to_block = |bytes: &mut Vec<u8>| put(bytes, L1, u64_from(BLOCK) | entry::COPIED);
     let block_at_l1 = |bytes: &mut Vec<u8>| put(bytes, TABLE, u64_from(L1));
-    let damages: [&dyn Fn(&mut Vec<u8>); 3] = [&to_table, &to_block, &block_at_l1];
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [Damage; 3] = [to_table, to_block, block_at_l1];
     for damage in damages {
         let mut files = not_closed();
         damage(&mut files.bytes[0]);
