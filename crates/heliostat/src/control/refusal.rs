@@ -51,6 +51,12 @@ impl Refusal {
         })
     }
 
+    /// What to tell people.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// The member `error` of a reply.
     #[must_use]
     pub fn to_json(&self) -> Value {
