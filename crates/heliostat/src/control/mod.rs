@@ -340,7 +340,13 @@ impl Client {
                 if session.wants_events() {
                     self.outbox.want_events();
                 }
-                self.outbox.reply(line(&reply, self.style));
+                let reply = line(&reply, self.style);
+                if rest.is_empty() {
+                    // It waits for this one.
+                    self.outbox.reply_at_once(reply, |batch| self.stream.send_now(batch));
+                } else {
+                    self.outbox.reply(reply);
+                }
             }
         }
         self.outbox.finish();
@@ -355,6 +361,7 @@ impl Client {
             if (&self.stream).write_all(&batch).is_err() {
                 self.outbox.break_off();
             }
+            self.outbox.sent();
         }
         self.hang_up();
     }

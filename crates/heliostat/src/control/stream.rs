@@ -4,6 +4,8 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 
+use rustix::net::SendFlags;
+
 /// A connection.
 pub(super) enum Stream {
     /// From this host, by a file.
@@ -13,6 +15,16 @@ pub(super) enum Stream {
 }
 
 impl Stream {
+    /// Sends as much as goes without waiting. An error shows when the rest is sent.
+    pub(super) fn send_now(&self, bytes: &[u8]) -> usize {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let sent = match self {
+            Self::Unix(stream) => rustix::net::send(stream, bytes, flags),
+            Self::Tcp(stream) => rustix::net::send(stream, bytes, flags),
+        };
+        sent.unwrap_or(0)
+    }
+
     /// Ends it, for everybody who holds it.
     ///
     /// # Errors

@@ -156,8 +156,11 @@ impl Chardevs {
     }
 }
 
+/// Keys with their values.
+type Pairs = Vec<(String, String)>;
+
 /// Keys with their values, and warnings about short forms: `server` for `server=on`, `nowait` for `wait=off`.
-fn options(text: &str) -> Result<(Vec<(String, String)>, Vec<String>), Refused> {
+fn options(text: &str) -> Result<(Pairs, Vec<String>), Refused> {
     let mut warnings = Vec::new();
     let mut long = Vec::new();
     for (index, part) in text.replace(",,", "\u{0}").split(',').enumerate() {

@@ -18,7 +18,7 @@ use self::background::PidFile;
 use self::chardev::Chardevs;
 use self::options::{Given, Name};
 use super::ending;
-use super::output::say;
+use super::output::{self, say};
 use super::serve::notify;
 use crate::control::schema::{self, NBD_SERVER_OPTIONS};
 use crate::control::{self, Arguments, ControlListener, ControlServer, Peer, Peers};
@@ -48,14 +48,15 @@ fn run(program: &str, before: &[String], arguments: &[String]) -> Result<ExitCod
     let given = options::read(arguments)?;
     let has = |name| given.iter().any(|option| option.name == name);
     if let Some(first) = given.iter().find(|option| matches!(option.name, Name::Help | Name::Version)) {
-        match first.name {
-            Name::Help => print!("{}", HELP.replace("PROGRAM", program)),
-            _ => println!(
+        let text = match first.name {
+            Name::Help => HELP.replace("PROGRAM", program),
+            _ => format!(
                 "{program} version {} (heliostat {})",
                 control::qemu_version(),
                 env!("CARGO_PKG_VERSION")
             ),
-        }
+        };
+        output::result(&text).map_err(|error| Refused(format!("{error:#}")))?;
         return Ok(ExitCode::SUCCESS);
     }
     if has(Name::Daemonize) && !has(Name::InBackground) {
