@@ -182,8 +182,17 @@ impl Node {
 
     /// The node below, which holds what this one does not.
     #[must_use]
-    pub fn backing(&self) -> Option<&Arc<Self>> {
+    pub fn backing(&self) -> Option<Arc<Self>> {
         self.blocks.below().backing()
+    }
+
+    /// Puts another node, or none, below the image that it is in: what this one does not hold reads as that shows it
+    /// from now on. The caller sees to it that nothing is in flight here, by its gate or, for a mirror's target, by
+    /// having nothing on its way. Nothing for what is in no image.
+    pub fn set_backing(&self, backing: Option<Arc<Self>>) {
+        if let Some(image) = self.image() {
+            image.set_backing(backing);
+        }
     }
 
     /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those

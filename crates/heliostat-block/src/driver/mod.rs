@@ -56,7 +56,7 @@ impl Driver {
     }
 
     /// The node below, which holds what this one does not.
-    pub(crate) fn backing(&self) -> Option<&Arc<Node>> {
+    pub(crate) fn backing(&self) -> Option<Arc<Node>> {
         match self {
             Self::Raw(_) => None,
             Self::Qcow2(qcow2) => qcow2.backing(),

@@ -51,10 +51,16 @@ impl Refusal {
         })
     }
 
-    /// What to tell people.
+    /// What it says.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
+    }
+
+    /// Says whether it is about the argument `name`.
+    #[must_use]
+    pub fn is_about(&self, name: &str) -> bool {
+        self.text.starts_with(&format!("Parameter '{name}' "))
     }
 
     /// The member `error` of a reply.

@@ -6,6 +6,7 @@
 mod create;
 mod exports;
 mod introspect;
+mod mirror;
 mod returns;
 
 pub use exports::NBD_SERVER_OPTIONS;
@@ -268,37 +269,6 @@ pub static NODE: Record = Record {
     }),
 };
 
-static MIRROR: Record = record(&[
-    optional("job-id", Kind::Text, "the job's id; required unless the device has a name"),
-    required("device", Kind::Text, "the source: a node's name"),
-    required("target", Kind::Text, "the target: a node's name"),
-    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
-    required(
-        "sync",
-        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
-    ),
-    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
-    optional(
-        "granularity",
-        Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
-    ),
-    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
-    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
-    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
-    optional("filter-node-name", Kind::Text, "a name to keep free; there is no filter node"),
-    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
-    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
-    optional(
-        "auto-dismiss",
-        Kind::Flag,
-        "be forgotten when it has ended, without `job-dismiss`; default true",
-    ),
-    later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
-    ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
-]);
-
 static BY_DEVICE: Record = record(&[required("device", Kind::Text, "the job's id")]);
 static BY_ID: Record = record(&[required("id", Kind::Text, "the job's id")]);
 
@@ -401,7 +371,12 @@ pub static COMMANDS: &[Command] = &[
         "Makes an image, as a job that is dismissed when it has concluded.",
         &create::CREATE,
     ),
-    command("blockdev-mirror", "Starts a mirror.", &MIRROR),
+    command("blockdev-mirror", "Starts a mirror.", &mirror::MIRROR),
+    command(
+        "drive-mirror",
+        "Starts a mirror to a file that is made or opened for it.",
+        &mirror::DRIVE_MIRROR,
+    ),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
     command(

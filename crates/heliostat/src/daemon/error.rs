@@ -74,6 +74,23 @@ pub enum DaemonError {
         /// What it names.
         name: String,
     },
+    /// A target of which only itself says that it is an image names another file.
+    #[error(
+        "{} looks like a qcow2 image that stands on another file ('{name}'); if it is one, say so with format=qcow2, \
+         else with format=raw", path.display()
+    )]
+    TargetGuess {
+        /// The target.
+        path: PathBuf,
+        /// What it names.
+        name: String,
+    },
+    /// There is no such driver.
+    #[error("Unknown driver '{0}'")]
+    UnknownDriver(String),
+    /// The target has no name by which it could be put in the place of a node that has one.
+    #[error("a node-name must be provided when replacing a named node of the graph")]
+    ReplacesWithoutName,
     /// An argument for tables contradicts another, or the image.
     #[error("{0}")]
     Tables(String),
@@ -321,7 +338,7 @@ pub(super) fn open_text(error: &OpenError) -> String {
 }
 
 /// The host's words for an error number, without the number that the standard library adds.
-fn strerror(errno: rustix::io::Errno) -> String {
+pub(super) fn strerror(errno: rustix::io::Errno) -> String {
     let text = std::io::Error::from(errno).to_string();
     match text.rfind(" (os error ") {
         Some(end) => text[..end].to_owned(),

@@ -188,7 +188,7 @@ impl Daemon {
     /// # Errors
     /// `ExportNotFound`, `ExportInUse`.
     pub fn remove_export(self: &Arc<Self>, id: &str, removal: Removal) -> Result<(), DaemonError> {
-        let _change = self.begin_change()?;
+        let change = self.begin_change()?;
         let removed = {
             let mut serving = self.lock_serving();
             let Serving { server, exports } = &mut *serving;
@@ -207,6 +207,8 @@ impl Daemon {
             export.is_leaving = true;
             removed
         };
+        // Seeing it off is a change of its own, which may come later.
+        drop(change);
         self.see_off(id, removed, removal);
         Ok(())
     }
@@ -270,6 +272,7 @@ impl Daemon {
         if let Some(export) = export {
             // A client may still be letting go of it; who hears of the end may remove the node at once.
             self.graph.detach(&export.place);
+            self.drop_orphans_alone();
             self.events.say(Happening::ExportDeleted { id: id.to_owned() });
         }
     }

@@ -70,7 +70,7 @@ fn in_memory(scene: &Scene, contender: Contender) -> Result<Sample> {
     let size = scene.size(2 * GIB);
     let source = scene.full_disk(scene.memory(), size)?;
     if contender == TwoThreads {
-        return copy_by_threads(scene.memory(), &source, size);
+        return plainly(scene.memory(), size, |target| copy_with_two_threads(&source, target));
     }
     let run =
         Mirror { contender, folder: scene.memory(), source: &source, size, disk: DiskOptions::default() };
@@ -88,12 +88,12 @@ fn direct(scene: &Scene, contender: Contender) -> Result<Sample> {
     run.to_the_end([(0, size)].into_iter())
 }
 
-/// What two threads do that copy a file, with nothing between them.
-pub fn copy_by_threads(folder: &Path, source: &Path, size: u64) -> Result<Sample> {
+/// What plain threads do that fill a file of `size` bytes with `work`.
+pub fn plainly(folder: &Path, size: u64, work: impl FnOnce(&Path) -> Result<()>) -> Result<Sample> {
     let target = folder.join("target");
     empty_disk(&target, size)?;
     let start = Instant::now();
-    copy_with_two_threads(source, &target)?;
+    work(&target)?;
     let took = start.elapsed().as_secs_f64();
     std::fs::remove_file(&target)?;
     Ok(Sample::default().with(READY, took).with(THROUGHPUT, mib(size) / took))

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use bytes::Bytes;
 
@@ -18,7 +18,7 @@ use super::in_flight::{Allocations, Epochs};
 use super::slices::Slices;
 use super::snapshot::{Snapshot, decode_table};
 use super::state::{State, read_numbers};
-use super::{Qcow2, StoredBitmap};
+use super::{Backing, Qcow2, StoredBitmap};
 use crate::buffer::Buffer;
 use crate::node::Node;
 use crate::range::ByteRange;
@@ -156,8 +156,10 @@ impl Qcow2 {
             size: AtomicU64::new(state.header.size),
             file,
             data_file: options.data_file.map(ImageFile::new),
-            lacks_backing: options.backing.is_none() && state.header.backing_file.is_some(),
-            backing: options.backing,
+            backing: RwLock::new(Backing {
+                is_missing: options.backing.is_none() && state.header.backing_file.is_some(),
+                node: options.backing,
+            }),
             bitmaps: Mutex::new(bitmaps),
             state: Mutex::new(state),
             loading: RangeLock::default(),

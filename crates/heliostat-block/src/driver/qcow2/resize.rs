@@ -139,7 +139,7 @@ impl Qcow2 {
         if has_snapshots && (self.layout.version < 3 || size < self.size()) {
             return invalid("Can't resize an image which has snapshots");
         }
-        if self.layout.version < 3 && self.lacks_backing && size > self.size() {
+        if self.layout.version < 3 && self.lacks_backing() && size > self.size() {
             // It has no word for zero, and how much of what is below would show is not known.
             return invalid("An image of version 2 is made longer only together with its backing file");
         }

@@ -6,6 +6,7 @@
 mod create;
 mod describe;
 mod exports;
+mod file_name;
 mod jobs;
 mod mirror;
 mod nodes;
@@ -68,6 +69,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-block-exports" => Ok(exports::query(daemon)),
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
+        "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
         _ => jobs::ask(daemon, name, arguments).unwrap_or_else(|| Err(not_found(name))),

@@ -7,6 +7,7 @@
 
 mod qcow2;
 mod spec;
+mod target;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -30,6 +31,8 @@ use super::{Daemon, DaemonError};
 pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
+pub use target::Beneath;
+pub(super) use target::Wanted;
 
 /// The most nodes in one daemon: a mirror of an image to another takes four, and there may be
 /// [`heliostat_block::limits::JOBS_MAX`] of those; and chains. What there are descriptors for is the host's to say.
@@ -102,7 +105,7 @@ pub(super) struct Nodes {
 struct Record {
     below: Below,
     /// Keep the nodes below.
-    _places: Vec<Arc<Place>>,
+    places: Vec<Arc<Place>>,
     /// Made by an operator, who removes it; else made for the node above, with which it goes.
     is_owned: bool,
 }
@@ -330,7 +333,7 @@ impl Daemon {
     ) -> Result<Below, DaemonError> {
         let node = &below.entry.node;
         self.graph.add(Arc::clone(node)).map_err(|_| DaemonError::NodeExists(node.name().to_string()))?;
-        let record = Record { below: below.clone(), _places: places, is_owned: making.is_owned };
+        let record = Record { below: below.clone(), places, is_owned: making.is_owned };
         self.lock_nodes().list.insert(at, record);
         Ok(below)
     }
@@ -357,6 +360,17 @@ impl Daemon {
             let made_for_others = list.iter().filter(|record| !record.is_owned);
             made_for_others.map(Record::node).find(|node| daemon.graph.roles(node).is_empty()).cloned()
         });
+    }
+
+    /// The same, for who is not in the middle of a change.
+    pub(super) fn drop_orphans_alone(&self) {
+        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        self.drop_orphans();
+    }
+
+    /// The files that nodes are in.
+    pub(super) fn files_in_use(&self) -> Vec<Identity> {
+        self.lock_nodes().list.iter().filter_map(|record| record.below.identity).collect()
     }
 
     /// Closes every node that nobody uses.
