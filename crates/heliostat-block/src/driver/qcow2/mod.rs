@@ -245,9 +245,11 @@ impl Qcow2 {
         if self.lock().corrupt.is_some() {
             return self.flush().await;
         }
-        self.store_bitmaps().await?;
-        // What is unmapped is given back once that is durable, and that has to be written, too.
+        let stored = self.store_bitmaps().await;
+        // Whatever came of that: guests' data is worth more than bitmaps. What is unmapped is given back once that is
+        // durable, and that has to be written, too.
         self.flush().await?;
+        stored?;
         if self.lock().is_changed() {
             self.flush().await?;
         }

@@ -114,11 +114,7 @@ impl Qcow2 {
             return Err(FormatError::Invalid(text.into()));
         }
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
-        let mut bitmaps = Vec::new();
-        if !read_only {
-            prepare_for_writing(&file, &mut header).await?;
-            bitmaps = stored::take(&file, &header).await?;
-        }
+        let bitmaps = if read_only { Vec::new() } else { prepare_for_writing(&file, &mut header).await? };
         let l1 = read_numbers(&file.read(header.l1_range()).await?).into_iter().map(L1Entry).collect();
         let refcount_table = read_numbers(&file.read(header.refcount_table_range()).await?);
         let size = file.size();
@@ -138,6 +134,7 @@ impl Qcow2 {
             used_end: layout.clusters_for(size),
             file_end: size,
             tables: BTreeMap::new(),
+            bitmap_places: Vec::new(),
             commits: Commits::default(),
             has_blocks: options.data_file.as_ref().unwrap_or(file.storage()).traits().block_size > 1,
             haunted: BTreeMap::new(),
@@ -171,8 +168,11 @@ impl Qcow2 {
     }
 }
 
-/// Brings an image that will be written into a state in which that is allowed.
-async fn prepare_for_writing(file: &ImageFile, header: &mut Header) -> Result<(), FormatError> {
+/// Brings an image that will be written into a state in which that is allowed. Returns its bitmaps.
+async fn prepare_for_writing(
+    file: &ImageFile,
+    header: &mut Header,
+) -> Result<Vec<StoredBitmap>, FormatError> {
     if header.incompatible & incompatible::DIRTY != 0 {
         // It was not closed in order, and its counts may be behind. It says so until they are right again.
         check::repair_dirty(file).await?;
@@ -185,7 +185,7 @@ async fn prepare_for_writing(file: &ImageFile, header: &mut Header) -> Result<()
         file.write(AUTOCLEAR_WORD, Bytes::copy_from_slice(&kept.to_be_bytes())).await?;
         file.flush().await?;
     }
-    Ok(())
+    stored::take(file, header).await
 }
 
 /// Bytes that all tables of an image take, within the limit.
@@ -210,6 +210,7 @@ impl State {
         bitmaps: &[StoredBitmap],
     ) -> Result<(), Corruption> {
         let layout = self.layout;
+        self.bitmap_places = stored::places(bitmaps, &self.header);
         self.check_refcount_table()?;
         let mut places = vec![
             (ByteRange::from_bounds(0, layout.cluster_size()), "image header"),
