@@ -25,6 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use heliostat_host::runtime::STACK;
 use serde_json::Value;
 
 pub use commands::{Depth, image_info};
@@ -37,10 +38,6 @@ use splitter::Splitter;
 
 /// Clients at once. Each costs two threads; more is a client that forgets to close its connections.
 pub const CLIENTS_MAX: usize = 64;
-
-/// What a client's commands have to nest in: a chain of images is opened one inside the other. As much as a program's
-/// first thread has.
-const STACK: usize = 8 << 20;
 
 /// How long the end waits for clients to read what was said last.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
