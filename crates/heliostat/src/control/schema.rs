@@ -4,9 +4,12 @@
 //! the first argument that is wrong, in this order, is the one that the client hears of.
 
 mod create;
+mod exports;
 mod introspect;
+mod mirror;
 mod returns;
 
+pub use exports::NBD_SERVER_OPTIONS;
 pub use introspect::schema;
 pub use returns::{EVENTS, EventType};
 
@@ -266,144 +269,6 @@ pub static NODE: Record = Record {
     }),
 };
 
-static UNIX: Record = record(&[
-    required("path", Kind::Text, "the socket's path"),
-    optional("abstract", Kind::Flag, "only false"),
-    optional("tight", Kind::Flag, "accepted, of no effect"),
-]);
-
-static INET: Record = record(&[
-    required("host", Kind::Text, "a name or an address of this host"),
-    required("port", Kind::Text, "a port's number or name; 0 lets the host choose"),
-    optional("numeric", Kind::Flag, "accepted, of no effect"),
-    optional("to", Kind::Int, "not supported"),
-    optional("ipv4", Kind::Flag, "whether IPv4 addresses may be used"),
-    optional("ipv6", Kind::Flag, "whether IPv6 addresses may be used"),
-    optional("keep-alive", Kind::Flag, "accepted, always on"),
-    optional("mptcp", Kind::Flag, "only false"),
-]);
-
-static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported")]);
-static VSOCK: Record =
-    record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
-
-static SOCKET_ADDRESS: Record = Record {
-    members: &[required("type", Kind::Word(&["inet", "unix", "vsock", "fd"]), "what kind of address")],
-    cases: Some(Cases {
-        tag: "type",
-        by_word: &[
-            ("inet", &[required("data", Kind::Object(&INET), "the address")]),
-            ("unix", &[required("data", Kind::Object(&UNIX), "the address")]),
-            ("vsock", &[required("data", Kind::Object(&VSOCK), "not supported")]),
-            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "not supported")]),
-        ],
-    }),
-};
-
-static BITMAP: Record = record(&[
-    required("node", Kind::Text, "the node that it hangs on"),
-    required("name", Kind::Text, "its name"),
-]);
-
-static NAMED_BITMAP: Kind = Kind::TextOrObject(&BITMAP, "BlockDirtyBitmapOrStr");
-
-const NBD_EXPORT: &[Member] = &[
-    optional("name", Kind::Text, "what clients ask for; default: the node's name"),
-    optional("description", Kind::Text, "a text for clients"),
-    optional("bitmaps", Kind::List(&NAMED_BITMAP), "not supported yet"),
-    optional("allocation-depth", Kind::Flag, "only false"),
-];
-
-static EXPORT: Record = Record {
-    members: &[
-        required("type", Kind::Word(&["nbd"]), "the front end"),
-        required("id", Kind::Text, "the export's id"),
-        optional("fixed-iothread", Kind::Flag, "only false"),
-        optional("iothread", Kind::Text, "not supported"),
-        required("node-name", Kind::Text, "the node to offer"),
-        optional("writable", Kind::Flag, "whether clients may write; default false"),
-        optional("writethrough", Kind::Flag, "only false"),
-        optional("allow-inactive", Kind::Flag, "accepted, of no effect"),
-    ],
-    cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
-};
-
-static DRIVE_MIRROR: Record = record(&[
-    optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
-    required("device", Kind::Text, "the source: the name of a node, or the id of an export of it"),
-    required(
-        "target",
-        Kind::Text,
-        "the target: a path, `file:PATH`, `null-co://`, or `json:` and what `blockdev-add` takes",
-    ),
-    optional(
-        "format",
-        Kind::Text,
-        "the target's format; default: the source's, or, of an existing one, what it looks like",
-    ),
-    optional("node-name", Kind::Text, "the name of the target's node"),
-    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
-    required(
-        "sync",
-        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
-    ),
-    optional(
-        "mode",
-        Kind::Word(&["existing", "absolute-paths"]),
-        "existing: use what is there; absolute-paths: make it, whatever is there, on what the source stands on \
-         (top) or on the source (none); default absolute-paths",
-    ),
-    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
-    optional(
-        "granularity",
-        Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
-    ),
-    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
-    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
-    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
-    optional("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
-    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
-    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
-    optional(
-        "auto-dismiss",
-        Kind::Flag,
-        "be forgotten when it has ended, without `job-dismiss`; default true",
-    ),
-]);
-
-static MIRROR: Record = record(&[
-    optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
-    required("device", Kind::Text, "the source: the name of a node, or the id of an export of it"),
-    required("target", Kind::Text, "the target: a node's name"),
-    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
-    required(
-        "sync",
-        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
-    ),
-    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
-    optional(
-        "granularity",
-        Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
-    ),
-    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
-    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
-    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
-    optional("filter-node-name", Kind::Text, "a name to keep free; there is no filter node"),
-    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
-    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
-    optional(
-        "auto-dismiss",
-        Kind::Flag,
-        "be forgotten when it has ended, without `job-dismiss`; default true",
-    ),
-    later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
-    ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
-]);
-
 static BY_DEVICE: Record = record(&[required("device", Kind::Text, "the job's id")]);
 static BY_ID: Record = record(&[required("id", Kind::Text, "the job's id")]);
 
@@ -483,11 +348,11 @@ pub static COMMANDS: &[Command] = &[
             optional("tls-creds", Kind::Text, "not supported yet"),
             optional("tls-authz", Kind::Text, "not supported yet"),
             optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
-            required("addr", Kind::Object(&SOCKET_ADDRESS), "where it listens"),
+            required("addr", Kind::Object(&exports::SOCKET_ADDRESS), "where it listens"),
         ]),
     ),
     command("nbd-server-stop", "Stops the NBD server and removes its exports.", &NOTHING),
-    command("block-export-add", "Offers a node to clients.", &EXPORT),
+    command("block-export-add", "Offers a node to clients.", &exports::EXPORT),
     command(
         "block-export-del",
         "Removes an export.",
@@ -506,8 +371,12 @@ pub static COMMANDS: &[Command] = &[
         "Makes an image, as a job that is dismissed when it has concluded.",
         &create::CREATE,
     ),
-    command("blockdev-mirror", "Starts a mirror.", &MIRROR),
-    command("drive-mirror", "Starts a mirror to a file that is made or opened for it.", &DRIVE_MIRROR),
+    command("blockdev-mirror", "Starts a mirror.", &mirror::MIRROR),
+    command(
+        "drive-mirror",
+        "Starts a mirror to a file that is made or opened for it.",
+        &mirror::DRIVE_MIRROR,
+    ),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
     command(
