@@ -20,6 +20,7 @@ mod extension;
 mod extents;
 pub mod file;
 pub mod header;
+mod hollow;
 mod in_flight;
 pub mod layout;
 mod map;
@@ -72,6 +73,8 @@ pub struct Qcow2 {
     /// Its persistent dirty bitmaps; empty where it is not written. Held to look which there are, and when the disk gets
     /// another size.
     bitmaps: Mutex<Vec<StoredBitmap>>,
+    /// Whether clusters that it has may be holes of the file; asked once.
+    hollow: OnceLock<bool>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
