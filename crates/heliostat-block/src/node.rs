@@ -4,6 +4,8 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+mod resize;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -14,7 +16,9 @@ use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{Driver, Preallocation, Qcow2};
+use crate::driver::fault::FaultInjector;
+use crate::driver::filter::Filter;
+use crate::driver::{Driver, Qcow2};
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
@@ -155,50 +159,43 @@ impl Node {
     pub fn image(&self) -> Option<&Arc<Qcow2>> {
         match self.driver() {
             Driver::Qcow2(image) => Some(image),
-            Driver::Raw(_) => None,
+            Driver::Raw(_) | Driver::Filter(_) => None,
         }
     }
 
     /// Bytes that it allocates at once, where it allocates at all.
     #[must_use]
     pub fn cluster_size(&self) -> Option<u64> {
-        self.image().map(|image| image.layout().cluster_size())
+        match self.driver() {
+            Driver::Raw(_) => None,
+            Driver::Qcow2(image) => Some(image.layout().cluster_size()),
+            Driver::Filter(filter) => filter.child().cluster_size(),
+        }
     }
 
     /// Says whether it names a node below it that is not there: what it does not hold may read otherwise later.
     #[must_use]
     pub fn lacks_backing(&self) -> bool {
-        self.image().is_some_and(|image| image.lacks_backing())
+        match self.driver() {
+            Driver::Raw(_) => false,
+            Driver::Qcow2(image) => image.lacks_backing(),
+            Driver::Filter(filter) => filter.child().lacks_backing(),
+        }
+    }
+
+    /// The fault injector that it is, where it is one.
+    #[must_use]
+    pub fn fault_injector(&self) -> Option<&Arc<FaultInjector>> {
+        match self.driver() {
+            Driver::Filter(Filter::Faults(injector)) => Some(injector),
+            Driver::Raw(_) | Driver::Qcow2(_) | Driver::Filter(_) => None,
+        }
     }
 
     /// The node below, which holds what this one does not.
     #[must_use]
     pub fn backing(&self) -> Option<&Arc<Self>> {
         self.blocks.below().backing()
-    }
-
-    /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those
-    /// beyond the new end are refused. Clients that asked for the size before do not hear of it.
-    ///
-    /// # Errors
-    /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
-    pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
-        if self.options.read_only {
-            return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
-        }
-        let _drained = self.drain().await;
-        let resized = self.blocks.below().resize(size, preallocation).await;
-        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
-        self.size.store(size, Ordering::Release);
-        Ok(())
-    }
-
-    /// Takes on the size that what is below has now, when another node has changed that.
-    pub async fn follow_size(self: &Arc<Self>) {
-        let _drained = self.drain().await;
-        let Driver::Raw(raw) = self.driver() else { return };
-        raw.follow_size();
-        self.size.store(raw.size(), Ordering::Release);
     }
 
     /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
@@ -217,6 +214,7 @@ impl Node {
 
     /// Opens the gate for one holder of it.
     pub(crate) fn open_gate(&self) {
+        self.driver().end_hurry();
         self.in_flight.open();
     }
 
@@ -242,7 +240,8 @@ impl Node {
     }
 
     /// The clock that the node goes by.
-    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+    #[must_use]
+    pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
     }
 
@@ -252,6 +251,7 @@ impl Node {
     /// Dropped before it returns, it opens the gate again.
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
+        self.driver().begin_hurry();
         let drained = Drained::of_closed(Arc::clone(self));
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;

@@ -71,6 +71,18 @@ impl<'a> Arguments<'a> {
         self.0.get(name)?.as_object().map(Self)
     }
 
+    /// The objects of a list; none where it is not there.
+    pub fn objects(&self, name: &str) -> impl Iterator<Item = Self> + use<'a> {
+        let list = self.0.get(name).and_then(Value::as_array);
+        list.into_iter().flatten().filter_map(Value::as_object).map(Self)
+    }
+
+    /// A value of any kind.
+    #[must_use]
+    pub fn value(&self, name: &str) -> Option<&'a Value> {
+        self.0.get(name)
+    }
+
     /// The first text of a list.
     #[must_use]
     pub fn first_of(&self, name: &str) -> Option<&'a str> {
@@ -124,7 +136,7 @@ fn check_kind(value: &Value, kind: &Kind, name: &str, path: &str) -> Result<(), 
     };
     let expects = |what: &str| Err(Refusal::new(format!("Parameter '{path}{name}' expects {what}")));
     match (kind, value) {
-        (Kind::Text, Value::String(_)) | (Kind::Flag, Value::Bool(_)) => Ok(()),
+        (Kind::Any, _) | (Kind::Text, Value::String(_)) | (Kind::Flag, Value::Bool(_)) => Ok(()),
         (Kind::Word(words), Value::String(word)) => check_word(word, words, name),
         (Kind::Text | Kind::Word(_), _) => wrong("string"),
         (Kind::Flag, _) => wrong("boolean"),

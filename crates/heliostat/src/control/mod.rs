@@ -9,6 +9,7 @@ mod commands;
 mod events;
 pub mod json;
 mod outbox;
+mod qemu_io;
 mod refusal;
 pub mod schema;
 mod session;

@@ -4,6 +4,7 @@
 //! the first argument that is wrong, in this order, is the one that the client hears of.
 
 mod create;
+pub mod filters;
 
 /// A command.
 #[derive(Debug)]
@@ -92,6 +93,8 @@ pub enum Kind {
     NodeRef,
     /// The same, or `null` for none.
     NodeRefOrNull,
+    /// Anything.
+    Any,
     /// A word, or an object; and QEMU's name of that choice.
     WordOrObject(&'static [&'static str], &'static Record, &'static str),
 }
@@ -214,7 +217,7 @@ const QCOW2: &[Member] = &[
 
 const NULL: &[Member] = &[
     optional("size", Kind::Int, "how long it is in bytes; default 1 GiB"),
-    optional("latency-ns", Kind::Uint64, "accepted, of no effect"),
+    optional("latency-ns", Kind::Uint64, "how long each request takes; default 0"),
     optional("read-zeroes", Kind::Flag, "say that it reads as zero; default false"),
 ];
 
@@ -223,7 +226,17 @@ pub static NODE: Record = Record {
     members: &[
         required(
             "driver",
-            Kind::Word(&["file", "host_device", "null-co", "qcow2", "raw"]),
+            Kind::Word(&[
+                "blkdebug",
+                "copy-on-read",
+                "file",
+                "host_device",
+                "null-aio",
+                "null-co",
+                "qcow2",
+                "raw",
+                "throttle",
+            ]),
             "how the node keeps its bytes",
         ),
         optional("node-name", Kind::Text, "its name; required but for a node below another"),
@@ -250,7 +263,17 @@ pub static NODE: Record = Record {
     ],
     cases: Some(Cases {
         tag: "driver",
-        by_word: &[("file", FILE), ("host_device", FILE), ("null-co", NULL), ("qcow2", QCOW2), ("raw", RAW)],
+        by_word: &[
+            ("blkdebug", filters::BLKDEBUG),
+            ("copy-on-read", filters::COPY_ON_READ),
+            ("file", FILE),
+            ("host_device", FILE),
+            ("null-aio", NULL),
+            ("null-co", NULL),
+            ("qcow2", QCOW2),
+            ("raw", RAW),
+            ("throttle", filters::THROTTLE),
+        ],
     }),
 };
 
@@ -453,6 +476,19 @@ pub static COMMANDS: &[Command] = &[
     command("job-dismiss", "As block-job-dismiss.", &BY_ID),
     command("query-block-jobs", "Lists the jobs, newest first, with their figures.", &NOTHING),
     command("query-jobs", "Lists the jobs, newest first.", &NOTHING),
+    command("object-add", "Makes an object.", &filters::OBJECT),
+    command(
+        "object-del",
+        "Forgets an object that nobody uses.",
+        &record(&[required("id", Kind::Text, "the object's id")]),
+    ),
+    command("qom-get", "Says what a property of an object is.", &filters::PROPERTY),
+    command("qom-set", "Changes a property of an object.", &filters::NEW_PROPERTY),
+    command(
+        "human-monitor-command",
+        "Carries out a command of QEMU's human monitor and answers its text; only qemu-io.",
+        &filters::HUMAN,
+    ),
 ];
 
 /// Finds a command.
