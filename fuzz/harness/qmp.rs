@@ -26,7 +26,11 @@ pub fn line(data: &[u8]) {
         if let Ok(value) = json::parse(&text) {
             let written = json::write(&value);
             assert!(written.is_ascii(), "what is written goes over any wire");
-            assert_eq!(json::parse(written.as_bytes()), Ok(value), "what is written is read back");
+            // Numbers that are whole are written as such, as QEMU does, and read back so.
+            let again = json::parse(written.as_bytes()).expect("what is written is read back");
+            let settled = json::write(&again);
+            let back = json::parse(settled.as_bytes()).expect("what is written is read back");
+            assert_eq!(json::write(&back), settled, "the same each time");
         }
     }
 }

@@ -211,6 +211,33 @@ impl Graph {
         }
     }
 
+    /// As [`Graph::pivot`], with `target` standing on `below` from then on: in one step, so that nobody comes
+    /// between who minds. Answers the place of that.
+    ///
+    /// # Errors
+    /// [`GraphError::InUse`] where a user of `below` that does not move minds; nothing has changed then.
+    pub fn pivot_onto(
+        &self,
+        drained: &Drained,
+        target: &Arc<Node>,
+        below: &Arc<Node>,
+    ) -> Result<Arc<Place>, GraphError> {
+        let mut state = self.state();
+        let moves =
+            |place: &Place| place.role.moves_with_a_pivot() && Arc::ptr_eq(&place.node(), drained.node());
+        let role = Role::Backing { of: target.name().clone() };
+        let others = state.places_at(below).filter(|place| !moves(place));
+        if let Some(place) = others.into_iter().find(|place| conflicts(&place.role, &role)) {
+            return Err(GraphError::InUse { node: below.name().clone(), role: place.role.clone() });
+        }
+        for place in state.places_at(drained.node()).filter(|place| moves(place)) {
+            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
+        }
+        let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(below)) });
+        state.places.push(Arc::downgrade(&place));
+        Ok(place)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

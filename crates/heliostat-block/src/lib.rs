@@ -30,6 +30,7 @@ pub mod node_storage;
 pub mod planted;
 pub mod range;
 mod range_lock;
+pub mod statistics;
 pub mod storage;
 pub mod throttle;
 pub mod tracked;

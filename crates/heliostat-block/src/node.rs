@@ -26,8 +26,10 @@ use crate::latency::Latencies;
 use crate::name::NodeName;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
+use crate::statistics::Statistics;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
-use crate::tracked::{Drained, Tracked};
+use crate::throttle::Hurry;
+use crate::tracked::{Drained, Tracked, Whose};
 
 /// What becomes of space that is no longer needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,6 +87,7 @@ pub struct Node {
     /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
     watchers: RwLock<Watchers>,
     latencies: Latencies,
+    statistics: Statistics,
     clock: Arc<dyn Clock>,
 }
 
@@ -103,6 +106,7 @@ impl Node {
             in_flight: InFlight::default(),
             watchers: RwLock::new(watchers),
             latencies: Latencies::default(),
+            statistics: Statistics::default(),
             clock,
         })
     }
@@ -147,6 +151,12 @@ impl Node {
     #[must_use]
     pub const fn latencies(&self) -> &Latencies {
         &self.latencies
+    }
+
+    /// What was counted of clients' and jobs' requests. What a mirror reads of its source behind the gate is its own.
+    #[must_use]
+    pub const fn statistics(&self) -> &Statistics {
+        &self.statistics
     }
 
     /// How it keeps its bytes.
@@ -194,8 +204,17 @@ impl Node {
 
     /// The node below, which holds what this one does not.
     #[must_use]
-    pub fn backing(&self) -> Option<&Arc<Self>> {
+    pub fn backing(&self) -> Option<Arc<Self>> {
         self.blocks.below().backing()
+    }
+
+    /// Puts another node, or none, below the image that it is in: what this one does not hold reads as that shows it
+    /// from now on. The caller sees to it that nothing is in flight here, by its gate or, for a mirror's target, by
+    /// having nothing on its way. Nothing for what is in no image.
+    pub fn set_backing(&self, backing: Option<Arc<Self>>) {
+        if let Some(image) = self.image() {
+            image.set_backing(backing);
+        }
     }
 
     /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
@@ -214,7 +233,6 @@ impl Node {
 
     /// Opens the gate for one holder of it.
     pub(crate) fn open_gate(&self) {
-        self.driver().end_hurry();
         self.in_flight.open();
     }
 
@@ -230,13 +248,13 @@ impl Node {
     /// Dropped before it returns, it has not entered.
     pub async fn enter(self: &Arc<Self>) -> Tracked {
         self.in_flight.enter().await;
-        Tracked::new(Arc::clone(self), None)
+        Tracked::new(Arc::clone(self), Whose::Job, self.clock.now())
     }
 
     /// [`Node::enter`] for a guest, whose latency counts from `arrived`.
     pub(crate) async fn enter_for_guest(self: &Arc<Self>, arrived: Moment) -> Tracked {
         self.in_flight.enter().await;
-        Tracked::new(Arc::clone(self), Some(arrived))
+        Tracked::new(Arc::clone(self), Whose::Guest, arrived)
     }
 
     /// The clock that the node goes by.
@@ -251,8 +269,9 @@ impl Node {
     /// Dropped before it returns, it opens the gate again.
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
-        self.driver().begin_hurry();
-        let drained = Drained::of_closed(Arc::clone(self));
+        let mut hurry = Hurry::default();
+        self.driver().hurry(&mut hurry);
+        let drained = Drained::of_closed(Arc::clone(self), hurry);
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;
         }

@@ -19,6 +19,7 @@ use crate::driver::Preallocation;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 
 /// Which layers [`Storage::extents`] speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,11 +131,7 @@ impl Storage for NodeStorage {
         self.node.driver().raise(event)
     }
 
-    fn begin_hurry(&self) {
-        self.node.driver().begin_hurry();
-    }
-
-    fn end_hurry(&self) {
-        self.node.driver().end_hurry();
+    fn hurry(&self, hurry: &mut Hurry) {
+        self.node.driver().hurry(hurry);
     }
 }

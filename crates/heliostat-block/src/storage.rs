@@ -14,6 +14,7 @@ use crate::buffer::Buffer;
 use crate::clock::LocalFuture;
 use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
+use crate::throttle::Hurry;
 
 /// Whether a write is durable when it returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,12 +206,11 @@ pub trait Storage: Send + Sync + 'static {
         None
     }
 
-    /// Somebody waits until nothing is in flight above: what waits here only because of a limit goes on at once,
-    /// until [`Storage::end_hurry`] has been called as often.
-    fn begin_hurry(&self) {}
-
-    /// Takes back one [`Storage::begin_hurry`].
-    fn end_hurry(&self) {}
+    /// Somebody waits until nothing is in flight above: what waits here only because of a limit is to go on at once,
+    /// as long as `hurry` lives.
+    fn hurry(&self, hurry: &mut Hurry) {
+        let _ = hurry;
+    }
 }
 
 /// Raises `event` on `storage` and waits where the request is held up.

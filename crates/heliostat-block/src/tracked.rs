@@ -3,16 +3,20 @@
 //!
 //! Both end when dropped. They decide nothing; what happens to a request stands in `node`.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::buffer::Buffer;
 use crate::clock::Moment;
+use crate::convert::u64_from;
 use crate::error::BlockError;
 use crate::node::Node;
 use crate::range::ByteRange;
+use crate::statistics::{Ended, Kind, Outcome};
 use crate::storage::{Durability, Extent, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 
 /// The right to have one request in flight on a node; leaves it when dropped.
 ///
@@ -22,20 +26,34 @@ use crate::storage::{Durability, Extent, ZeroEffort, ZeroSpace};
 #[must_use]
 pub struct Tracked {
     node: Arc<Node>,
-    /// When the request arrived, where its latency counts as a guest's.
-    arrived: Option<Moment>,
+    /// Where its latency counts.
+    whose: Whose,
+    arrived: Moment,
+    /// When its last request ended, and what that was.
+    ended: Cell<Option<(Moment, Ended)>>,
+}
+
+/// Who made a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// A client, whose waiting counts.
+    Guest,
+    /// A job.
+    Job,
 }
 
 /// A closed gate with nothing behind it; opens when dropped.
 #[must_use]
 pub struct Drained {
     node: Arc<Node>,
+    /// No limit holds up what is below meanwhile.
+    _hurry: Hurry,
 }
 
 impl Tracked {
     /// For a request that has passed the gate.
-    pub(crate) const fn new(node: Arc<Node>, arrived: Option<Moment>) -> Self {
-        Self { node, arrived }
+    pub(crate) const fn new(node: Arc<Node>, whose: Whose, arrived: Moment) -> Self {
+        Self { node, whose, arrived, ended: Cell::new(None) }
     }
 
     /// The node that was entered.
@@ -46,7 +64,21 @@ impl Tracked {
 
     /// Leaves at once, uncounted: the place that was meant has another node by now.
     pub(crate) fn turn_back(mut self) {
-        self.arrived = None;
+        self.whose = Whose::Job;
+    }
+
+    /// The last request that it made, once that has ended. Asking for extents is none.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        self.ended.get().map(|(_, ended)| ended)
+    }
+
+    fn count<T>(&self, kind: Kind, range: Option<ByteRange>, result: &Result<T, BlockError>) {
+        let now = self.node.clock().now();
+        let began = self.ended.get().map_or(self.arrived, |(before, _)| before);
+        let ended = Ended { kind, range, took: now.since(began), outcome: Outcome::of(result) };
+        self.node.statistics().add(ended);
+        self.ended.set(Some((now, ended)));
     }
 
     /// Fills `buffer` from `offset` on.
@@ -54,7 +86,10 @@ impl Tracked {
     /// # Errors
     /// `InvalidRequest` outside the node, else what the storage says.
     pub async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
-        self.node.read_blocks(offset, buffer).await
+        let range = ByteRange::new(offset, u64_from(buffer.len())).ok();
+        let read = self.node.read_blocks(offset, buffer).await;
+        self.count(Kind::Read, range, &read);
+        read
     }
 
     /// Writes `data` at `offset`. When it returns, every bitmap knows.
@@ -63,7 +98,10 @@ impl Tracked {
     /// `InvalidRequest` outside the node, `ReadOnly`, else what the storage says. A mirror's target that
     /// fails is not an error here.
     pub async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<(), BlockError> {
-        self.node.write(offset, data, durability).await
+        let range = ByteRange::new(offset, u64_from(data.len())).ok();
+        let written = self.node.write(offset, data, durability).await;
+        self.count(Kind::Write, range, &written);
+        written
     }
 
     /// Makes `range` read as zeroes.
@@ -77,7 +115,9 @@ impl Tracked {
         effort: ZeroEffort,
         durability: Durability,
     ) -> Result<(), BlockError> {
-        self.node.write_zeroes(range, space, effort, durability).await
+        let written = self.node.write_zeroes(range, space, effort, durability).await;
+        self.count(Kind::Write, Some(range), &written);
+        written
     }
 
     /// Says that the contents of `range` are no longer needed.
@@ -85,7 +125,9 @@ impl Tracked {
     /// # Errors
     /// As [`Tracked::write`].
     pub async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
-        self.node.discard(range).await
+        let discarded = self.node.discard(range).await;
+        self.count(Kind::Discard, Some(range), &discarded);
+        discarded
     }
 
     /// Makes every write that has ended durable.
@@ -93,7 +135,9 @@ impl Tracked {
     /// # Errors
     /// What the storage says.
     pub async fn flush(&self) -> Result<(), BlockError> {
-        self.node.flush().await
+        let flushed = self.node.flush().await;
+        self.count(Kind::Flush, None, &flushed);
+        flushed
     }
 
     /// Says how `range` is laid out; may stop early, but not before the first extent. Empty for an empty
@@ -108,9 +152,9 @@ impl Tracked {
 
 impl Drop for Tracked {
     fn drop(&mut self) {
-        if let Some(arrived) = self.arrived {
-            let now = self.node.clock().now();
-            self.node.latencies().record(now.since(arrived), now);
+        if self.whose == Whose::Guest {
+            let now = self.ended.get().map_or_else(|| self.node.clock().now(), |(now, _)| now);
+            self.node.latencies().record(now.since(self.arrived), now);
         }
         self.node.leave();
     }
@@ -118,8 +162,8 @@ impl Drop for Tracked {
 
 impl Drained {
     /// For a gate that the caller has closed; quiet when the caller has waited for that.
-    pub(crate) const fn of_closed(node: Arc<Node>) -> Self {
-        Self { node }
+    pub(crate) const fn of_closed(node: Arc<Node>, hurry: Hurry) -> Self {
+        Self { node, _hurry: hurry }
     }
 
     /// The node behind the gate.

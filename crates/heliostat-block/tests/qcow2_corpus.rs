@@ -30,3 +30,8 @@ fn the_corpus_of_images_holds() {
 fn the_corpus_of_operations_holds() {
     replay("qcow2_operations", harness::operations);
 }
+
+#[test]
+fn the_corpus_of_repairs_holds() {
+    replay("qcow2_repair", harness::repair);
+}

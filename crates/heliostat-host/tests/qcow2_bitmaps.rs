@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use common::{memory_directory, run, skipped};
-use heliostat_block::driver::Driver;
 use heliostat_block::driver::qcow2::{OpenOptions as ImageOptions, Qcow2};
+use heliostat_block::driver::{Driver, Preallocation};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{Node, NodeOptions};
 use heliostat_block::range::ByteRange;
@@ -49,8 +49,8 @@ async fn write(node: &Arc<Node>, at: u64, len: usize) {
 
 /// What ours says is dirty in the bitmap of that name.
 fn dirty(qcow2: &Qcow2, name: &str) -> Option<Vec<ByteRange>> {
-    let bitmap = qcow2.bitmaps().iter().find(|bitmap| bitmap.entry.name == name.as_bytes()).unwrap();
-    let bits = bitmap.bits.as_ref()?;
+    let bitmap = qcow2.bitmaps().into_iter().find(|bitmap| bitmap.entry.name == name.as_bytes()).unwrap();
+    let bits = bitmap.bits?;
     let mut found = Vec::new();
     let mut from = 0;
     while let Some(range) = bits.next_dirty(from, u64::MAX) {
@@ -147,4 +147,77 @@ fn after_a_crash_nobody_believes_a_bitmap_that_was_in_use() {
     .unwrap();
     assert_eq!(in_use(), 2, "they stay what they are");
     run("qemu-img", &["check", path.to_str().unwrap()]).unwrap();
+}
+
+#[test]
+fn bitmaps_of_a_resized_image_are_what_qemu_makes_of_them() {
+    if !has_tools() {
+        return;
+    }
+    let folder = memory_directory().unwrap();
+    let path = image(folder.path(), 65_536);
+    let text = path.to_str().unwrap();
+    let theirs = folder.path().join("theirs.qcow2");
+    let last = (SIZE - 1024, "1024");
+    run("qemu-io", &["-f", "qcow2", "-c", &format!("write {} {}", last.0, last.1), text]).unwrap();
+    // Within a granule, to its end, far beyond; and back into the middle of one that is dirty.
+    for size in [SIZE + 512, SIZE + (64 << 10), 5 << 30, (10 << 20) + 512, (1 << 20) + 1024, 512, 1 << 36] {
+        std::fs::copy(&path, &theirs).unwrap();
+        let arguments = ["resize", "-q", "--shrink", "-f", "qcow2", theirs.to_str().unwrap()];
+        run("qemu-img", &[&arguments[..], &[&size.to_string()]].concat()).unwrap();
+        block_on(async {
+            let (_, node) = open(&path).await;
+            node.resize(size, Preallocation::Off).await.unwrap();
+            node.close().await.unwrap();
+        })
+        .unwrap();
+        for name in ["one", "two"] {
+            assert_eq!(dirty_by_qemu(&path, name), dirty_by_qemu(&theirs, name), "{name} at {size}");
+        }
+        run("qemu-img", &["check", text]).unwrap();
+    }
+}
+
+#[test]
+fn a_bitmap_follows_writes_to_what_a_disk_has_gained() {
+    if !has_tools() {
+        return;
+    }
+    let folder = memory_directory().unwrap();
+    let path = image(folder.path(), 65_536);
+    block_on(async {
+        let (qcow2, node) = open(&path).await;
+        node.resize(2 * SIZE, Preallocation::Off).await.unwrap();
+        write(&node, SIZE + 5, 100).await;
+        let before = range(1 << 20, 128 << 10);
+        assert_eq!(dirty(&qcow2, "one"), Some(vec![before, range(SIZE, 64 << 10)]));
+        assert_eq!(dirty(&qcow2, "two"), Some(vec![before]));
+        node.close().await.unwrap();
+    })
+    .unwrap();
+    assert_eq!(dirty_by_qemu(&path, "one")[1], range(SIZE, 64 << 10));
+}
+
+#[test]
+fn an_image_whose_bitmaps_were_not_saved_is_not_resized_in_the_same_words() {
+    if !has_tools() {
+        return;
+    }
+    let folder = memory_directory().unwrap();
+    let path = image(folder.path(), 65_536);
+    block_on(async {
+        // Never closed.
+        drop(open(&path).await);
+        let (_, node) = open(&path).await;
+        let refused = node.resize(2 * SIZE, Preallocation::Off).await.unwrap_err();
+        assert!(
+            refused.to_string().ends_with("Bitmap 'one' is inconsistent and cannot be used"),
+            "{refused}"
+        );
+        assert_eq!(node.size(), SIZE);
+        node.close().await.unwrap();
+    })
+    .unwrap();
+    let theirs = run("qemu-img", &["resize", "-f", "qcow2", path.to_str().unwrap(), "128M"]).unwrap_err();
+    assert!(theirs.contains("Bitmap 'one' is inconsistent and cannot be used"), "{theirs}");
 }

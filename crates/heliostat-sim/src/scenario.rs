@@ -345,6 +345,7 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
         // Said only where it is true, which is known when the job starts.
         target_is_zero: random.chance(500),
         detect_zeroes: random.chance(300),
+        stands_on_source: false,
         target_deadline: random.pick(&[
             settings.delay_max / 4,
             settings.delay_max * 3,

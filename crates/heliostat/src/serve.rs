@@ -16,6 +16,7 @@ use heliostat_block::graph::Place;
 use heliostat_block::nbd::Errno;
 use heliostat_block::nbd::reply::Reply;
 use heliostat_block::nbd::request::{Command, Request};
+use heliostat_block::statistics::Statistics;
 use heliostat_block::storage::Durability;
 use heliostat_block::tracked::Tracked;
 
@@ -115,6 +116,28 @@ impl Default for Buffers {
     }
 }
 
+/// Where clients' requests go, and where they are counted. What was counted stays when another node takes the place.
+pub struct Seat {
+    /// Where they go.
+    pub place: Arc<Place>,
+    /// What was counted.
+    pub statistics: Statistics,
+}
+
+impl Seat {
+    /// A seat at `place` with nothing counted yet.
+    #[must_use]
+    pub fn new(place: Arc<Place>) -> Arc<Self> {
+        Arc::new(Self { place, statistics: Statistics::default() })
+    }
+
+    fn count(&self, tracked: &Tracked) {
+        if let Some(ended) = tracked.ended() {
+            self.statistics.add(ended);
+        }
+    }
+}
+
 /// How many bytes a command holds while it is in flight.
 #[must_use]
 pub fn bytes_held(command: &Command) -> u64 {
@@ -129,17 +152,19 @@ pub fn bytes_held(command: &Command) -> u64 {
 ///
 /// # Cancel safety
 /// None: once polled it must be polled to its end.
-pub async fn carry_out(place: Arc<Place>, buffers: Buffers, request: Request, permit: Permit) {
+pub async fn carry_out(seat: Arc<Seat>, buffers: Buffers, request: Request, permit: Permit) {
     let Request { command, reply } = request;
     if let Command::Cache { .. } = command {
         // A hint; the host's cache reads ahead by itself.
         return reply.done();
     }
-    let tracked = place.enter().await;
+    let tracked = seat.place.enter().await;
     match command {
         Command::Read { range, .. } => {
             let buffer = buffers.take(usize_from(range.len()));
-            match tracked.read(range.offset(), buffer).await {
+            let read = tracked.read(range.offset(), buffer).await;
+            seat.count(&tracked);
+            match read {
                 Ok(buffer) => reply.data(range.offset(), buffer),
                 Err(error) => fail(reply, &error),
             }
@@ -148,7 +173,7 @@ pub async fn carry_out(place: Arc<Place>, buffers: Buffers, request: Request, pe
             Ok(found) => reply.extents(range, &found, extents),
             Err(error) => fail(reply, &error),
         },
-        command => match change(&tracked, command).await {
+        command => match change(&seat, &tracked, command).await {
             Ok(()) => reply.done(),
             Err(error) => fail(reply, &error),
         },
@@ -156,22 +181,24 @@ pub async fn carry_out(place: Arc<Place>, buffers: Buffers, request: Request, pe
     drop(permit);
 }
 
-async fn change(tracked: &Tracked, command: Command) -> Result<(), BlockError> {
-    match command {
+async fn change(seat: &Seat, tracked: &Tracked, command: Command) -> Result<(), BlockError> {
+    let changed = match command {
         Command::Write { offset, data, durability } => tracked.write(offset, data, durability).await,
         Command::WriteZeroes { range, space, effort, durability } => {
             tracked.write_zeroes(range, space, effort, durability).await
         }
-        Command::Trim { range, durability } => {
-            tracked.discard(range).await?;
-            match durability {
-                Durability::Cached => Ok(()),
-                Durability::Fua => tracked.flush().await,
+        Command::Trim { range, durability } => match tracked.discard(range).await {
+            Ok(()) if durability == Durability::Fua => {
+                seat.count(tracked);
+                tracked.flush().await
             }
-        }
+            discarded => discarded,
+        },
         Command::Flush => tracked.flush().await,
-        Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. } => Ok(()),
-    }
+        Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. } => return Ok(()),
+    };
+    seat.count(tracked);
+    changed
 }
 
 fn fail(reply: Reply, error: &BlockError) {

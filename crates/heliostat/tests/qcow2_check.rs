@@ -130,7 +130,7 @@ fn broken_reference_counts_are_counted_alike_and_made_anew() {
     }
     let folder = folder();
     let base = Image::make(folder.path(), "", "64M", &WRITES);
-    let cases: [Case; 16] = [
+    let cases: [Case; 17] = [
         ("block unaligned", |image| image.set_block(0, image.block() | 0x200), Sound),
         ("block with reserved bit", |image| image.set_block(0, image.block() | 1), Sound),
         ("block outside", |image| image.set_block(0, 0x80_0000), Sound),
@@ -143,6 +143,7 @@ fn broken_reference_counts_are_counted_alike_and_made_anew() {
         ("second block just outside", |image| image.set_block(1, 0x19_0000), Sound),
         ("second block unaligned", |image| image.set_block(1, 0x80_0200), Sound),
         ("second block in the last cluster", |image| image.set_block(1, 0x18_0000), Sound),
+        ("no table", |image| image.put32(56, 0), Sound),
         ("table outside", |image| image.put64(48, 0x80_0000), Sound),
         ("table in the header", |image| image.put64(48, 0), Sound),
         ("table reaches into the block", |image| image.put32(56, 2), SoundAfterLong),
@@ -266,6 +267,10 @@ fn damaged_bitmaps_are_counted_alike_and_given_up() {
     let put64 = |at: u64, value: u64| base.damaged(|image| image.put64(at, value));
     let put32 = |at: u64, value: u32| base.damaged(|image| image.put32(at, value));
     let put = |at: u64, value: u8| base.damaged(|image| image.put(at, &[value]));
+    let in_use_and_long = base.damaged(|image| {
+        image.put32(directory + 12, 3);
+        image.put32(directory + 8, 2);
+    });
     let cases = [
         ("nothing", base.clone(), Sound),
         ("directory outside", put64(extension + 24, 0x800_0000), Sound),
@@ -288,6 +293,10 @@ fn damaged_bitmaps_are_counted_alike_and_given_up() {
         ("data with reserved bit", put64(table, base.u64(table) | 2), Sound),
         ("data elsewhere", put64(table, 0x3_0000), Sound),
         ("ones", put64(table, 1), Sound),
+        ("ones with reserved bit", put64(table, 3), Sound),
+        ("two of one name", put(directory + 32 + 25, b'0'), Sound),
+        ("in use", put32(directory + 12, 3), Sound),
+        ("in use, table of the wrong length", in_use_and_long, Sound),
         ("out of date", put64(88, 0), Sound),
     ];
     for (name, image, afterwards) in cases {

@@ -24,6 +24,8 @@ pub enum Contender {
     Cp,
     /// Two threads that read and write, half of the disk each: what the machine can do without thinking.
     TwoThreads,
+    /// One thread that writes and reads nothing: writes to one file take turns in the kernel.
+    OneWriter,
     /// fio reading one disk and writing another at once.
     FioReadWrite,
 }
@@ -35,10 +37,11 @@ impl Contender {
             Self::QemuStorageDaemon => "qemu-storage-daemon",
             Self::QemuNbd => "qemu-nbd",
             Self::NbdkitFile => "nbdkit file",
-            Self::QemuImg => "qemu-img convert",
+            Self::QemuImg => "qemu-img",
             Self::Nbdcopy => "nbdcopy",
             Self::Cp => "cp --sparse=auto",
             Self::TwoThreads => "two plain threads",
+            Self::OneWriter => "a thread that only writes",
             Self::FioReadWrite => "fio read and write",
         }
     }

@@ -151,6 +151,16 @@ pub fn copy_with_two_threads(source: &Path, target: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Writes `size` bytes of one thread's, the same ones again and again.
+pub fn write_with_one_thread(target: &Path, size: u64) -> Result<()> {
+    let target = OpenOptions::new().write(true).open(target)?;
+    let block = vec![0x5a; usize_from(STEP)];
+    for at in (0..size).step_by(usize_from(STEP)) {
+        target.write_all_at(&block[..usize_from(STEP.min(size - at))], at)?;
+    }
+    Ok(())
+}
+
 fn copy_plainly(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
     let mut block = vec![0; usize_from(STEP)];
     for at in (start..end).step_by(usize_from(STEP)) {

@@ -19,6 +19,7 @@ use crate::range_lock::RangeLock;
 use crate::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace, pass,
 };
+use crate::throttle::Hurry;
 
 /// What is copied at once: as much as a copy of a mirror.
 const COPY_LEN: u64 = 1 << 20;
@@ -66,7 +67,7 @@ impl CopyOnRead {
                 if extent.status != ExtentStatus::Hole {
                     continue;
                 }
-                if let Some(found) = self.found_below(backing, extent.range).await? {
+                if let Some(found) = self.found_below(&backing, extent.range).await? {
                     return Ok(Some(found));
                 }
             }
@@ -81,7 +82,7 @@ impl CopyOnRead {
         while at < range.end() {
             // A step ends where any layer's answer does.
             let mut step = ByteRange::from_bounds(at, range.end());
-            let mut layer = Some(top);
+            let mut layer = Some(Arc::clone(top));
             let mut is_found = false;
             while let Some(node) = layer {
                 if step.offset() < node.size() {
@@ -91,7 +92,7 @@ impl CopyOnRead {
                         is_found |= extent.status != ExtentStatus::Hole;
                     }
                 }
-                layer = if Arc::ptr_eq(node, bottom) { None } else { node.backing() };
+                layer = if Arc::ptr_eq(&node, bottom) { None } else { node.backing() };
             }
             if is_found {
                 return Ok(Some(step));
@@ -191,11 +192,7 @@ impl Storage for CopyOnRead {
         self.below.start_writeback(range);
     }
 
-    fn begin_hurry(&self) {
-        self.below.begin_hurry();
-    }
-
-    fn end_hurry(&self) {
-        self.below.end_hurry();
+    fn hurry(&self, hurry: &mut Hurry) {
+        self.below.hurry(hurry);
     }
 }

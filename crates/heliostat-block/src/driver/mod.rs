@@ -23,7 +23,8 @@ use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
-use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace, pass};
+use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace, pass};
+use crate::throttle::Hurry;
 
 pub use filter::Filter;
 pub use qcow2::{Preallocation, Qcow2};
@@ -68,7 +69,7 @@ impl Driver {
     }
 
     /// The node below, which holds what this one does not.
-    pub(crate) fn backing(&self) -> Option<&Arc<Node>> {
+    pub(crate) fn backing(&self) -> Option<Arc<Node>> {
         match self {
             Self::Raw(_) => None,
             Self::Qcow2(qcow2) => qcow2.backing(),
@@ -109,8 +110,8 @@ impl Driver {
         match self {
             Self::Raw(_) | Self::Filter(_) => Vec::new(),
             Self::Qcow2(qcow2) => {
-                let enabled = qcow2.bitmaps().iter().filter(|bitmap| bitmap.is_enabled());
-                enabled.filter_map(|bitmap| bitmap.bits.clone()).collect()
+                let enabled = qcow2.bitmaps().into_iter().filter(qcow2::StoredBitmap::is_enabled);
+                enabled.filter_map(|bitmap| bitmap.bits).collect()
             }
         }
     }
@@ -163,27 +164,17 @@ impl Driver {
         }
     }
 
-    /// See [`Storage::begin_hurry`].
-    pub(crate) fn begin_hurry(&self) {
-        self.each_below(&|storage| storage.begin_hurry(), &|backing| backing.driver().begin_hurry());
-    }
-
-    /// See [`Storage::end_hurry`].
-    pub(crate) fn end_hurry(&self) {
-        self.each_below(&|storage| storage.end_hurry(), &|backing| backing.driver().end_hurry());
-    }
-
-    /// Calls one of the two for everything that it stands on.
-    fn each_below(&self, storage: &dyn Fn(&dyn Storage), backing: &dyn Fn(&Node)) {
+    /// See [`Storage::hurry`]; for everything that it stands on.
+    pub(crate) fn hurry(&self, hurry: &mut Hurry) {
         match self {
-            Self::Raw(raw) => storage(raw.storage()),
+            Self::Raw(raw) => raw.storage().hurry(hurry),
             Self::Qcow2(qcow2) => {
-                qcow2.storages().for_each(|below| storage(&**below));
-                if let Some(node) = qcow2.backing() {
-                    backing(node);
+                qcow2.storages().for_each(|below| below.hurry(hurry));
+                if let Some(backing) = qcow2.backing() {
+                    backing.driver().hurry(hurry);
                 }
             }
-            Self::Filter(filter) => storage(filter.storage()),
+            Self::Filter(filter) => filter.storage().hurry(hurry),
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::node::Node;
 use crate::node_storage::NodeStorage;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
-use crate::throttle::{Direction, ThrottleGroup};
+use crate::throttle::{Direction, Hurry, ThrottleGroup};
 
 /// Lets requests wait so that limits are kept.
 pub struct Throttle {
@@ -108,13 +108,8 @@ impl Storage for Throttle {
         self.below.start_writeback(range);
     }
 
-    fn begin_hurry(&self) {
-        self.group.begin_hurry(self.member);
-        self.below.begin_hurry();
-    }
-
-    fn end_hurry(&self) {
-        self.group.end_hurry(self.member);
-        self.below.end_hurry();
+    fn hurry(&self, hurry: &mut Hurry) {
+        hurry.add(&self.group, self.member);
+        self.below.hurry(hurry);
     }
 }

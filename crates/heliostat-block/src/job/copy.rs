@@ -38,6 +38,8 @@ pub(crate) struct Route {
     pub(crate) trust_target: AtomicBool,
     /// What the first pass copies.
     pub(crate) sync: SyncMode,
+    /// What the target does not hold it will show from the source.
+    pub(crate) stands_on_source: bool,
 }
 
 /// How a range was brought over.
@@ -66,7 +68,17 @@ impl Route {
             zero_space: if options.unmap { ZeroSpace::MayUnmap } else { ZeroSpace::Keep },
             trust_target: AtomicBool::new(true),
             sync: options.sync,
+            stands_on_source: options.stands_on_source,
         }
+    }
+
+    /// Makes durable what the target shows.
+    pub(crate) async fn flush(&self) -> Result<(), BlockError> {
+        if self.stands_on_source {
+            // Not by the gate: it is closed at the end.
+            self.source.flush().await?;
+        }
+        self.target.enter().await.flush().await
     }
 
     /// Whether copying is work for a core rather than for a disk.

@@ -177,6 +177,7 @@ mod tests {
                 zero_space: ZeroSpace::Keep,
                 trust_target: AtomicBool::new(true),
                 sync: SyncMode::Full,
+                stands_on_source: false,
             };
             let unflushed = Unflushed::new([fresh(), fresh()]);
             Self { route: Arc::new(route), doubling, unflushed, returns: Arc::default() }

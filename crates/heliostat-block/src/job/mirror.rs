@@ -4,6 +4,8 @@
 //! runs on a thread of its own, beside the guests'; it never holds a guest up but behind the gate at the end,
 //! and never answers for the target. Started by the control plane, which made its [`Job`].
 
+mod end;
+
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,6 +32,7 @@ use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
 
+pub use self::end::Succession;
 pub use super::options::MirrorOptions;
 
 /// A running mirror.
@@ -59,6 +62,8 @@ pub struct Mirror {
     gather_until: Option<Moment>,
     failure: Option<String>,
     tally: Tally,
+    /// Taken when it is called.
+    succession: Option<Succession>,
 }
 
 impl Mirror {
@@ -105,7 +110,15 @@ impl Mirror {
             failure: None,
             tally,
             clock,
+            succession: None,
         }
+    }
+
+    /// Lets `succession` do what is to be done at the pivot, instead of only moving exports to the target.
+    #[must_use]
+    pub fn with_succession(mut self, succession: Succession) -> Self {
+        self.succession = Some(succession);
+        self
     }
 
     /// Lets it send copies to `lanes` while no guest wants the other cores.
@@ -115,11 +128,21 @@ impl Mirror {
         self
     }
 
-    /// Runs until the job has ended.
+    /// Runs until the job has ended, and says so.
     ///
     /// # Cancel safety
     /// Must not be dropped: the target's halves of guests' writes would be of unknown fate.
-    pub async fn run(mut self) {
+    pub async fn run(self) {
+        let job = Arc::clone(&self.job);
+        job.conclude(self.run_to_end().await);
+    }
+
+    /// Runs until nothing is held any more, and answers what is to be said with [`Job::conclude`]: whoever hears that
+    /// may delete the nodes and open their files.
+    ///
+    /// # Cancel safety
+    /// As [`Mirror::run`].
+    pub async fn run_to_end(mut self) -> JobEvent {
         if self.route.source.size() != self.route.target.size() {
             self.failure = Some("Source and target image have different sizes".to_owned());
         }
@@ -135,8 +158,11 @@ impl Mirror {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
-                Step::Pivot if self.may_end(End::Complete) => return self.end(End::Complete),
-                Step::EndWithCopy if self.may_end(End::Copy) => return self.end(End::Copy),
+                Step::Pivot if self.may_end(End::Complete) => match self.pivot() {
+                    Ok(()) => return self.end(),
+                    Err(failure) => self.failure = Some(failure),
+                },
+                Step::EndWithCopy if self.may_end(End::Copy) => return self.end(),
                 step => self.carry_out(step).await,
             }
         }
@@ -455,35 +481,5 @@ impl Mirror {
         };
         let figures = self.tally.tell(now, &standing, source.latencies());
         self.job.tell_figures(figures);
-    }
-
-    // ------------------------------------------------------------------ end
-
-    /// Whether no verb stands in the way of the end, nor can any more.
-    fn may_end(&self, end: End) -> bool {
-        (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
-    }
-
-    fn end(mut self, end: End) {
-        self.route.source.detach_doubling();
-        self.doubling.close();
-        if let (End::Complete, Some(drained)) = (end, self.gate.drained()) {
-            self.graph.pivot(drained, &self.route.target);
-        }
-        self.open_gate();
-        self.conclude(JobEvent::Completed(None));
-    }
-
-    fn end_aborted(mut self) {
-        let failure = self.failure.take();
-        self.conclude(failure.map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure))));
-    }
-
-    /// Says the end when nothing is held any more: who hears it may delete the nodes and open their files.
-    fn conclude(mut self, event: JobEvent) {
-        self.tell_figures(true);
-        let job = Arc::clone(&self.job);
-        drop(self);
-        job.conclude(event);
     }
 }

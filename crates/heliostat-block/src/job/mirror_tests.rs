@@ -6,6 +6,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 
 use super::mirror::MirrorOptions;
+use super::scan::SyncMode;
 use super::test_disk::{Bench, Disk, SECTOR};
 use super::{End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
 use crate::range::ByteRange;
@@ -158,4 +159,36 @@ fn what_lies_in_a_gap_between_two_extents_is_copied() {
     let bench = Bench::new(source, Arc::clone(&target));
     assert_eq!(complete(&bench, options(), || ()), JobEvent::Completed(None));
     assert_eq!(target.shown(), vec![7; SECTORS * SECTOR]);
+}
+
+// ---------------------------------------------------------------------- what is done at the pivot
+
+#[test]
+fn a_source_that_the_target_will_stand_on_is_flushed_with_it() {
+    for stands_on_source in [true, false] {
+        let source = disk(1);
+        let bench = Bench::new(Arc::clone(&source), disk(1));
+        let options = MirrorOptions { sync: SyncMode::None, stands_on_source, ..options() };
+        assert_eq!(complete(&bench, options, || ()), JobEvent::Completed(None));
+        // What it held before, and what only it holds, must not be lost when the guest flushes the target only.
+        assert_eq!(source.flushes() > 0, stands_on_source);
+    }
+}
+
+#[test]
+fn a_pivot_that_is_refused_fails_the_job_and_leaves_the_source_in_its_place() {
+    let bench = Bench::new(disk(1), disk(0));
+    let end = Arc::<Mutex<Option<JobEvent>>>::default();
+    let heard = Arc::clone(&end);
+    let (_job, mirror) = bench.mirror(options(), move |job, event| match event {
+        JobEvent::Ready => job.ask(Verb::Complete).unwrap(),
+        JobEvent::Completed(_) | JobEvent::Cancelled => *heard.lock().unwrap() = Some(event.clone()),
+        _ => {}
+    });
+    let mirror = mirror.with_succession(Box::new(|_, _| Err("no longer".to_owned())));
+    bench.run(mirror.run(), || ());
+    assert_eq!(end.lock().unwrap().take(), Some(JobEvent::Completed(Some("no longer".to_owned()))));
+    assert!(Arc::ptr_eq(&bench.export.node(), &bench.source), "guests stay where they are");
+    let write = bench.source.enter().now_or_never().expect("the gate is open again");
+    write.write(0, Bytes::from_static(&[9; 512]), Durability::Cached).now_or_never().unwrap().unwrap();
 }

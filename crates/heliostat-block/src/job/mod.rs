@@ -295,8 +295,9 @@ impl Job {
         state.orders.finalize = self.options.auto_finalize;
     }
 
-    /// Says the end, with the last figures, and concludes.
-    pub(crate) fn conclude(&self, event: JobEvent) {
+    /// Says the end, with the last figures, and concludes. For whoever runs the job, once, when nothing of it is held
+    /// any more.
+    pub fn conclude(&self, event: JobEvent) {
         {
             // In one step: once it is not listed any more, all that it will ever say waits to be said.
             let mut state = self.state();

@@ -25,6 +25,9 @@ pub struct MirrorOptions {
     pub target_is_zero: bool,
     /// Data that is all zero is not written as data.
     pub detect_zeroes: bool,
+    /// The target will stand on the source: what it does not hold the source must hold durably, so that a flush of
+    /// the one is a flush of both.
+    pub stands_on_source: bool,
     /// How long a guest waits for the target's half of its write.
     pub target_deadline: Duration,
 }
@@ -40,6 +43,7 @@ impl Default for MirrorOptions {
             unmap: true,
             target_is_zero: false,
             detect_zeroes: false,
+            stands_on_source: false,
             target_deadline: TARGET_DEADLINE_DEFAULT,
         }
     }

@@ -66,6 +66,7 @@ struct State {
     /// Sectors that a flush makes durable, and a failed one loses.
     cached: BTreeSet<usize>,
     flushes_to_fail: u32,
+    flushes: u32,
     holds_writes: bool,
     /// Writes that a test holds up.
     held: usize,
@@ -80,6 +81,7 @@ impl Disk {
             shown: bytes,
             cached: BTreeSet::new(),
             flushes_to_fail: 0,
+            flushes: 0,
             holds_writes: false,
             held: 0,
             says: None,
@@ -116,6 +118,11 @@ impl Disk {
     /// Its extents are what `says` says.
     pub(crate) fn says(&self, says: Says) {
         self.state().says = Some(says);
+    }
+
+    /// How often it has been flushed.
+    pub(crate) fn flushes(&self) -> u32 {
+        self.state().flushes
     }
 
     /// Whether a flush is still to fail.
@@ -217,6 +224,7 @@ impl Storage for Disk {
     fn flush(&self) -> IoFuture<'_, ()> {
         let mut state = self.state();
         let cached = std::mem::take(&mut state.cached);
+        state.flushes += 1;
         if state.flushes_to_fail > 0 {
             state.flushes_to_fail -= 1;
             return IoFuture::ready(Err(io::Error::from_raw_os_error(5)));

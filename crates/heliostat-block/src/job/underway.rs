@@ -108,8 +108,8 @@ impl Underway {
 
     /// Starts to flush the target.
     pub(crate) async fn flush(&mut self) -> Option<Done> {
-        let target = Arc::clone(&self.route.target);
-        self.launch(async move { Done::Flushed(target.enter().await.flush().await) }).await
+        let route = Arc::clone(&self.route);
+        self.launch(async move { Done::Flushed(route.flush().await) }).await
     }
 
     /// Runs `work` as far as it goes at once, and keeps it where it goes no further.

@@ -18,7 +18,13 @@ impl Node {
             return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
         }
         let _drained = self.drain().await;
+        let kept = self.driver().bitmaps();
         let resized = self.blocks.below().resize(size, preallocation).await;
+        // Bitmaps that the driver keeps have changed with its size, which it may have done even where it failed.
+        self.change_watchers(|watchers| {
+            watchers.bitmaps.retain(|other| !kept.iter().any(|kept| Arc::ptr_eq(kept, other)));
+            watchers.bitmaps.extend(self.driver().bitmaps());
+        });
         resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
         self.size.store(size, Ordering::Release);
         Ok(())

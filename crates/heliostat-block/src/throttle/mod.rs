@@ -56,6 +56,23 @@ enum Next {
     Wait,
 }
 
+/// Members that are not held up by their limits, as long as this lives.
+#[derive(Default)]
+pub struct Hurry(Vec<(Arc<ThrottleGroup>, u64)>);
+
+impl Hurry {
+    pub(crate) fn add(&mut self, group: &Arc<ThrottleGroup>, member: u64) {
+        group.begin_hurry(member);
+        self.0.push((Arc::clone(group), member));
+    }
+}
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(group, member)| group.end_hurry(*member));
+    }
+}
+
 /// A place in the queue; given up when dropped.
 struct Waiting<'a> {
     group: &'a ThrottleGroup,
@@ -118,7 +135,7 @@ impl ThrottleGroup {
     }
 
     /// Lets all that waits for `member` go on, until [`ThrottleGroup::end_hurry`]; it counts all the same.
-    pub(crate) fn begin_hurry(&self, member: u64) {
+    fn begin_hurry(&self, member: u64) {
         if let Some(member) = self.lock().members.get_mut(&member) {
             member.hurries += 1;
             for ticket in member.waiting.iter().flatten() {
@@ -127,7 +144,7 @@ impl ThrottleGroup {
         }
     }
 
-    pub(crate) fn end_hurry(&self, member: u64) {
+    fn end_hurry(&self, member: u64) {
         if let Some(member) = self.lock().members.get_mut(&member) {
             member.hurries = member.hurries.saturating_sub(1);
         }

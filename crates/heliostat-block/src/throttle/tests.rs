@@ -117,10 +117,11 @@ fn nothing_waits_while_somebody_waits_for_quiet() {
     };
     look(&mut waiting);
     assert!(!waiting.is_empty());
-    group.begin_hurry(member);
+    let mut hurry = Hurry::default();
+    hurry.add(&group, member);
     look(&mut waiting);
     assert!(waiting.is_empty());
-    group.end_hurry(member);
+    drop(hurry);
     let late = group.admit(member, Direction::Write, 4096).now_or_never();
     assert!(late.is_none(), "what went on was counted");
 }

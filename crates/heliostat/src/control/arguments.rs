@@ -83,10 +83,11 @@ impl<'a> Arguments<'a> {
         self.0.get(name)
     }
 
-    /// The first text of a list.
+    /// The first text of a list; of an object there, its name.
     #[must_use]
     pub fn first_of(&self, name: &str) -> Option<&'a str> {
-        self.0.get(name)?.as_array()?.first()?.as_str()
+        let first = self.0.get(name)?.as_array()?.first()?;
+        first.as_str().or_else(|| first.get("name")?.as_str())
     }
 
     /// Says whether it was given at all.
@@ -151,6 +152,9 @@ fn check_kind(value: &Value, kind: &Kind, name: &str, path: &str) -> Result<(), 
             list.iter().enumerate().try_for_each(|(index, value)| match (kind, value) {
                 // QEMU has no name for an element at this point.
                 (Kind::Word(words), Value::String(word)) => check_word(word, words, "null"),
+                (Kind::TextOrObject(_, choice), value) if !value.is_string() && !value.is_object() => {
+                    Err(Refusal::new(format!("Invalid parameter type for 'null', expected: {choice}")))
+                }
                 _ => check_kind(value, kind, &format!("{name}[{index}]"), path),
             })
         }
@@ -167,6 +171,11 @@ fn check_kind(value: &Value, kind: &Kind, name: &str, path: &str) -> Result<(), 
             check_kind(value, &Kind::NodeRef, name, path)
         }
         (Kind::NodeRefOrNull, _) => wrong_choice("BlockdevRefOrNull"),
+        (Kind::TextOrObject(..), Value::String(_)) => Ok(()),
+        (Kind::TextOrObject(record, _), Value::Object(object)) => {
+            check_record(object, record, &format!("{path}{name}."))
+        }
+        (Kind::TextOrObject(_, choice), _) => wrong_choice(choice),
         (Kind::WordOrObject(words, ..), Value::String(word)) => check_word(word, words, name),
         (Kind::WordOrObject(_, record, _), Value::Object(object)) => {
             check_record(object, record, &format!("{path}{name}."))

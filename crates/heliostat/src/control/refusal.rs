@@ -53,6 +53,18 @@ impl Refusal {
         })
     }
 
+    /// What it says.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Says whether it is about the argument `name`.
+    #[must_use]
+    pub fn is_about(&self, name: &str) -> bool {
+        self.text.starts_with(&format!("Parameter '{name}' "))
+    }
+
     /// The member `error` of a reply.
     #[must_use]
     pub fn to_json(&self) -> Value {

@@ -5,6 +5,12 @@
 
 mod create;
 pub mod filters;
+mod introspect;
+mod mirror;
+mod returns;
+
+pub use introspect::schema;
+pub use returns::{EVENTS, EventType};
 
 /// A command.
 #[derive(Debug)]
@@ -15,6 +21,8 @@ pub struct Command {
     pub about: &'static str,
     /// What it takes.
     pub takes: &'static Record,
+    /// What it answers.
+    pub returns: &'static Kind,
 }
 
 /// An object with known members.
@@ -73,6 +81,8 @@ pub enum Origin {
 /// What a value may be.
 #[derive(Debug)]
 pub enum Kind {
+    /// Anything.
+    Any,
     /// Any text.
     Text,
     /// `true` or `false`.
@@ -93,8 +103,8 @@ pub enum Kind {
     NodeRef,
     /// The same, or `null` for none.
     NodeRefOrNull,
-    /// Anything.
-    Any,
+    /// A text, or an object; and QEMU's name of that choice.
+    TextOrObject(&'static Record, &'static str),
     /// A word, or an object; and QEMU's name of that choice.
     WordOrObject(&'static [&'static str], &'static Record, &'static str),
 }
@@ -120,6 +130,7 @@ const fn record(members: &'static [Member]) -> Record {
 }
 
 static NOTHING: Record = record(&[]);
+static NO_ANSWER: Kind = Kind::Object(&NOTHING);
 
 const ON_ERROR: Kind = Kind::Word(&["report", "ignore", "enospc", "stop", "auto"]);
 const COPY_MODE: Kind = Kind::Word(&["background", "write-blocking"]);
@@ -311,10 +322,17 @@ static SOCKET_ADDRESS: Record = Record {
     }),
 };
 
+static BITMAP: Record = record(&[
+    required("node", Kind::Text, "the node that it hangs on"),
+    required("name", Kind::Text, "its name"),
+]);
+
+static NAMED_BITMAP: Kind = Kind::TextOrObject(&BITMAP, "BlockDirtyBitmapOrStr");
+
 const NBD_EXPORT: &[Member] = &[
     optional("name", Kind::Text, "what clients ask for; default: the node's name"),
     optional("description", Kind::Text, "a text for clients"),
-    optional("bitmaps", Kind::List(&Kind::Text), "not supported yet"),
+    optional("bitmaps", Kind::List(&NAMED_BITMAP), "not supported yet"),
     optional("allocation-depth", Kind::Flag, "only false"),
 ];
 
@@ -332,42 +350,20 @@ static EXPORT: Record = Record {
     cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
 
-static MIRROR: Record = record(&[
-    optional("job-id", Kind::Text, "the job's id; required unless the device has a name"),
-    required("device", Kind::Text, "the source: a node's name"),
-    required("target", Kind::Text, "the target: a node's name"),
-    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
-    required(
-        "sync",
-        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
-    ),
-    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
-    optional(
-        "granularity",
-        Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
-    ),
-    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
-    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
-    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
-    optional("filter-node-name", Kind::Text, "a name to keep free; there is no filter node"),
-    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
-    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
-    optional(
-        "auto-dismiss",
-        Kind::Flag,
-        "be forgotten when it has ended, without `job-dismiss`; default true",
-    ),
-    later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
-    ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
-]);
-
 static BY_DEVICE: Record = record(&[required("device", Kind::Text, "the job's id")]);
 static BY_ID: Record = record(&[required("id", Kind::Text, "the job's id")]);
 
 const fn command(name: &'static str, about: &'static str, takes: &'static Record) -> Command {
-    Command { name, about, takes }
+    Command { name, about, takes, returns: &NO_ANSWER }
+}
+
+const fn query(
+    name: &'static str,
+    about: &'static str,
+    takes: &'static Record,
+    returns: &'static Kind,
+) -> Command {
+    Command { name, about, takes, returns }
 }
 
 /// Every command, in the order in which `query-commands` lists them.
@@ -377,8 +373,14 @@ pub static COMMANDS: &[Command] = &[
         "Ends the greeting: from now on commands are taken and events are sent.",
         &record(&[optional("enable", Kind::List(&Kind::Word(&["oob"])), "what of the greeting to use")]),
     ),
-    command("query-version", "Says which QEMU we behave as, and who we are.", &NOTHING),
-    command("query-commands", "Lists the commands.", &NOTHING),
+    query("query-version", "Says which QEMU we behave as, and who we are.", &NOTHING, &returns::VERSION),
+    query("query-commands", "Lists the commands.", &NOTHING, &returns::COMMAND_NAMES),
+    query(
+        "query-qmp-schema",
+        "Says what commands take and answer, and what events say.",
+        &NOTHING,
+        &returns::SCHEMA,
+    ),
     command("quit", "Ends the program in order: jobs are cancelled, everything is flushed.", &NOTHING),
     command("blockdev-add", "Opens a node.", &NODE),
     command(
@@ -395,12 +397,30 @@ pub static COMMANDS: &[Command] = &[
             required("size", Kind::Int, "the new size in bytes"),
         ]),
     ),
-    command(
+    query(
         "query-named-block-nodes",
         "Lists the nodes, newest first.",
         &record(&[optional("flat", Kind::Flag, "leave out what each stands on; default false")]),
+        &returns::NODES,
     ),
-    command("query-block", "Lists devices of a guest. There are none: always empty.", &NOTHING),
+    query(
+        "query-block",
+        "Lists devices of a guest. There are none: always empty.",
+        &NOTHING,
+        &returns::DEVICES,
+    ),
+    query(
+        "query-blockstats",
+        "Says what was counted of requests: for each export; with query-nodes, for each node.",
+        &record(&[optional("query-nodes", Kind::Flag, "say it of each node; default false")]),
+        &returns::BLOCK_STATS,
+    ),
+    query(
+        "x-debug-query-block-graph",
+        "Lists nodes and what uses them, and who may do what.",
+        &NOTHING,
+        &returns::GRAPH,
+    ),
     command(
         "nbd-server-start",
         "Starts the NBD server.",
@@ -426,13 +446,18 @@ pub static COMMANDS: &[Command] = &[
             ),
         ]),
     ),
-    command("query-block-exports", "Lists the exports, newest first.", &NOTHING),
+    query("query-block-exports", "Lists the exports, newest first.", &NOTHING, &returns::EXPORTS),
     command(
         "blockdev-create",
         "Makes an image, as a job that is dismissed when it has concluded.",
         &create::CREATE,
     ),
-    command("blockdev-mirror", "Starts a mirror.", &MIRROR),
+    command("blockdev-mirror", "Starts a mirror.", &mirror::MIRROR),
+    command(
+        "drive-mirror",
+        "Starts a mirror to a file that is made or opened for it.",
+        &mirror::DRIVE_MIRROR,
+    ),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
     command(
@@ -474,20 +499,26 @@ pub static COMMANDS: &[Command] = &[
     command("job-complete", "As block-job-complete.", &BY_ID),
     command("job-finalize", "As block-job-finalize.", &BY_ID),
     command("job-dismiss", "As block-job-dismiss.", &BY_ID),
-    command("query-block-jobs", "Lists the jobs, newest first, with their figures.", &NOTHING),
-    command("query-jobs", "Lists the jobs, newest first.", &NOTHING),
+    query(
+        "query-block-jobs",
+        "Lists the jobs, newest first, with their figures.",
+        &NOTHING,
+        &returns::BLOCK_JOBS,
+    ),
+    query("query-jobs", "Lists the jobs, newest first.", &NOTHING, &returns::JOBS),
     command("object-add", "Makes an object.", &filters::OBJECT),
     command(
         "object-del",
         "Forgets an object that nobody uses.",
         &record(&[required("id", Kind::Text, "the object's id")]),
     ),
-    command("qom-get", "Says what a property of an object is.", &filters::PROPERTY),
+    query("qom-get", "Says what a property of an object is.", &filters::PROPERTY, &Kind::Any),
     command("qom-set", "Changes a property of an object.", &filters::NEW_PROPERTY),
-    command(
+    query(
         "human-monitor-command",
         "Carries out a command of QEMU's human monitor and answers its text; only qemu-io.",
         &filters::HUMAN,
+        &Kind::Text,
     ),
 ];
 

@@ -82,19 +82,25 @@ impl Session {
 
     fn contents(&self, envelope: &mut Map<String, Value>) -> Result<(String, Map<String, Value>), Refusal> {
         let mut command = None;
+        let mut is_said_twice = false;
         for (key, value) in envelope.iter() {
             let must_be = |what| Refusal::new(format!("QMP input member '{key}' must be {what}"));
             match (key.as_str(), value) {
                 ("id", _) | ("arguments", Value::Object(_)) => {}
-                ("execute", Value::String(name)) => command = Some((name.clone(), false)),
+                ("execute", Value::String(name)) => {
+                    is_said_twice |= command.replace((name.clone(), false)).is_some();
+                }
                 ("exec-oob", Value::String(name)) if self.negotiated.oob => {
-                    command = Some((name.clone(), true))
+                    is_said_twice |= command.replace((name.clone(), true)).is_some();
                 }
                 ("execute", _) => return Err(must_be("a string")),
                 ("exec-oob", _) if self.negotiated.oob => return Err(must_be("a string")),
                 ("arguments", _) => return Err(must_be("an object")),
                 _ => return Err(Refusal::new(format!("QMP input member '{key}' is unexpected"))),
             }
+        }
+        if is_said_twice {
+            return Err(Refusal::new("QMP input member 'execute' clashes with 'exec-oob'"));
         }
         let (name, is_oob) = command.ok_or_else(|| Refusal::new("QMP input lacks member 'execute'"))?;
         if is_oob && schema::find(&name).is_some() {

@@ -1,8 +1,11 @@
 //! [`Splitter`]: cuts the bytes that a client sends into messages.
 //!
 //! A message is one JSON value, wherever lines and packets begin and end: clients send several in one packet,
-//! one over several lines, and none for hours after half of one. Looks only at brackets and quotes; what the
+//! one over several lines, and none for hours after half of one. Looks only at tokens and brackets; what the
 //! message says is `json`'s. Memory and depth are bounded, so that no client can make them grow.
+//!
+//! Where bytes make no token, they are passed over up to the next one that may begin something: a bracket, a comma,
+//! a colon, the end of a line. QEMU goes on at the same places, so a client that has lost its way hears the same.
 
 /// The longest message. Commands are a few hundred bytes; a list of a thousand nodes' options would fit.
 pub const MESSAGE_LEN_MAX: usize = 1 << 20;
@@ -10,27 +13,24 @@ pub const MESSAGE_LEN_MAX: usize = 1 << 20;
 /// How deep a message may be nested, as QEMU has it.
 pub const DEPTH_MAX: usize = 1024;
 
-/// How much of a token an error repeats.
-const SHOWN_MAX: usize = 32;
+/// How much of a token an error repeats: more than any that was meant, less than what a client cannot read.
+pub(super) const SHOWN_MAX: usize = 4096;
 
 /// What came out of a client's bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Piece {
-    /// The text of one value.
+    /// The tokens of one value, or of what is none although its tokens are.
     Message(Vec<u8>),
-    /// Bytes that are no value. Some of what follows has been passed over to find the next.
+    /// Bytes that are no token. Some of what follows is passed over to find the next.
     Fault(Fault),
 }
 
 /// Why bytes are no value. The texts are QEMU's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// A control character, where JSON allows none.
+    /// Where a token should go on or begin there is something else. Holds the token so far, and that.
     #[error("JSON parse error, stray '{0}'")]
     Stray(String),
-    /// Something that cannot stand at the start of a value.
-    #[error("JSON parse error, expecting value")]
-    NoValue,
     /// Nested deeper than [`DEPTH_MAX`].
     #[error("JSON nesting depth limit exceeded")]
     TooDeep,
@@ -39,28 +39,99 @@ pub enum Fault {
     TooLong,
 }
 
-/// Where in a message the next byte stands.
+/// Where the next byte stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Between messages.
-    Idle,
-    /// In a string that began with this quote.
-    String { quote: u8, escaped: bool },
-    /// In an array or an object, outside of strings.
-    Inside,
-    /// In a number or a word that is a message of its own.
-    Word,
-    /// Behind a fault; the rest of the line is passed over.
-    Skipping,
+    /// Between tokens.
+    Between,
+    /// In a token.
+    In(Token),
+    /// Behind bytes that are no token.
+    Lost,
+    /// Behind a message that is nested too deep; the rest of the line is passed over.
+    TooDeep,
     /// A message was too long.
     Closed,
+}
+
+/// A token of more than one byte, and how far it has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    String {
+        quote: u8,
+        escaped: bool,
+    },
+    Word,
+    /// Behind a number's sign.
+    Sign,
+    /// Behind a zero that begins a number. QEMU takes no exponent there, and neither do we.
+    Zero,
+    Whole,
+    /// Behind the point.
+    Point,
+    Fraction,
+    /// Behind the `e`.
+    Exponent,
+    ExponentSign,
+    ExponentDigits,
+}
+
+/// What a byte is to the token before it.
+enum Next {
+    /// Part of it.
+    Goes(Token),
+    /// Its last byte.
+    Last,
+    /// Behind it.
+    Behind,
+    /// Neither.
+    Wrong,
+}
+
+impl Token {
+    /// The token that begins with `byte`.
+    fn beginning(byte: u8) -> Option<Self> {
+        match byte {
+            b'"' | b'\'' => Some(Self::String { quote: byte, escaped: false }),
+            b'a'..=b'z' => Some(Self::Word),
+            b'-' => Some(Self::Sign),
+            b'0' => Some(Self::Zero),
+            b'1'..=b'9' => Some(Self::Whole),
+            _ => None,
+        }
+    }
+
+    fn next(self, byte: u8) -> Next {
+        let is_digit = byte.is_ascii_digit();
+        match (self, byte) {
+            (Self::String { .. }, _) if is_lost(byte) || byte < b' ' => Next::Wrong,
+            (Self::String { quote, escaped: false }, _) if byte == quote => Next::Last,
+            (Self::String { quote, escaped }, _) => {
+                Next::Goes(Self::String { quote, escaped: !escaped && byte == b'\\' })
+            }
+            (Self::Word, b'a'..=b'z') => Next::Goes(Self::Word),
+            (Self::Sign, b'0') => Next::Goes(Self::Zero),
+            (Self::Sign | Self::Whole, _) if is_digit => Next::Goes(Self::Whole),
+            (Self::Zero | Self::Whole, b'.') => Next::Goes(Self::Point),
+            (Self::Whole | Self::Fraction, b'e' | b'E') => Next::Goes(Self::Exponent),
+            (Self::Point | Self::Fraction, _) if is_digit => Next::Goes(Self::Fraction),
+            (Self::Exponent, b'+' | b'-') => Next::Goes(Self::ExponentSign),
+            (Self::Exponent | Self::ExponentSign | Self::ExponentDigits, _) if is_digit => {
+                Next::Goes(Self::ExponentDigits)
+            }
+            (Self::Zero, _) if is_digit => Next::Wrong,
+            (Self::Sign | Self::Point | Self::Exponent | Self::ExponentSign, _) => Next::Wrong,
+            _ => Next::Behind,
+        }
+    }
 }
 
 /// Cuts a client's bytes into messages.
 #[derive(Debug)]
 pub struct Splitter {
     state: State,
-    depth: usize,
+    /// How many brackets of each kind are open: `{`, `[`.
+    open: [usize; 2],
     message: Vec<u8>,
     /// Where in the message the present token starts.
     token: usize,
@@ -68,7 +139,7 @@ pub struct Splitter {
 
 impl Default for Splitter {
     fn default() -> Self {
-        Self { state: State::Idle, depth: 0, message: Vec::new(), token: 0 }
+        Self { state: State::Between, open: [0; 2], message: Vec::new(), token: 0 }
     }
 }
 
@@ -80,9 +151,14 @@ impl Splitter {
             *input = &[];
         }
         while let Some((&byte, rest)) = input.split_first() {
-            if self.state == State::Word && ends_word(byte) {
+            if let State::In(token) = self.state
+                && matches!(token.next(byte), Next::Behind)
+            {
                 // The byte belongs to what follows.
-                return Some(self.finish());
+                self.state = State::Between;
+                if self.open == [0; 2] {
+                    return Some(self.finish());
+                }
             }
             *input = rest;
             if let Some(piece) = self.take(byte) {
@@ -100,62 +176,63 @@ impl Splitter {
 
     fn take(&mut self, byte: u8) -> Option<Piece> {
         match self.state {
-            State::Skipping => {
-                // A client that has lost its way says so with a byte that no JSON has (QMP's specification).
-                if byte == b'\n' || is_lost(byte) {
-                    self.state = State::Idle;
-                }
-                return None;
-            }
-            State::Idle if matches!(byte, b' ' | b'\t' | b'\r' | b'\n') => return None,
+            State::Lost if is_landmark(byte) => self.state = State::Between,
+            State::TooDeep if byte == b'\n' || is_lost(byte) => self.state = State::Between,
+            State::Lost | State::TooDeep => return None,
             _ => {}
+        }
+        let is_idle = self.message.is_empty() && self.state == State::Between;
+        if is_idle && matches!(byte, b' ' | b'\t' | b'\r' | b'\n') {
+            return None;
         }
         if self.message.len() == MESSAGE_LEN_MAX {
             *self = Self { state: State::Closed, ..Self::default() };
             return Some(Piece::Fault(Fault::TooLong));
         }
-        if is_stray(byte, self.state) {
-            return Some(self.stray(byte));
-        }
         self.message.push(byte);
-        match (self.state, byte) {
-            (State::String { quote, escaped: false }, _) if byte == quote => return self.string_ended(),
-            (State::String { quote, escaped }, _) => {
-                self.state = State::String { quote, escaped: !escaped && byte == b'\\' };
+        match self.state {
+            State::In(token) => match token.next(byte) {
+                Next::Goes(token) => self.state = State::In(token),
+                Next::Last => {
+                    self.state = State::Between;
+                    return (self.open == [0; 2]).then(|| self.finish());
+                }
+                Next::Behind | Next::Wrong => return Some(self.stray()),
+            },
+            _ => return self.begin(byte),
+        }
+        None
+    }
+
+    /// Takes the first byte of a token.
+    fn begin(&mut self, byte: u8) -> Option<Piece> {
+        self.token = self.message.len() - 1;
+        let kind = usize::from(matches!(byte, b'[' | b']'));
+        match byte {
+            b' ' | b'\t' | b'\r' | b'\n' => None,
+            b'{' | b'[' => {
+                if self.open[0] + self.open[1] == DEPTH_MAX {
+                    *self = Self { state: State::TooDeep, ..Self::default() };
+                    return Some(Piece::Fault(Fault::TooDeep));
+                }
+                self.open[kind] += 1;
+                None
             }
-            (_, b'"' | b'\'') => {
-                self.token = self.message.len() - 1;
-                self.state = State::String { quote: byte, escaped: false };
+            // One that closes nothing ends the message, too: it is none.
+            b'}' | b']' if self.open[kind] == 0 => Some(self.finish()),
+            b'}' | b']' => {
+                self.open[kind] -= 1;
+                (self.open == [0; 2]).then(|| self.finish())
             }
-            (_, b'{' | b'[') => return self.enter(),
-            (State::Inside, b'}' | b']') => return self.leave(),
-            (State::Inside | State::Word, _) => {}
-            (_, b'}' | b']' | b',' | b':') => return Some(self.fault(Fault::NoValue)),
-            _ => self.state = State::Word,
+            b',' | b':' => (self.open == [0; 2]).then(|| self.finish()),
+            _ => match Token::beginning(byte) {
+                Some(token) => {
+                    self.state = State::In(token);
+                    None
+                }
+                None => Some(self.stray()),
+            },
         }
-        None
-    }
-
-    fn enter(&mut self) -> Option<Piece> {
-        if self.depth == DEPTH_MAX {
-            return Some(self.fault(Fault::TooDeep));
-        }
-        self.depth += 1;
-        self.state = State::Inside;
-        None
-    }
-
-    fn leave(&mut self) -> Option<Piece> {
-        self.depth -= 1;
-        (self.depth == 0).then(|| self.finish())
-    }
-
-    fn string_ended(&mut self) -> Option<Piece> {
-        if self.depth == 0 {
-            return Some(self.finish());
-        }
-        self.state = State::Inside;
-        None
     }
 
     fn finish(&mut self) -> Piece {
@@ -163,37 +240,43 @@ impl Splitter {
         Piece::Message(done.message)
     }
 
-    fn fault(&mut self, fault: Fault) -> Piece {
-        *self = Self { state: State::Skipping, ..Self::default() };
-        Piece::Fault(fault)
+    /// The last byte is not one that belongs there.
+    fn stray(&mut self) -> Piece {
+        let lost = std::mem::replace(self, Self { state: State::Lost, ..Self::default() });
+        let token = &lost.message[lost.token..];
+        Piece::Fault(Fault::Stray(shown(token)))
     }
+}
 
-    fn stray(&mut self, byte: u8) -> Piece {
-        let token = match self.state {
-            State::String { .. } => &self.message[self.token..],
-            _ => &[],
-        };
-        let mut text = String::from_utf8_lossy(&token[..token.len().min(SHOWN_MAX)]).into_owned();
-        text.push(if byte.is_ascii() { char::from(byte) } else { char::REPLACEMENT_CHARACTER });
-        let piece = self.fault(Fault::Stray(text));
-        if byte == b'\n' || is_lost(byte) {
-            self.state = State::Idle;
+/// How many bytes at the front of `text` are a word or a number, or would be one if more followed.
+pub(super) fn token_len(text: &[u8]) -> usize {
+    let mut token = text.first().and_then(|byte| Token::beginning(*byte));
+    let goes_on = |byte: &&u8| match token.map(|before| before.next(**byte)) {
+        Some(Next::Goes(next)) => {
+            token = Some(next);
+            true
         }
-        piece
-    }
+        _ => false,
+    };
+    text.iter().skip(1).take_while(goes_on).count() + usize::from(!text.is_empty())
 }
 
-fn ends_word(byte: u8) -> bool {
-    byte <= b' ' || matches!(byte, b'{' | b'}' | b'[' | b']' | b',' | b':' | b'"' | b'\'') || is_lost(byte)
+/// A token as an error repeats it.
+pub(super) fn shown(token: &[u8]) -> String {
+    let token = &token[..token.len().min(SHOWN_MAX)];
+    // Texts of QEMU end at a zero.
+    let end = token.iter().position(|byte| *byte == 0).unwrap_or(token.len());
+    String::from_utf8_lossy(&token[..end]).into_owned()
 }
 
-/// Says whether a byte says that its sender has lost its way: no JSON has it, and no UTF-8.
+/// Says whether a byte says that its sender has lost its way: no JSON has it, and no UTF-8 (QMP's specification).
 fn is_lost(byte: u8) -> bool {
-    byte == 0xFF || (byte < b' ' && !matches!(byte, b'\t' | b'\r' | b'\n'))
+    byte >= 0xFE || (byte < b' ' && !matches!(byte, b'\t' | b'\r' | b'\n'))
 }
 
-fn is_stray(byte: u8, state: State) -> bool {
-    is_lost(byte) || (byte < b' ' && matches!(state, State::String { .. }))
+/// Says whether something may begin at a byte, whatever stood before it.
+fn is_landmark(byte: u8) -> bool {
+    is_lost(byte) || matches!(byte, b'\r' | b'\n' | b'{' | b'}' | b'[' | b']' | b',' | b':')
 }
 
 #[cfg(test)]
@@ -229,15 +312,20 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_costs_the_rest_of_its_line_and_no_more() {
-        let table: [(&[u8], Fault); 4] = [
-            (b"}{}\n{}", Fault::NoValue),
-            (b"\"abc\n{}", Fault::Stray("\"abc\n".to_owned())),
-            (b"{'a\tb':1}\n{}", Fault::Stray("'a\t".to_owned())),
-            (b",\n{}", Fault::NoValue),
+    fn behind_what_is_no_token_the_next_bracket_or_line_begins_afresh() {
+        let stray = |text: &str| Piece::Fault(Fault::Stray(text.to_owned()));
+        let table: [(&[u8], Vec<Piece>); 8] = [
+            (b"\"abc\n true\n{}", vec![stray("\"abc\n"), message("{}")]),
+            (b"; true 'x' {}", vec![stray(";"), message("{}")]),
+            (b"; true\n 5\n", vec![stray(";"), message("5")]),
+            (b"{'a':01}{}", vec![stray("01"), message("}"), message("{}")]),
+            (b"-}{}", vec![stray("-}"), message("{}")]),
+            (b"truE\n", vec![message("tru"), stray("E")]),
+            (b"1true2.5\n", ["1", "true", "2.5"].map(message).to_vec()),
+            (b"}{},[1}", vec![message("}"), message("{}"), message(","), message("[1}")]),
         ];
-        for (input, fault) in table {
-            assert_eq!(split(input), [Piece::Fault(fault), message("{}")], "{input:?}");
+        for (input, pieces) in table {
+            assert_eq!(split(input), pieces, "{}", String::from_utf8_lossy(input));
         }
     }
 

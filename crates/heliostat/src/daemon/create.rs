@@ -89,6 +89,7 @@ impl Daemon {
             source: String::new(),
             target: String::new(),
             filter_node_name: None,
+            opens_at_end: None,
         };
         self.keep_job(entry, thread);
         let work = self.plan(id, spec).map_err(|error| text(&error));

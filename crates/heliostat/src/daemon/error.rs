@@ -84,6 +84,23 @@ pub enum DaemonError {
         /// What it names.
         name: String,
     },
+    /// A target of which only itself says that it is an image names another file.
+    #[error(
+        "{} looks like a qcow2 image that stands on another file ('{name}'); if it is one, say so with format=qcow2, \
+         else with format=raw", path.display()
+    )]
+    TargetGuess {
+        /// The target.
+        path: PathBuf,
+        /// What it names.
+        name: String,
+    },
+    /// There is no such driver.
+    #[error("Unknown driver '{0}'")]
+    UnknownDriver(String),
+    /// The target has no name by which it could be put in the place of a node that has one.
+    #[error("a node-name must be provided when replacing a named node of the graph")]
+    ReplacesWithoutName,
     /// An argument for tables contradicts another, or the image.
     #[error("{0}")]
     Tables(String),

@@ -19,6 +19,7 @@ use heliostat_host::socket::Address;
 use super::events::Happening;
 use super::{Daemon, DaemonError};
 use crate::front::nbd::{self, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings};
+use crate::serve::Seat;
 
 /// Where an NBD server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +74,8 @@ pub struct Export {
     pub name: String,
     /// Where it stands in the graph.
     pub place: Arc<Place>,
+    /// The same for its clients, and what was counted of their requests.
+    pub seat: Arc<Seat>,
     /// It is no longer offered; its last clients are leaving.
     pub is_leaving: bool,
 }
@@ -160,13 +163,19 @@ impl Daemon {
             _ => DaemonError::NodeNotFound(spec.node.clone()),
         })?;
         let name = spec.name.clone().unwrap_or_else(|| spec.node.clone());
-        let export = Export { id: spec.id.clone(), name, place, is_leaving: false };
+        let export = Export {
+            id: spec.id.clone(),
+            name,
+            seat: Seat::new(Arc::clone(&place)),
+            place,
+            is_leaving: false,
+        };
         let mut serving = self.lock_serving();
         let server = serving.server.as_ref().ok_or(DaemonError::NbdNotRunning)?;
         server.add_export(ExportSettings {
             name: export.name.clone(),
             description: spec.description.clone().unwrap_or_default(),
-            place: Arc::clone(&export.place),
+            seat: Arc::clone(&export.seat),
             access: if spec.writable { Access::Writable } else { Access::ReadOnly },
             is_default: false,
         })?;
@@ -179,7 +188,7 @@ impl Daemon {
     /// # Errors
     /// `ExportNotFound`, `ExportInUse`.
     pub fn remove_export(self: &Arc<Self>, id: &str, removal: Removal) -> Result<(), DaemonError> {
-        let _change = self.begin_change()?;
+        let change = self.begin_change()?;
         let removed = {
             let mut serving = self.lock_serving();
             let Serving { server, exports } = &mut *serving;
@@ -198,6 +207,8 @@ impl Daemon {
             export.is_leaving = true;
             removed
         };
+        // Seeing it off is a change of its own, which may come later.
+        drop(change);
         self.see_off(id, removed, removal);
         Ok(())
     }
@@ -261,6 +272,7 @@ impl Daemon {
         if let Some(export) = export {
             // A client may still be letting go of it; who hears of the end may remove the node at once.
             self.graph.detach(&export.place);
+            self.drop_orphans_alone();
             self.events.say(Happening::ExportDeleted { id: id.to_owned() });
         }
     }

@@ -3,8 +3,9 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use event_listener::Listener;
-use heliostat_block::job::{Force, Job, JobStatus, Observer, Verb, VerbError};
+use heliostat_block::job::{End, Force, Job, JobStatus, Observer, Verb, VerbError, allows};
 use heliostat_block::limits::JOBS_MAX;
+use heliostat_block::node::Node;
 use heliostat_host::runtime::Thread;
 
 use super::events::Happening;
@@ -43,15 +44,17 @@ pub struct JobEntry {
     pub target: String,
     /// A node's name that is kept free as long as the job lives.
     pub filter_node_name: Option<String>,
+    /// A target that is to stand on what its image names: opened when the job is asked to complete.
+    pub(super) opens_at_end: Option<Arc<Node>>,
 }
 
 impl JobEntry {
-    /// Asks something of the job, as [`Job::ask`]. Of a job that is dismissed the last word has been said when
+    /// Asks something of the job, as [`Daemon::ask_job`], which opens what has to be open before. Of a job that is dismissed the last word has been said when
     /// this returns, by this thread: clients hear it before they are answered.
     ///
     /// # Errors
     /// As [`Job::ask`].
-    pub fn ask(&self, verb: Verb) -> Result<(), VerbError> {
+    fn ask(&self, verb: Verb) -> Result<(), VerbError> {
         if verb == Verb::Dismiss {
             // Whoever is in the middle of saying that it has concluded would say the rest too.
             wait_until_silent(&self.job);
@@ -106,6 +109,23 @@ impl Daemon {
     #[must_use]
     pub fn job(&self, id: &str) -> Option<JobEntry> {
         self.jobs().into_iter().find(|entry| entry.job.id() == id)
+    }
+
+    /// Asks something of a job. What a target is to stand on is opened before it is told to complete: where that
+    /// cannot be had, the job goes on as it was.
+    ///
+    /// # Errors
+    /// `Verb`, as [`Job::ask`] says it; `Backing`.
+    pub fn ask_job(&self, entry: &JobEntry, verb: Verb) -> Result<(), DaemonError> {
+        if let Some(target) = &entry.opens_at_end
+            && verb == Verb::Complete
+            && allows(entry.job.status(), verb)
+            && entry.job.orders().end != Some(End::Copy)
+        {
+            let _change = self.begin_change()?;
+            self.open_beneath(target)?;
+        }
+        Ok(entry.ask(verb)?)
     }
 
     pub(super) fn check_new_job(&self, id: &str) -> Result<(), DaemonError> {

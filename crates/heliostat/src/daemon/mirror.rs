@@ -1,7 +1,7 @@
 //! Starting a mirror: everything is checked before anything is attached, everything is attached before the
 //! job is announced, and the job is announced before it does anything.
 
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Weak, mpsc};
 
 use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::job::mirror::Mirror;
@@ -15,7 +15,7 @@ use heliostat_host::runtime::{Thread, give_way};
 
 use super::events::Happening;
 use super::jobs::JobKind;
-use super::{Daemon, DaemonError, JobEntry};
+use super::{Beneath, Daemon, DaemonError, Export, JobEntry};
 
 /// What a mirror is to be (MIRROR.md section 2).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub struct MirrorSpec {
     pub filter_node_name: Option<String>,
     /// What the first pass copies.
     pub sync: SyncMode,
+    /// What the target stands on when it has taken the source's place.
+    pub beneath: Beneath,
     /// The name of a sync mode that is known and not there yet; refused at the moment at which QEMU does.
     pub sync_not_there: Option<&'static str>,
     /// Bytes a second; 0 is no limit. Negative is refused as QEMU refuses it.
@@ -71,6 +73,7 @@ impl MirrorSpec {
             replaces: None,
             filter_node_name: None,
             sync: options.sync,
+            beneath: Beneath::AsItIs,
             sync_not_there: None,
             speed: 0,
             granularity: None,
@@ -125,6 +128,34 @@ struct Start {
     target: Arc<Place>,
     options: MirrorOptions,
     bitmaps: Bitmaps,
+    beneath: Beneath,
+}
+
+/// What a mirror is to be made of, when all arguments have been checked.
+pub(super) struct Launch<'a> {
+    pub(super) spec: &'a MirrorSpec,
+    pub(super) source: Arc<Node>,
+    pub(super) target: Arc<Node>,
+    pub(super) prepared: Prepared,
+    pub(super) observer: Observer,
+}
+
+/// What checking the arguments has brought.
+pub(super) struct Prepared {
+    granularity: u32,
+    bitmaps: Bitmaps,
+}
+
+/// What is known of a target, which may not be there yet.
+pub(super) struct Prospect<'a> {
+    pub(super) node: Option<&'a Arc<Node>>,
+    pub(super) clusters: Clusters,
+}
+
+impl<'a> Prospect<'a> {
+    pub(super) fn of(node: &'a Arc<Node>) -> Self {
+        Self { node: Some(node), clusters: Clusters::of(node) }
+    }
 }
 
 /// How a job's thread is given its work, how it says that it hears the source's writes, and the thread.
@@ -141,14 +172,39 @@ impl Daemon {
 
     fn start_mirror_heard_by(&self, spec: &MirrorSpec, observer: Observer) -> Result<Arc<Job>, DaemonError> {
         let _change = self.begin_change()?;
-        let source = self.node(&spec.source)?;
+        let source = self.source_of(&spec.source)?;
         self.check_source(&source)?;
         let target = self.node(&spec.target)?;
-        let granularity = granularity(spec.granularity, source.size(), &Clusters::of(&target))?;
-        self.check_target(&target)?;
-        self.check_replaces(spec, &source)?;
+        let prepared = self.prepare(spec, &source, &Prospect::of(&target))?;
+        self.launch(Launch { spec, source, target, prepared, observer })
+    }
+
+    /// The node that is meant where an operator may name an export of it, too.
+    ///
+    /// # Errors
+    /// `NodeNotFound`.
+    pub fn source_of(&self, device: &str) -> Result<Arc<Node>, DaemonError> {
+        self.node(device).or_else(|error| {
+            let exports = self.exports();
+            exports.iter().find(|export| export.id == device).map(Export::node).ok_or(error)
+        })
+    }
+
+    /// Checks all arguments but those that are looked at when the job is there, in the order in which QEMU does.
+    /// Nothing has changed then.
+    pub(super) fn prepare(
+        &self,
+        spec: &MirrorSpec,
+        source: &Arc<Node>,
+        target: &Prospect<'_>,
+    ) -> Result<Prepared, DaemonError> {
+        let granularity = granularity(spec.granularity, source.size(), &target.clusters)?;
+        if let Some(target) = target.node {
+            self.check_target(target)?;
+        }
+        self.check_replaces(spec, source)?;
         check_options(spec)?;
-        if Arc::ptr_eq(&source, &target) {
+        if target.node.is_some_and(|target| Arc::ptr_eq(source, target)) {
             return Err(DaemonError::MirrorIntoItself);
         }
         self.check_filter_name(spec)?;
@@ -157,11 +213,19 @@ impl Daemon {
         }
         self.check_new_job(&spec.job_id)?;
         // Before the job is announced: what has no memory is refused, and does not fail in the middle.
-        let bitmaps = Bitmaps::new(&source, granularity)
+        let bitmaps = Bitmaps::new(source, granularity)
             .map_err(|error| DaemonError::Bitmaps { job: spec.job_id.clone(), error })?;
+        Ok(Prepared { granularity, bitmaps })
+    }
+
+    /// Starts what has been prepared.
+    pub(super) fn launch(&self, launch: Launch<'_>) -> Result<Arc<Job>, DaemonError> {
+        let Launch { spec, source, target, prepared, observer } = launch;
+        let beneath = spec.beneath;
         let attached = self.attach(spec, &source, &target);
         let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
-        let options = spec.options(granularity, &target);
+        let options = spec.options(prepared.granularity, &target);
+        let options = MirrorOptions { stands_on_source: beneath == Beneath::Source, ..options };
         let (sender, listening, thread) = self.make_thread(&spec.job_id)?;
         let job = Job::start(spec.job_id.clone(), spec.job_options(), observer);
         let entry = JobEntry {
@@ -170,10 +234,17 @@ impl Daemon {
             source: source.name().to_string(),
             target: target.name().to_string(),
             filter_node_name: spec.filter_node_name.clone(),
+            opens_at_end: (beneath == Beneath::FromHeader).then_some(target),
         };
         self.keep_job(entry, thread);
-        let start =
-            Start { job: Arc::clone(&job), source: source_place, target: target_place, options, bitmaps };
+        let start = Start {
+            job: Arc::clone(&job),
+            source: source_place,
+            target: target_place,
+            options,
+            bitmaps: prepared.bitmaps,
+            beneath,
+        };
         sender.send(start).expect("the job's thread waits for this");
         // From here on every write is heard: with `sync: none` the reply promises no less.
         listening.recv().expect("the job's thread says this before anything else");
@@ -186,22 +257,34 @@ impl Daemon {
         let (listens, listening) = mpsc::channel();
         let lanes = self.lanes.lanes();
         let (graph, clock) = (Arc::clone(&self.graph), Arc::clone(&self.clock));
+        let daemon = Weak::clone(&self.myself);
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
-            let Start { job, source, target, options, bitmaps } = start;
+            let Start { job, source, target, options, bitmaps, beneath } = start;
             give_way();
+            let told = Arc::clone(&job);
             let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock).with_lanes(lanes);
+            let heir = Weak::clone(&daemon);
+            let mirror = mirror.with_succession(Box::new(move |drained, target| {
+                let daemon = heir.upgrade().ok_or("the daemon is gone")?;
+                daemon.succeed(drained, target, beneath)
+            }));
             // Nobody left to hear it is no reason not to run.
             let _ = listens.send(());
-            mirror.run().await;
+            let end = mirror.run_to_end().await;
+            // Whoever hears of the end may open the files that were the job's.
+            if let Some(daemon) = daemon.upgrade() {
+                daemon.let_go().await;
+            }
+            told.conclude(end);
         };
         let thread = Thread::spawn(&format!("mirror-{id}"), body)
             .map_err(|error| DaemonError::Thread { job: id.to_owned(), error })?;
         Ok((sender, listening, thread))
     }
 
-    fn check_source(&self, source: &Arc<Node>) -> Result<(), DaemonError> {
+    pub(super) fn check_source(&self, source: &Arc<Node>) -> Result<(), DaemonError> {
         let is_root = |role: &Role| matches!(role, Role::Export { .. });
         if self.graph.roles(source).iter().all(is_root) { Ok(()) } else { Err(DaemonError::NotRoot) }
     }
@@ -263,7 +346,7 @@ impl Daemon {
     }
 
     /// Says what QEMU says of a job that is refused when it had been made already.
-    fn say_stillborn(&self, id: &str) {
+    pub(super) fn say_stillborn(&self, id: &str) {
         for status in [JobStatus::Created, JobStatus::Null] {
             self.events.say(Happening::Job {
                 id: id.to_owned(),
@@ -289,11 +372,11 @@ fn check_options(spec: &MirrorSpec) -> Result<(), DaemonError> {
 
 /// How a target allocates.
 #[derive(Default)]
-struct Clusters {
-    size: Option<u32>,
+pub(super) struct Clusters {
+    pub(super) size: Option<u32>,
     /// Bytes that must be written together: where a target's backing is not there, the rest of a cluster would be
     /// filled with zeroes instead of what the backing shows.
-    whole: Option<u32>,
+    pub(super) whole: Option<u32>,
 }
 
 impl Clusters {
@@ -392,7 +475,7 @@ mod tests {
         let job = daemon.start_mirror_heard_by(&spec, observer).unwrap();
         job.ask(Verb::Cancel(Force::Hard)).unwrap();
         is_concluding.recv_timeout(LIMIT).unwrap();
-        daemon.job("j").unwrap().ask(Verb::Dismiss).unwrap();
+        daemon.ask_job(&daemon.job("j").unwrap(), Verb::Dismiss).unwrap();
         assert_eq!(*last_word.lock().unwrap(), Some(std::thread::current().id()));
     }
 

@@ -5,6 +5,7 @@
 //! the thread that makes them: they belong to control threads, not to the data plane.
 
 mod create;
+mod drive_mirror;
 mod error;
 mod events;
 mod exports;
@@ -20,7 +21,7 @@ mod shutdown;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use heliostat_block::clock::Clock;
 use heliostat_block::graph::Graph;
@@ -28,6 +29,7 @@ use heliostat_block::throttle::ThrottleGroup;
 use heliostat_host::clock::RealClock;
 
 pub use create::ImageSpec;
+pub use drive_mirror::{DriveMirrorSpec, TargetMode, TargetName};
 pub use error::{DaemonError, strerror};
 pub use events::{Event, Happening, Subscription, Watch};
 pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
@@ -35,8 +37,8 @@ pub use gate::{Gate, Probing, resolved};
 pub use jobs::{JobEntry, JobKind};
 pub use mirror::MirrorSpec;
 pub use nodes::{
-    BackingSpec, CacheUse, Child, DriverSpec, FaultLimits, FaultSpec, FileSpec, FilterEntry, NodeEntry,
-    NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache, errno,
+    BackingSpec, Beneath, CacheUse, Child, DriverSpec, FaultLimits, FaultSpec, FileSpec, FilterEntry,
+    NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache, errno,
 };
 pub use poke::{Poke, Poked};
 pub use shutdown::ShutdownError;
@@ -62,6 +64,8 @@ pub struct Daemon {
     /// Held by every call that adds or removes a node, an export or a job, so that what it has checked still
     /// holds when it acts. Lock order: this before any other here.
     changes: Mutex<()>,
+    /// For what runs on jobs' threads, which keep no daemon alive.
+    myself: Weak<Daemon>,
     nodes: Mutex<Nodes>,
     throttle_groups: Mutex<ThrottleGroups>,
     pokes: Arc<Pokes>,
@@ -83,7 +87,8 @@ impl Daemon {
     /// Makes a daemon without nodes, whose images open other files through `gate`.
     #[must_use]
     pub fn with_gate(gate: Gate) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new_cyclic(|myself| Self {
+            myself: Weak::clone(myself),
             gate,
             graph: Arc::default(),
             clock: Arc::new(RealClock::new()),

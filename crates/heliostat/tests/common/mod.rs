@@ -7,6 +7,7 @@
 pub mod process;
 pub mod qcow2;
 pub mod qmp;
+pub mod scene;
 pub mod wait;
 
 use std::ffi::OsStr;

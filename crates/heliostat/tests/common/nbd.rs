@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use bytes::{Bytes, BytesMut};
 use event_listener::Event;
 use heliostat::front::nbd::{ExportSettings, NbdServer, ServerSettings};
+use heliostat::serve::Seat;
 use heliostat_block::buffer::Buffer;
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::graph::{Graph, Place, Role};
@@ -84,7 +85,7 @@ impl Served {
         ExportSettings {
             name: name.to_owned(),
             description: String::new(),
-            place: self.place(node),
+            seat: Seat::new(self.place(node)),
             access: Access::Writable,
             is_default: false,
         }

@@ -70,12 +70,7 @@ fn in_memory(scene: &Scene, contender: Contender) -> Result<Sample> {
     let size = scene.size(2 * GIB);
     let source = scene.full_disk(scene.memory(), size)?;
     if contender == TwoThreads {
-        let target = scene.memory().join("target");
-        empty_disk(&target, size)?;
-        let start = Instant::now();
-        copy_with_two_threads(&source, &target)?;
-        let took = start.elapsed().as_secs_f64();
-        return Ok(Sample::default().with(READY, took).with(THROUGHPUT, mib(size) / took));
+        return plainly(scene.memory(), size, |target| copy_with_two_threads(&source, target));
     }
     let run =
         Mirror { contender, folder: scene.memory(), source: &source, size, disk: DiskOptions::default() };
@@ -93,8 +88,19 @@ fn direct(scene: &Scene, contender: Contender) -> Result<Sample> {
     run.to_the_end([(0, size)].into_iter())
 }
 
+/// What plain threads do that fill a file of `size` bytes with `work`.
+pub fn plainly(folder: &Path, size: u64, work: impl FnOnce(&Path) -> Result<()>) -> Result<Sample> {
+    let target = folder.join("target");
+    empty_disk(&target, size)?;
+    let start = Instant::now();
+    work(&target)?;
+    let took = start.elapsed().as_secs_f64();
+    std::fs::remove_file(&target)?;
+    Ok(Sample::default().with(READY, took).with(THROUGHPUT, mib(size) / took))
+}
+
 /// What the disk does when one file is read and another written, with nothing between them.
-fn read_and_write_at_once(folder: &Path, source: &Path, size: u64) -> Result<Sample> {
+pub fn read_and_write_at_once(folder: &Path, source: &Path, size: u64) -> Result<Sample> {
     let target = folder.join("target");
     empty_disk(&target, size)?;
     let report = folder.join("fio.json");
@@ -110,6 +116,7 @@ fn read_and_write_at_once(folder: &Path, source: &Path, size: u64) -> Result<Sam
     let read = time(0, "read").context("fio's report has no runtime")?;
     let written = time(1, "write").context("fio's report has no runtime")?;
     let took = read.max(written) / 1000.0;
+    std::fs::remove_file(&target)?;
     Ok(Sample::default().with(READY, took).with(THROUGHPUT, mib(size) / took))
 }
 

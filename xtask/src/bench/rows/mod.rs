@@ -41,5 +41,6 @@ pub fn all() -> Vec<Row> {
         qcow2::ALLOCATING,
         qcow2::FULL,
         qcow2::SPARSE,
+        qcow2::CHECKED,
     ]
 }

@@ -25,6 +25,7 @@ use crate::node::Node;
 use crate::node_storage::NodeStorage;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace, pass};
+use crate::throttle::Hurry;
 
 pub use self::rules::{InjectError, IoType, SetState, Times};
 
@@ -326,12 +327,8 @@ impl Storage for FaultInjector {
         }))
     }
 
-    fn begin_hurry(&self) {
-        self.below.begin_hurry();
-    }
-
-    fn end_hurry(&self) {
-        self.below.end_hurry();
+    fn hurry(&self, hurry: &mut Hurry) {
+        self.below.hurry(hurry);
     }
 }
 

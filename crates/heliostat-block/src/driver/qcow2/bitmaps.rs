@@ -4,15 +4,12 @@
 //! While the image is open its directory says "in use" of each of them, so that after a crash nobody believes what it
 //! says. What cannot be used is kept as it is.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 
 use super::Qcow2;
-use super::bitmap_directory::{
-    AUTO, BitmapEntry, DIRECTORY_SIZE_MAX, IN_USE, decode_directory, encode_directory, runs,
-};
-use super::entry::OFFSET_MASK;
+use super::bitmap_directory::{AUTO, BitmapEntry, Bits, IN_USE, decode_directory, encode_directory, runs};
 use super::error::FormatError;
 use super::file::ImageFile;
 use super::header::{BitmapsExtension, Header, Table, autoclear};
@@ -20,13 +17,11 @@ use super::layout::Layout;
 use super::state::{read_numbers, write_numbers};
 use crate::convert::{u64_from, usize_from};
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
 /// The most memory that all bitmaps of an image may take: an image must not decide how much we have.
 const MEMORY_MAX: u64 = 256 << 20;
-
-/// A table's entry: the cluster is all ones.
-const ALL_ONES: u64 = 1;
 
 /// A persistent dirty bitmap of an open image.
 #[derive(Clone)]
@@ -48,22 +43,19 @@ impl StoredBitmap {
 
     /// Where its table and its bits are.
     pub(super) fn places(&self, layout: Layout) -> Vec<(ByteRange, &'static str)> {
-        let table = self.entry.table;
-        let range = ByteRange::from_bounds(table.offset, table.offset + u64::from(table.len) * 8);
-        let data = self.clusters().map(|start| ByteRange::from_bounds(start, start + layout.cluster_size()));
+        let range = self.entry.table_range();
+        let data =
+            self.clusters(layout).map(|start| ByteRange::from_bounds(start, start + layout.cluster_size()));
         let data = data.map(|range| (range, "data of a bitmap"));
         std::iter::once((range, "table of a bitmap")).chain(data).collect()
     }
 
     /// Where the clusters of its bits begin.
-    fn clusters(&self) -> impl Iterator<Item = u64> {
-        self.table.iter().map(|entry| entry & OFFSET_MASK).filter(|offset| *offset != 0)
-    }
-}
-
-impl BitmapsExtension {
-    fn range(&self) -> ByteRange {
-        ByteRange::from_bounds(self.directory_offset, self.directory_offset + self.directory_size)
+    fn clusters(&self, layout: Layout) -> impl Iterator<Item = u64> {
+        self.table.iter().filter_map(move |entry| match Bits::decode(*entry, layout) {
+            Some(Bits::At(offset)) => Some(offset),
+            _ => None,
+        })
     }
 }
 
@@ -76,10 +68,7 @@ impl Header {
         let Some(bitmaps) = self.bitmaps.filter(|_| self.autoclear & autoclear::BITMAPS != 0) else {
             return Ok(Vec::new());
         };
-        if bitmaps.directory_size > DIRECTORY_SIZE_MAX {
-            return Err(FormatError::header("the bitmap directory is damaged: it is too large"));
-        }
-        let bytes = file.read(bitmaps.range()).await?;
+        let bytes = file.read(bitmaps.directory()?).await?;
         decode_directory(&bytes, bitmaps.count, self.layout)
     }
 }
@@ -87,21 +76,15 @@ impl Header {
 /// Reads the bitmaps of an image that will be written, and says in the image that they are in use.
 pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<StoredBitmap>, FormatError> {
     let entries = header.read_bitmap_directory(file).await?;
-    let mut memory = 0;
+    check_memory(&entries, header.size)?;
     let mut bitmaps = Vec::new();
     for entry in entries {
-        memory += header.size.div_ceil(entry.granularity()) / 8;
-        if memory > MEMORY_MAX {
-            return Err(FormatError::Unsupported(format!(
-                "the image's dirty bitmaps take more than {} MiB of memory; remove some with `qemu-img bitmap --remove`",
-                MEMORY_MAX >> 20
-            )));
-        }
         bitmaps.push(load(file, header, entry).await?);
     }
+    let is_in_use = |bitmap: &StoredBitmap| bitmap.bits.is_some() && !is_planted(Bug::BitmapsBelieved);
     if let Some(extension) = header.bitmaps.filter(|_| !bitmaps.is_empty()) {
         let marked = bitmaps.iter().map(|bitmap| BitmapEntry {
-            flags: bitmap.entry.flags | if bitmap.bits.is_some() { IN_USE } else { 0 },
+            flags: bitmap.entry.flags | if is_in_use(bitmap) { IN_USE } else { 0 },
             ..bitmap.entry.clone()
         });
         let marked: Vec<_> = marked.collect();
@@ -111,13 +94,24 @@ pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<Stored
     Ok(bitmaps)
 }
 
+/// Refuses bitmaps that would take too much memory for a disk of `size` bytes.
+fn check_memory<'a>(
+    entries: impl IntoIterator<Item = &'a BitmapEntry>,
+    size: u64,
+) -> Result<(), FormatError> {
+    let needed = entries.into_iter().map(|entry| size.div_ceil(entry.granularity()) / 8);
+    if needed.fold(0, u64::saturating_add) <= MEMORY_MAX {
+        return Ok(());
+    }
+    Err(FormatError::Unsupported(format!(
+        "the image's dirty bitmaps take more than {} MiB of memory; remove some with `qemu-img bitmap --remove`",
+        MEMORY_MAX >> 20
+    )))
+}
+
 async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<StoredBitmap, FormatError> {
     let layout = header.layout;
     let granularity = u32::try_from(entry.granularity()).unwrap_or(u32::MAX);
-    let damaged = || {
-        let name = String::from_utf8_lossy(&entry.name);
-        FormatError::header(format!("the table of the bitmap '{name}' is damaged"))
-    };
     let Ok(bits) = DirtyBitmap::new(header.size, granularity) else {
         // Coarser than what we have: it is kept, and not used.
         return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
@@ -126,24 +120,17 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
         return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
     }
     if u64::from(entry.table.len) != entry.clusters(header.size, layout) {
-        return Err(damaged());
+        return Err(entry.unreadable_table());
     }
-    let place = entry.table.offset;
-    let table = read_numbers(
-        &file.read(ByteRange::from_bounds(place, place + u64::from(entry.table.len) * 8)).await?,
-    );
+    let table = read_numbers(&file.read(entry.table_range()).await?);
     let each = layout.cluster_size() * 8 * entry.granularity();
     for (index, number) in (0_u64..).zip(&table) {
         let start = (index * each).min(header.size);
         let part = ByteRange::from_bounds(start, start.saturating_add(each).min(header.size));
-        let cluster = number & OFFSET_MASK;
-        if layout.in_cluster(cluster) != 0 || (cluster != 0 && number & !OFFSET_MASK != 0) {
-            return Err(damaged());
-        }
-        match (cluster, number & ALL_ONES) {
-            (0, 0) => {}
-            (0, _) => bits.mark(part),
-            _ => {
+        match Bits::decode(*number, layout).ok_or_else(|| entry.unreadable_table())? {
+            Bits::Zeroes => {}
+            Bits::Ones => bits.mark(part),
+            Bits::At(cluster) => {
                 let bytes =
                     file.read(ByteRange::from_bounds(cluster, cluster + layout.cluster_size())).await?;
                 for (first, count) in runs(&bytes) {
@@ -160,19 +147,45 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
 impl Qcow2 {
     /// Its persistent dirty bitmaps, in the order of the directory.
     #[must_use]
-    pub fn bitmaps(&self) -> &[StoredBitmap] {
-        &self.bitmaps
+    pub fn bitmaps(&self) -> Vec<StoredBitmap> {
+        self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The bitmaps of a disk of `size` bytes: bits that it gains are not set. The ones in use stay as they are.
+    ///
+    /// # Errors
+    /// [`FormatError`] when one has bits that cannot be used, or there is no memory for them.
+    pub(super) fn bitmaps_for(&self, size: u64) -> Result<Vec<StoredBitmap>, FormatError> {
+        let bitmaps = self.bitmaps();
+        check_memory(bitmaps.iter().map(|bitmap| &bitmap.entry), size)?;
+        let resized = bitmaps.into_iter().map(|bitmap| {
+            let unusable = || {
+                let name = String::from_utf8_lossy(&bitmap.entry.name);
+                FormatError::Invalid(format!("Bitmap '{name}' is inconsistent and cannot be used"))
+            };
+            let old = bitmap.bits.as_ref().ok_or_else(unusable)?;
+            let bits = DirtyBitmap::new(size, old.granularity())
+                .map_err(|error| FormatError::Unsupported(error.to_string()))?;
+            bits.merge(old);
+            Ok(StoredBitmap { bits: Some(Arc::new(bits)), ..bitmap })
+        });
+        resized.collect()
+    }
+
+    /// Uses these from now on. Nobody may mark them meanwhile.
+    pub(super) fn set_bitmaps(&self, bitmaps: Vec<StoredBitmap>) {
+        *self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner) = bitmaps;
     }
 
     /// Writes the bitmaps, in new clusters, and says that they mean what they say. Nobody may mark them meanwhile.
     pub(super) async fn store_bitmaps(&self) -> Result<(), FormatError> {
-        let old = self.lock().header.bitmaps;
-        let Some(old) = old.filter(|_| self.bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
+        let (old, bitmaps) = (self.lock().header.bitmaps, self.bitmaps());
+        let Some(old) = old.filter(|_| bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
             return Ok(());
         };
         let mut entries = Vec::new();
-        let mut freed = vec![old.range()];
-        for bitmap in &self.bitmaps {
+        let mut freed = vec![old.directory()?];
+        for bitmap in &bitmaps {
             let Some(bits) = &bitmap.bits else {
                 entries.push(bitmap.entry.clone());
                 continue;

@@ -258,7 +258,8 @@ impl Qcow2 {
                 self.write_all(&[(REFCOUNT_TABLE_WORDS, words.clone())], switch).await?;
             }
         }
-        if let Some(data) = &self.data_file {
+        let data_is_last = is_planted(Bug::MappingBeforeDataFile);
+        if let Some(data) = self.data_file.as_ref().filter(|_| !data_is_last) {
             self.flush_file(data).await?;
         }
         let is_last = batch.l2.is_empty() && batch.l1.is_empty();
@@ -274,6 +275,9 @@ impl Qcow2 {
         if !batch.l1.is_empty() {
             self.write_all(&batch.l1, DebugEvent::L1Update).await?;
             self.flush_image(true).await?;
+        }
+        if let Some(data) = self.data_file.as_ref().filter(|_| data_is_last) {
+            self.flush_file(data).await?;
         }
         Ok(())
     }

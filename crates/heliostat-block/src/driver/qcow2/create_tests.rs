@@ -2,6 +2,7 @@
 
 use super::super::check::tests::{Memory, run};
 use super::super::check::{CheckOptions, check};
+use super::super::{OpenOptions, Qcow2};
 use super::*;
 
 #[test]
@@ -59,4 +60,14 @@ fn a_refusal_comes_before_the_first_write() {
         assert!(run(create(&ImageFile::new(memory.clone()), None, &options)).is_err(), "{options:?}");
         assert_eq!(memory.bytes(), vec![7; 100]);
     }
+}
+
+#[test]
+fn a_data_file_for_an_image_that_has_none_is_refused() {
+    let image = Memory::new(Vec::new(), u64::MAX);
+    let options = CreateOptions { size: 1 << 20, ..Default::default() };
+    run(create(&ImageFile::new(image.clone()), None, &options)).unwrap();
+    let options = OpenOptions { data_file: Some(Memory::new(Vec::new(), u64::MAX)), ..Default::default() };
+    let refused = run(Qcow2::open(image, options)).err().map(|error| error.to_string());
+    assert_eq!(refused.as_deref(), Some("'data-file' can only be set for images with an external data file"));
 }

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
@@ -25,15 +26,21 @@ pub struct ImageFile {
     blocks: Blocks<Arc<dyn Storage>>,
     /// Held by whoever changes the length.
     length: RangeLock,
-    size_found: u64,
+    size_found: AtomicU64,
+    /// Where the highest write ended since it was opened.
+    written_end: AtomicU64,
 }
 
 impl ImageFile {
     /// Uses all of `storage`.
     #[must_use]
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        let size_found = storage.size();
-        Self { blocks: Blocks::new(storage), length: RangeLock::default(), size_found }
+        Self {
+            size_found: AtomicU64::new(storage.size()),
+            blocks: Blocks::new(storage),
+            length: RangeLock::default(),
+            written_end: AtomicU64::new(0),
+        }
     }
 
     /// What it is.
@@ -46,6 +53,18 @@ impl ImageFile {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.storage().size()
+    }
+
+    /// Where the highest write to it ended since it was opened; 0 before the first.
+    pub(crate) fn written_end(&self) -> u64 {
+        self.written_end.load(Ordering::Relaxed)
+    }
+
+    fn is_written_to(&self, end: u64) {
+        // Looked at first: most writes are not the highest.
+        if end > self.written_end() {
+            self.written_end.fetch_max(end, Ordering::Relaxed);
+        }
     }
 
     /// Reads `range`, of any alignment. Beyond the end it reads as zeroes.
@@ -102,6 +121,7 @@ impl ImageFile {
         let len = u64_from(data.len());
         let is_inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
         if is_inside && self.has_bytes() {
+            self.is_written_to(offset + len);
             return self.storage().write(offset, data, durability);
         }
         IoFuture::pending(self.write_durably(offset, data, durability))
@@ -110,6 +130,7 @@ impl ImageFile {
     async fn write_durably(&self, offset: u64, data: Bytes, durability: Durability) -> io::Result<()> {
         let range = ByteRange::new(offset, u64_from(data.len())).map_err(io::Error::other)?;
         self.grow_to(range.end()).await?;
+        self.is_written_to(range.end());
         self.blocks.write(offset, data, durability).await
     }
 
@@ -128,6 +149,7 @@ impl ImageFile {
         if inside.is_empty() {
             return Ok(());
         }
+        self.is_written_to(inside.end());
         self.blocks.write_zeroes(inside, space, ZeroEffort::Any, Durability::Cached).await
     }
 
@@ -176,9 +198,9 @@ impl ImageFile {
         }
     }
 
-    /// How long it was when it was opened.
-    pub(crate) const fn size_found(&self) -> u64 {
-        self.size_found
+    /// How long it was when it was opened, or what it has been cut to since.
+    pub(crate) fn size_found(&self) -> u64 {
+        self.size_found.load(Ordering::Relaxed)
     }
 
     /// Cuts off what lies beyond `end`, where that can be done.
@@ -186,6 +208,7 @@ impl ImageFile {
     /// # Errors
     /// The storage's.
     pub(crate) async fn cut_to(&self, end: u64) -> io::Result<()> {
+        self.size_found.fetch_min(end, Ordering::Relaxed);
         if end < self.size() && self.storage().traits().can_resize {
             self.set_size(end).await
         } else {

@@ -139,6 +139,18 @@ impl Header {
     /// # Errors
     /// [`FormatError`] with what is wrong or not known.
     pub fn decode(cluster: &[u8]) -> Result<Self, FormatError> {
+        let header = Self::decode_to_check(cluster)?;
+        if header.refcount_table.len == 0 {
+            return Err(FormatError::header("Image does not contain a reference count table"));
+        }
+        Ok(header)
+    }
+
+    /// As [`Header::decode`], and takes what a repair can put right: no reference counts at all.
+    ///
+    /// # Errors
+    /// [`FormatError`] with what is wrong or not known.
+    pub(super) fn decode_to_check(cluster: &[u8]) -> Result<Self, FormatError> {
         let cluster_size = Self::cluster_size(cluster)?;
         let cluster = &cluster[..cluster.len().min(usize_from(cluster_size))];
         let fields = Fields(cluster);
@@ -241,9 +253,6 @@ impl Header {
         let refcount_bytes = u64::from(self.refcount_table.len) << layout.cluster_bits;
         if refcount_bytes > REFCOUNT_TABLE_SIZE_MAX {
             return Err(FormatError::header("Reference count table too large"));
-        }
-        if self.refcount_table.len == 0 {
-            return Err(FormatError::header("Image does not contain a reference count table"));
         }
         if !is_placed(self.refcount_table, refcount_bytes) {
             return Err(FormatError::header("Reference count table offset invalid"));

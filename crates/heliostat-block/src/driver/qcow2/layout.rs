@@ -145,13 +145,13 @@ impl Layout {
     /// Which entry of the refcount table counts the cluster number `cluster`.
     #[must_use]
     pub const fn refcount_table_index(self, cluster: u64) -> u64 {
-        cluster / self.refcount_block_entries()
+        cluster >> self.refcount_block_entries().trailing_zeros()
     }
 
     /// Which entry of its refcount block counts the cluster number `cluster`.
     #[must_use]
     pub const fn refcount_block_index(self, cluster: u64) -> u64 {
-        cluster % self.refcount_block_entries()
+        cluster & (self.refcount_block_entries() - 1)
     }
 
     /// Reads the reference count number `index` of `block`, which may be a piece of a refcount block that starts
@@ -159,6 +159,11 @@ impl Layout {
     #[must_use]
     pub fn refcount(self, block: &[u8], index: u64) -> u64 {
         let bits = u64::from(self.refcount_bits());
+        if bits == 16 {
+            // Nearly all images have these.
+            let start = usize_from(index) * 2;
+            return u64::from(u16::from_be_bytes([block[start], block[start + 1]]));
+        }
         if bits < 8 {
             let byte = block[usize_from(index * bits / 8)];
             return (u64::from(byte) >> (index * bits % 8)) & self.refcount_max();

@@ -35,7 +35,7 @@ mod zero;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 use bytes::Bytes;
 
@@ -68,11 +68,11 @@ pub struct Qcow2 {
     file: ImageFile,
     /// Where guest data is, if not in `file`.
     data_file: Option<ImageFile>,
-    backing: Option<Arc<Node>>,
-    /// The image names a backing file, and it was opened without.
-    lacks_backing: bool,
-    /// Its persistent dirty bitmaps; empty where it is not written.
-    bitmaps: Vec<StoredBitmap>,
+    /// What is below it: changed only while nothing is in flight here; read for an instant by requests.
+    backing: RwLock<Backing>,
+    /// Its persistent dirty bitmaps; empty where it is not written. Held to look which there are, and when the disk gets
+    /// another size.
+    bitmaps: Mutex<Vec<StoredBitmap>>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -84,6 +84,13 @@ pub struct Qcow2 {
     /// Hears of the first corruption that is found.
     herald: OnceLock<Herald>,
     is_told: AtomicBool,
+}
+
+/// What is below an image.
+struct Backing {
+    node: Option<Arc<Node>>,
+    /// The image names a backing file, and nothing was put there.
+    is_missing: bool,
 }
 
 /// Hears of a corruption. Must not block.
@@ -152,14 +159,38 @@ impl Qcow2 {
     /// Says whether the image names a backing file and was opened without one. What it does not hold reads as zero
     /// now, and as something else later.
     #[must_use]
-    pub const fn lacks_backing(&self) -> bool {
-        self.lacks_backing
+    pub fn lacks_backing(&self) -> bool {
+        self.below().is_missing
     }
 
     /// What is below it.
     #[must_use]
-    pub const fn backing(&self) -> Option<&Arc<Node>> {
-        self.backing.as_ref()
+    pub fn backing(&self) -> Option<Arc<Node>> {
+        self.below().node.clone()
+    }
+
+    /// Puts another node below it, or none. What the image does not hold reads as that shows it from now on. The
+    /// header stays as it is. The caller holds the gate, and nothing is in flight: a request that has planned with
+    /// the old one must not end with the new one.
+    pub(crate) fn set_backing(&self, node: Option<Arc<Node>>) {
+        let is_missing = node.is_none() && self.lock().header.backing_file.is_some();
+        *self.backing.write().unwrap_or_else(PoisonError::into_inner) = Backing { node, is_missing };
+    }
+
+    fn below(&self) -> RwLockReadGuard<'_, Backing> {
+        self.backing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the highest write to its file ended since it was opened.
+    #[must_use]
+    pub fn file_written_end(&self) -> u64 {
+        self.file.written_end()
+    }
+
+    /// The same of its data file, where it has one.
+    #[must_use]
+    pub fn data_file_written_end(&self) -> Option<u64> {
+        self.data_file.as_ref().map(ImageFile::written_end)
     }
 
     /// What was found wrong since it was opened, if anything was.
@@ -261,13 +292,13 @@ impl Qcow2 {
     }
 
     fn backing_size(&self) -> u64 {
-        self.backing.as_ref().map_or(0, |backing| backing.size())
+        self.below().node.as_ref().map_or(0, |backing| backing.size())
     }
 
     /// Where what is below ends, for whoever wants to know whether it would show through a hole. Ends nowhere where it
     /// is missing and its size not known.
     fn below_end(&self) -> u64 {
-        if self.lacks_backing { u64::MAX } else { self.backing_size() }
+        if self.lacks_backing() { u64::MAX } else { self.backing_size() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -417,5 +448,7 @@ impl Qcow2 {
     }
 }
 
+#[cfg(all(test, not(loom)))]
+mod crash_tests;
 #[cfg(all(test, not(loom)))]
 mod fault_tests;

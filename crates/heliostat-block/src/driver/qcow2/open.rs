@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use bytes::Bytes;
 
@@ -18,7 +18,8 @@ use super::in_flight::{Allocations, Epochs};
 use super::slices::Slices;
 use super::snapshot::{Snapshot, decode_table};
 use super::state::{State, read_numbers};
-use super::{Qcow2, StoredBitmap};
+use super::{Backing, Qcow2, StoredBitmap};
+use crate::buffer::Buffer;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
@@ -53,10 +54,18 @@ impl Header {
     /// # Errors
     /// [`FormatError`], by what is wrong.
     pub async fn read(file: &ImageFile) -> Result<Self, FormatError> {
+        Self::decode(&Self::first_cluster(file).await?)
+    }
+
+    /// Reads the header of an image that is to be checked, and perhaps put right.
+    pub(super) async fn read_to_check(file: &ImageFile) -> Result<Self, FormatError> {
+        Self::decode_to_check(&Self::first_cluster(file).await?)
+    }
+
+    async fn first_cluster(file: &ImageFile) -> Result<Buffer, FormatError> {
         let there = |len: u64| ByteRange::from_bounds(0, len.min(file.size()));
         let start = file.read(there(crate::convert::u64_from(HEADER_START))).await?;
-        let cluster = file.read(there(Self::cluster_size(&start)?)).await?;
-        Self::decode(&cluster)
+        Ok(file.read(there(Self::cluster_size(&start)?)).await?)
     }
 
     /// Reads the snapshot table.
@@ -94,12 +103,7 @@ impl Qcow2 {
         let mut header = Header::read(&file).await?;
         let layout = header.layout;
         let read_only = options.read_only || file.storage().traits().read_only;
-        if header.incompatible & incompatible::CORRUPT != 0 && !read_only {
-            return Err(FormatError::MarkedCorrupt);
-        }
-        if header.has_external_data() && options.data_file.is_none() {
-            return Err(FormatError::Invalid("'data-file' is required for this image".into()));
-        }
+        check_use(&header, &options, read_only)?;
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
         let mut bitmaps = Vec::new();
         if !read_only {
@@ -144,9 +148,11 @@ impl Qcow2 {
             size: AtomicU64::new(state.header.size),
             file,
             data_file: options.data_file.map(ImageFile::new),
-            lacks_backing: options.backing.is_none() && state.header.backing_file.is_some(),
-            backing: options.backing,
-            bitmaps,
+            backing: RwLock::new(Backing {
+                is_missing: options.backing.is_none() && state.header.backing_file.is_some(),
+                node: options.backing,
+            }),
+            bitmaps: Mutex::new(bitmaps),
             state: Mutex::new(state),
             loading: RangeLock::default(),
             linking: RangeLock::default(),
@@ -155,6 +161,21 @@ impl Qcow2 {
             is_told: AtomicBool::new(false),
         }))
     }
+}
+
+/// That the image may be used as it is to be.
+fn check_use(header: &Header, options: &OpenOptions, read_only: bool) -> Result<(), FormatError> {
+    if header.incompatible & incompatible::CORRUPT != 0 && !read_only {
+        return Err(FormatError::MarkedCorrupt);
+    }
+    if header.has_external_data() && options.data_file.is_none() {
+        return Err(FormatError::Invalid("'data-file' is required for this image".into()));
+    }
+    if !header.has_external_data() && options.data_file.is_some() {
+        let text = "'data-file' can only be set for images with an external data file";
+        return Err(FormatError::Invalid(text.into()));
+    }
+    Ok(())
 }
 
 /// Brings an image that will be written into a state in which that is allowed.

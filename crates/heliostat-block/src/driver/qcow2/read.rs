@@ -209,7 +209,7 @@ impl Qcow2 {
 
     /// Reads what is below this image. Where nothing is, there are zeroes.
     async fn read_backing(&self, range: ByteRange, mut buffer: Buffer) -> io::Result<Buffer> {
-        let Some(backing) = &self.backing else {
+        let Some(backing) = self.backing() else {
             buffer.fill(0);
             return Ok(buffer);
         };

@@ -1,4 +1,8 @@
 //! Making a disk longer or shorter, and giving it space ahead.
+//!
+//! The header's word for the size comes at one moment, and the disk is right on both sides of it. A disk that becomes
+//! longer is made ready first: what it gains is overwritten or covered, and durable, before the header names it. One
+//! that becomes shorter is unmapped afterwards: until the header says so, all of it is still there.
 
 use std::io;
 
@@ -14,6 +18,7 @@ use super::write::Part;
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
 use crate::debug_event::DebugEvent;
+use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::storage::ZeroSpace;
 
@@ -91,30 +96,36 @@ impl Qcow2 {
     /// Nobody may use the image meanwhile.
     ///
     /// # Errors
-    /// [`FormatError`]. Where it comes after the header was written, the image has its new size all the same, and what
-    /// it has gained may not all be cleared.
+    /// [`FormatError`]; the disk is as it was then. But where the header could not be written, the medium may say
+    /// either size: nothing more is committed before the image is opened again.
     pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), FormatError> {
         self.attempt(|state| state.check_sound()).await?;
         self.check_size(size)?;
+        let bitmaps = self.bitmaps_for(size)?;
         let old = self.size();
         // Nothing may be half done when the header says something new.
         self.flush().await?;
-        if size < old {
-            self.shrink(size).await?;
-        } else {
-            self.grow_l1(self.layout.l1_entries_for(size)).await?;
+        if is_planted(Bug::SizeBeforeZeroes) {
+            self.write_header(SIZE_WORD, Bytes::copy_from_slice(&size.to_be_bytes())).await?;
+        }
+        let gained = ByteRange::from_bounds(old, size);
+        if let Err(error) = self.prepare(gained, preallocation).await {
+            // What was done for it does no harm and takes space; where that cannot be given back, it stays so.
+            let _ = self.forget_from(old).await;
+            return Err(error);
         }
         self.write_header(SIZE_WORD, Bytes::copy_from_slice(&size.to_be_bytes())).await?;
         self.lock().header.size = size;
         self.set_known_size(size);
-        if size > old {
-            self.clear_gained(ByteRange::from_bounds(old, size)).await?;
-            if let (Some(data), true) = (&self.data_file, self.is_data_file_raw) {
-                data.set_size(size).await?;
+        self.set_bitmaps(bitmaps);
+        if size < old {
+            // It is shorter, whatever comes of this. What stays mapped is cleared when it becomes longer again.
+            let _ = self.forget_from(size).await;
+            if let Some(data) = &self.data_file {
+                let _ = data.cut_to(size).await;
             }
-            self.preallocate(ByteRange::from_bounds(old, size), preallocation).await?;
         }
-        Ok(self.flush().await?)
+        Ok(())
     }
 
     fn check_size(&self, size: u64) -> Result<(), FormatError> {
@@ -129,25 +140,64 @@ impl Qcow2 {
         if has_snapshots && (self.layout.version < 3 || size < self.size()) {
             return invalid("Can't resize an image which has snapshots");
         }
-        if self.lock().header.bitmaps.is_some() {
-            return invalid("Cannot resize an image that has persistent bitmaps");
+        if self.layout.version < 3 && self.lacks_backing() && size > self.size() {
+            // It has no word for zero, and how much of what is below would show is not known.
+            return invalid("An image of version 2 is made longer only together with its backing file");
         }
         Ok(())
     }
 
-    /// What the disk has gained reads as zero: what stands behind the old end in its cluster is overwritten, what is
-    /// below is covered.
-    async fn clear_gained(&self, gained: ByteRange) -> io::Result<()> {
-        let cluster_end = gained.offset().next_multiple_of(self.layout.cluster_size());
-        let visible = cluster_end.max(self.backing_size()).min(gained.end());
-        let range = ByteRange::from_bounds(gained.offset(), visible);
-        if range.is_empty() { Ok(()) } else { self.zero(range, ZeroSpace::MayUnmap).await }
+    /// Makes everything ready for a disk that reaches to the end of `gained`. Durable when it returns.
+    async fn prepare(&self, gained: ByteRange, preallocation: Preallocation) -> Result<(), FormatError> {
+        if gained.is_empty() {
+            return Ok(());
+        }
+        self.grow_l1(self.layout.l1_entries_for(gained.end())).await?;
+        self.clear_gained(gained).await?;
+        let mut preallocation = preallocation;
+        if let (Some(data), true) = (&self.data_file, self.is_data_file_raw) {
+            // Alone it shows the same.
+            data.write_zeroes(gained, ZeroSpace::MayUnmap).await?;
+            if data.size() < gained.end() {
+                data.set_size(gained.end()).await?;
+            }
+            if preallocation == Preallocation::Off {
+                // As in a new image, all of it is mapped: for whoever looks at the tables only.
+                preallocation = Preallocation::Metadata;
+            }
+        }
+        self.preallocate(gained, preallocation).await?;
+        Ok(self.flush().await?)
     }
 
-    async fn shrink(&self, size: u64) -> Result<(), FormatError> {
-        let old = self.size();
+    /// Makes `gained` read as zero: what stands behind the old end in its cluster is overwritten, what is below is
+    /// covered, and what others may have mapped beyond the end is unmapped.
+    async fn clear_gained(&self, gained: ByteRange) -> io::Result<()> {
+        let layout = self.layout;
+        let cluster_end = gained.offset().next_multiple_of(layout.cluster_size());
+        let visible = cluster_end.max(self.below_end()).min(gained.end());
+        let mut ranges = vec![ByteRange::from_bounds(gained.offset(), visible)];
+        {
+            let state = self.lock();
+            let tables = (layout.l1_index(visible)..layout.l1_entries_for(gained.end()))
+                .map(|index| index * layout.l2_coverage())
+                .filter(|guest| state.l1_entry(*guest) != L1Entry::default());
+            let mapped = tables.map(|guest| {
+                let end = (guest + layout.l2_coverage()).min(gained.end());
+                ByteRange::from_bounds(guest.max(visible), end)
+            });
+            ranges.extend(mapped);
+        }
+        for range in ranges.into_iter().filter(|range| !range.is_empty()) {
+            self.zero(range, ZeroSpace::MayUnmap).await?;
+        }
+        Ok(())
+    }
+
+    /// Unmaps all clusters that begin at `size` or behind it, beyond the disk's end.
+    async fn forget_from(&self, size: u64) -> io::Result<()> {
         let mut at = size.next_multiple_of(self.layout.cluster_size());
-        let end = old.next_multiple_of(self.layout.cluster_size());
+        let end = u64_from(self.lock().l1.len()).saturating_mul(self.layout.l2_coverage());
         while at < end {
             let rest = ByteRange::from_bounds(at, end);
             at = self.attempt(|state| state.forget_clusters(rest)).await?;
@@ -156,7 +206,7 @@ impl Qcow2 {
         // Entries are gone from the medium before their tables are.
         self.flush().await?;
         self.attempt(|state| state.forget_tables(size)).await?;
-        Ok(self.flush().await?)
+        self.flush().await
     }
 
     /// Gives the L1 table room for so many entries, in another place if it has to be.
@@ -240,9 +290,17 @@ impl Qcow2 {
                 && in_flight.is_new()
             {
                 let host = in_flight.host();
+                let host = match self.data_file {
+                    // It is as long as the disk.
+                    Some(_) => ByteRange::from_bounds(host.offset(), host.end().min(range.end())),
+                    None => host,
+                };
                 match how {
-                    Preallocation::Off | Preallocation::Metadata if in_flight.is_fresh() => {
+                    Preallocation::Off | Preallocation::Metadata => {
                         self.data().grow_to(host.end()).await?;
+                        if !in_flight.is_fresh() {
+                            self.data().write_zeroes(host, ZeroSpace::MayUnmap).await?;
+                        }
                     }
                     Preallocation::Full => {
                         for piece in host.pieces(FILL_LEN) {
@@ -250,7 +308,7 @@ impl Qcow2 {
                             self.data().write(piece.offset(), zeroes).await?;
                         }
                     }
-                    _ => self.data().write_zeroes(host, ZeroSpace::Keep).await?,
+                    Preallocation::Falloc => self.data().write_zeroes(host, ZeroSpace::Keep).await?,
                 }
                 self.finish_part(&in_flight).await?;
             }

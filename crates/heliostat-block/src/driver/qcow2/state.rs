@@ -258,7 +258,10 @@ impl State {
     }
 
     pub(crate) fn unprotect(&mut self, range: ByteRange) {
-        let last = self.layout.cluster_index(range.end().saturating_sub(1));
+        if range.is_empty() {
+            return;
+        }
+        let last = self.layout.cluster_index(range.end() - 1);
         for cluster in self.layout.cluster_index(range.offset())..=last {
             self.tables.remove(&cluster);
         }

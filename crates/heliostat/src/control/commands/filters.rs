@@ -14,9 +14,6 @@ use crate::daemon::{DriverSpec, FaultLimits, FaultSpec, FilterEntry, NullSpec, e
 
 pub(super) fn null(arguments: Arguments<'_>, driver: &'static str) -> Result<DriverSpec, Refusal> {
     let nanoseconds = arguments.uint64("latency-ns").unwrap_or(0);
-    if i64::try_from(nanoseconds).is_err() {
-        return Err(Refusal::new("latency-ns is invalid"));
-    }
     Ok(DriverSpec::Null(NullSpec {
         driver,
         size: bytes(arguments, "size")?,

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::super::arguments::Arguments;
 use super::super::refusal::{Class, Refusal};
 use super::mirror::copy_mode;
-use crate::daemon::{Daemon, JobEntry, JobKind};
+use crate::daemon::{Daemon, DaemonError, JobEntry, JobKind};
 
 /// Carries out a command on one job. `None` when it is no such command.
 pub(super) fn ask(
@@ -39,39 +39,40 @@ pub(super) fn ask(
         "complete" => Verb::Complete,
         "finalize" => Verb::Finalize,
         "dismiss" => Verb::Dismiss,
-        "set-speed" => return Some(set_speed(&entry, arguments)),
-        "change" => return Some(change(&entry, arguments)),
+        "set-speed" => return Some(set_speed(daemon, &entry, arguments)),
+        "change" => return Some(change(daemon, &entry, arguments)),
         _ => return None,
     };
-    Some(order(&entry, wanted, verb))
+    Some(order(daemon, &entry, wanted, verb))
 }
 
-fn order(entry: &JobEntry, verb: Verb, word: &str) -> Result<Value, Refusal> {
+fn order(daemon: &Daemon, entry: &JobEntry, verb: Verb, word: &str) -> Result<Value, Refusal> {
     let job = &entry.job;
-    match entry.ask(verb) {
+    match daemon.ask_job(entry, verb) {
         Ok(()) => Ok(json!({})),
-        Err(error) => Err(Refusal::of_verb(&error, job.id(), word, job.status().name())),
+        Err(DaemonError::Verb(error)) => Err(Refusal::of_verb(&error, job.id(), word, job.status().name())),
+        Err(error) => Err(error.into()),
     }
 }
 
-fn set_speed(entry: &JobEntry, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+fn set_speed(daemon: &Daemon, entry: &JobEntry, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     let speed = u64::try_from(arguments.int("speed").unwrap_or(0));
     let verb = Verb::SetSpeed(*speed.as_ref().unwrap_or(&0));
     // The status is looked at before the number.
     if !heliostat_block::job::allows(entry.job.status(), verb) {
-        return order(entry, verb, "set-speed");
+        return order(daemon, entry, verb, "set-speed");
     }
     match speed {
-        Ok(_) => order(entry, verb, "set-speed"),
+        Ok(_) => order(daemon, entry, verb, "set-speed"),
         Err(_) => Err(Refusal::new("Parameter 'speed' expects a non-negative value")),
     }
 }
 
-fn change(entry: &JobEntry, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+fn change(daemon: &Daemon, entry: &JobEntry, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     let now = entry.job.orders().copy_mode;
     // Another type than the job's is accepted, and changes nothing, as in QEMU.
     let wanted = copy_mode(arguments).unwrap_or(now);
-    order(entry, Verb::Change(wanted), "change")
+    order(daemon, entry, Verb::Change(wanted), "change")
 }
 
 pub(super) fn query_jobs(daemon: &Arc<Daemon>) -> Value {

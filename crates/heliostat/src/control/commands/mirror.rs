@@ -1,4 +1,4 @@
-//! `blockdev-mirror`.
+//! `blockdev-mirror` and `drive-mirror`.
 
 use std::sync::Arc;
 
@@ -8,9 +8,44 @@ use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
-use crate::daemon::{Daemon, MirrorSpec};
+use super::file_name::target_name;
+use super::nodes::Inherited;
+use crate::daemon::{Daemon, DriveMirrorSpec, MirrorSpec, TargetMode};
 
 pub(super) fn start(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    let spec = spec(daemon, arguments);
+    daemon.start_mirror(&MirrorSpec { target: arguments.required_text("target").to_owned(), ..spec })?;
+    Ok(json!({}))
+}
+
+pub(super) fn start_drive(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    let mirror = spec(daemon, arguments);
+    let above = inherited_from(daemon, &mirror.source)?;
+    daemon.start_drive_mirror(&DriveMirrorSpec {
+        target: target_name(arguments.required_text("target"), above),
+        format: arguments.text("format").map(str::to_owned),
+        node_name: arguments.text("node-name").map(str::to_owned),
+        mode: match arguments.text("mode") {
+            Some("existing") => TargetMode::Existing,
+            _ => TargetMode::AbsolutePaths,
+        },
+        mirror,
+    })?;
+    Ok(json!({}))
+}
+
+/// What a node that is made for a mirror of `device` takes over from that.
+fn inherited_from(daemon: &Daemon, device: &str) -> Result<Inherited, Refusal> {
+    let source = daemon.source_of(device)?;
+    let nodes = daemon.nodes();
+    let entry = nodes.iter().find(|entry| Arc::ptr_eq(&entry.node, &source));
+    Ok(entry.map_or_else(Inherited::default, |entry| {
+        Inherited::from_above(entry.node.options().discard, entry.cache)
+    }))
+}
+
+/// What both commands have in common.
+fn spec(daemon: &Daemon, arguments: Arguments<'_>) -> MirrorSpec {
     let (sync, sync_not_there) = match arguments.required_text("sync") {
         "full" => (SyncMode::Full, None),
         "top" => (SyncMode::Top, None),
@@ -19,13 +54,12 @@ pub(super) fn start(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Va
         _ => (SyncMode::None, Some("incremental")),
     };
     let device = arguments.required_text("device");
-    // Without an id QEMU takes the device's name, and a node is no device: the id is empty, which is refused.
-    let base = MirrorSpec::new(
-        arguments.text("job-id").unwrap_or_default(),
-        device,
-        arguments.required_text("target"),
-    );
-    let spec = MirrorSpec {
+    // Without an id QEMU takes the device's name, and a node is no device: the id is empty, which is refused. An
+    // export is what comes closest to one.
+    let is_export = daemon.node(device).is_err();
+    let job_id = arguments.text("job-id").unwrap_or(if is_export { device } else { "" });
+    let base = MirrorSpec::new(job_id, device, "");
+    MirrorSpec {
         replaces: arguments.text("replaces").map(str::to_owned),
         filter_node_name: arguments.text("filter-node-name").map(str::to_owned),
         sync,
@@ -41,9 +75,7 @@ pub(super) fn start(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Va
         auto_finalize: arguments.flag("auto-finalize").unwrap_or(base.auto_finalize),
         auto_dismiss: arguments.flag("auto-dismiss").unwrap_or(base.auto_dismiss),
         ..base
-    };
-    daemon.start_mirror(&spec)?;
-    Ok(json!({}))
+    }
 }
 
 /// The argument `copy-mode`.

@@ -6,6 +6,7 @@
 mod create;
 mod describe;
 mod exports;
+mod file_name;
 mod filters;
 mod human;
 mod jobs;
@@ -46,7 +47,10 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
     match name {
         "query-version" => Ok(version()),
         "query-commands" => Ok(COMMANDS.iter().map(|command| json!({ "name": command.name })).collect()),
+        "query-qmp-schema" => Ok(schema::schema()),
         "query-block" => Ok(json!([])),
+        "query-blockstats" => Ok(describe::statistics::query(daemon, arguments)),
+        "x-debug-query-block-graph" => Ok(describe::graph::query(daemon)),
         "quit" => {
             daemon.ask_to_quit();
             Ok(json!({}))
@@ -62,6 +66,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-block-exports" => Ok(exports::query(daemon)),
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
+        "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
         "object-add" => objects::add(daemon, arguments),

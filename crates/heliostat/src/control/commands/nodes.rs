@@ -13,6 +13,9 @@ use crate::daemon::{
     BackingSpec, CacheUse, Child, Daemon, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
 
+/// How long a node over nothing is when nothing is said, as in QEMU.
+pub(super) const NULL_SIZE_DEFAULT: u64 = 1 << 30;
+
 /// What a node that is made for another takes over from it, where nothing is said.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Inherited {
@@ -37,7 +40,7 @@ pub(super) fn delete(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<V
     Ok(json!({}))
 }
 
-fn node_spec(arguments: Arguments<'_>, above: Inherited) -> Result<NodeSpec, Refusal> {
+pub(super) fn node_spec(arguments: Arguments<'_>, above: Inherited) -> Result<NodeSpec, Refusal> {
     if arguments.flag("active") == Some(false) {
         return Err(not_there("active"));
     }
@@ -103,6 +106,12 @@ pub(super) fn file_is_missing() -> Refusal {
 }
 
 impl Inherited {
+    /// What a mirror's target takes over from its source.
+    pub(super) fn from_above(discard: Discard, cache: CacheUse) -> Self {
+        let discard = if discard == Discard::Unmap { discard } else { Discard::default() };
+        Self { discard, cache, ..Self::default() }
+    }
+
     /// For a node that holds another's bytes. What the node above lets through, it need not filter again.
     fn passed_on(self) -> Self {
         Self { discard: Discard::Unmap, ..self }

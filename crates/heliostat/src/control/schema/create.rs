@@ -1,6 +1,6 @@
 //! What `blockdev-create` takes.
 
-use super::{Cases, ENCRYPTION, Kind, Member, Record, optional, record, required};
+use super::{Cases, Kind, Member, Record, optional, record, required};
 
 const PREALLOCATION: Kind = Kind::Word(&["off", "metadata", "falloc", "full"]);
 
@@ -28,6 +28,44 @@ const QCOW2: &[Member] = &[
     optional("refcount-bits", Kind::Int, "bits in a reference count; default 16"),
     optional("compression-type", Kind::Word(&["zlib", "zstd"]), "default zlib"),
 ];
+
+const DIGEST: Kind = Kind::Word(&["md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "sm3"]);
+
+const LUKS: &[Member] = &[
+    optional("key-secret", Kind::Text, "not supported"),
+    optional(
+        "cipher-alg",
+        Kind::Word(&[
+            "aes-128",
+            "aes-192",
+            "aes-256",
+            "des",
+            "3des",
+            "cast5-128",
+            "serpent-128",
+            "serpent-192",
+            "serpent-256",
+            "twofish-128",
+            "twofish-192",
+            "twofish-256",
+            "sm4",
+        ]),
+        "not supported",
+    ),
+    optional("cipher-mode", Kind::Word(&["ecb", "cbc", "xts", "ctr"]), "not supported"),
+    optional("ivgen-alg", Kind::Word(&["plain", "plain64", "essiv"]), "not supported"),
+    optional("ivgen-hash-alg", DIGEST, "not supported"),
+    optional("hash-alg", DIGEST, "not supported"),
+    optional("iter-time", Kind::Int, "not supported"),
+];
+
+static ENCRYPTION: Record = Record {
+    members: &[required("format", Kind::Word(&["qcow", "luks"]), "not supported")],
+    cases: Some(Cases {
+        tag: "format",
+        by_word: &[("qcow", &[optional("key-secret", Kind::Text, "not supported")]), ("luks", LUKS)],
+    }),
+};
 
 static OPTIONS: Record = Record {
     members: &[required(

@@ -101,6 +101,9 @@ impl Daemon {
         if size > SIZE_MAX {
             return Err(DaemonError::SizeTooLarge);
         }
+        if i64::try_from(null.latency.as_nanos()).is_err() {
+            return Err(DaemonError::Filter("latency-ns is invalid".to_owned()));
+        }
         let reads_zero = if null.read_zeroes { ReadsZero::Promised } else { ReadsZero::Unsaid };
         let storage = NullStorage::new(size.next_multiple_of(512), reads_zero);
         let storage: Arc<dyn Storage> = Arc::new(storage.with_latency(null.latency, Arc::clone(&self.clock)));
@@ -180,8 +183,8 @@ impl Daemon {
     fn bottom(&self, top: &Below, name: &str) -> Result<Arc<Node>, DaemonError> {
         let node = self.graph.node(name);
         let node = node.map_err(|_| DaemonError::Filter(format!("Bottom node '{name}' not found")))?;
-        let mut layers = std::iter::successors(Some(&top.entry.node), |node| node.backing());
-        match layers.any(|layer| Arc::ptr_eq(layer, &node)) {
+        let mut layers = std::iter::successors(Some(Arc::clone(&top.entry.node)), |node| node.backing());
+        match layers.any(|layer| Arc::ptr_eq(&layer, &node)) {
             true => Ok(node),
             false => Err(DaemonError::Filter(format!("Node '{name}' is not in the backing chain"))),
         }

@@ -9,6 +9,7 @@ mod fault_config;
 mod filters;
 mod qcow2;
 mod spec;
+mod target;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -35,6 +36,8 @@ pub use filters::{FaultLimits, FaultSpec, FilterEntry, NullSpec};
 pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
+pub use target::Beneath;
+pub(super) use target::Wanted;
 
 /// The most nodes in one daemon. Each holds an open file; a host gives a process 1,024 of them by default.
 const NODES_MAX: usize = 512;
@@ -75,6 +78,8 @@ pub struct NodeEntry {
     pub is_window: bool,
     /// What it is, where it passes requests on to its child.
     pub filter: Option<FilterEntry>,
+    /// Where in the node below it begins, in bytes.
+    pub window_start: u64,
 }
 
 impl NodeEntry {
@@ -93,6 +98,7 @@ impl NodeEntry {
             is_fixed: false,
             is_window: false,
             filter: None,
+            window_start: 0,
         }
     }
 }
@@ -106,7 +112,7 @@ pub(super) struct Nodes {
 struct Record {
     below: Below,
     /// Keep the nodes below.
-    _places: Vec<Arc<Place>>,
+    places: Vec<Arc<Place>>,
     /// Made by an operator, who removes it; else made for the node above, with which it goes.
     is_owned: bool,
 }
@@ -230,6 +236,7 @@ impl Daemon {
                     child: Some(below.entry.node.name().clone()),
                     is_fixed: size.is_some(),
                     is_window: start > 0,
+                    window_start: *offset,
                     ..NodeEntry::new(node, "raw", path, spec.cache)
                 };
                 self.keep(Below { entry, start, identity: below.identity }, vec![place], making)
@@ -335,7 +342,7 @@ impl Daemon {
     ) -> Result<Below, DaemonError> {
         let node = &below.entry.node;
         self.graph.add(Arc::clone(node)).map_err(|_| DaemonError::NodeExists(node.name().to_string()))?;
-        let record = Record { below: below.clone(), _places: places, is_owned: making.is_owned };
+        let record = Record { below: below.clone(), places, is_owned: making.is_owned };
         self.lock_nodes().list.insert(at, record);
         Ok(below)
     }
@@ -362,6 +369,17 @@ impl Daemon {
             let made_for_others = list.iter().filter(|record| !record.is_owned);
             made_for_others.map(Record::node).find(|node| daemon.graph.roles(node).is_empty()).cloned()
         });
+    }
+
+    /// The same, for who is not in the middle of a change.
+    pub(super) fn drop_orphans_alone(&self) {
+        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        self.drop_orphans();
+    }
+
+    /// The files that nodes are in.
+    pub(super) fn files_in_use(&self) -> Vec<Identity> {
+        self.lock_nodes().list.iter().filter_map(|record| record.below.identity).collect()
     }
 
     /// Closes every node that nobody uses.

@@ -117,7 +117,7 @@ impl Daemon {
         })
     }
 
-    fn attach_backing(&self, backing: &Below, of: &NodeName) -> Result<Arc<Place>, DaemonError> {
+    pub(super) fn attach_backing(&self, backing: &Below, of: &NodeName) -> Result<Arc<Place>, DaemonError> {
         let node = &backing.entry.node;
         let attached = self.graph.attach(node, Role::Backing { of: of.clone() });
         attached.map_err(|_| DaemonError::NodeInUse(node.name().clone()))
@@ -133,10 +133,6 @@ impl Daemon {
     ) -> Result<Option<Below>, DaemonError> {
         if let Some(child) = &image.data_file {
             let data = self.child(child, making)?;
-            if !header.has_external_data() {
-                let text = "'data-file' can only be set for images with an external data file";
-                return Err(DaemonError::Tables(text.to_owned()));
-            }
             if data.entry.node.options().read_only && !spec.read_only {
                 return Err(DaemonError::TargetReadOnly);
             }
@@ -173,7 +169,7 @@ impl Daemon {
     }
 
     /// Opens the file on which the image `by` stands by its own account.
-    fn named_backing(
+    pub(super) fn named_backing(
         &self,
         spec: &NodeSpec,
         image: &Qcow2Spec,
@@ -209,7 +205,7 @@ impl Daemon {
     }
 
     /// Nobody stands on himself: not by way of a node that was given, either.
-    fn check_chain(&self, backing: &Below, by: &Namer) -> Result<(), DaemonError> {
+    pub(super) fn check_chain(&self, backing: &Below, by: &Namer) -> Result<(), DaemonError> {
         let mut at = Some(backing.clone());
         let mut count = by.trail.len();
         while let Some(layer) = at {
@@ -250,7 +246,7 @@ fn unnamed(above: &NodeSpec, read_only: bool) -> NodeSpec {
     }
 }
 
-fn namer(file: &Below, above: Option<Namer>) -> Namer {
+pub(super) fn namer(file: &Below, above: Option<Namer>) -> Namer {
     let path = file.entry.path.clone();
     let mut trail = above.as_ref().map_or_else(Vec::new, |above| above.trail.clone());
     trail.extend(file.identity);
@@ -277,7 +273,7 @@ fn read(storage: &Arc<dyn Storage>) -> Result<Read, DaemonError> {
 }
 
 /// Guesses, for an operator who has allowed that.
-fn probe(file: &Below) -> Result<Format, DaemonError> {
+pub(super) fn probe(file: &Below) -> Result<Format, DaemonError> {
     let storage = file.storage();
     let file = ImageFile::new(storage);
     let start = runtime::block_on(file.read(ByteRange::from_bounds(0, 4))).map_err(DaemonError::Engine)?;

@@ -75,7 +75,7 @@ pub(super) async fn serve(socket: Socket, shared: &Shared) {
     };
     let Some((client, terms)) = agreed else { return };
     let start =
-        |request, permit| carry_out(Arc::clone(client.place()), shared.buffers.clone(), request, permit);
+        |request, permit| carry_out(Arc::clone(client.seat()), shared.buffers.clone(), request, permit);
     let mut connection = Connection::new(socket, (&client, terms), shared, input, start);
     poll_fn(|cx| connection.turn(cx)).await;
 }

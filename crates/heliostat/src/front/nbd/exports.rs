@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_listener::{Event, EventListener, Listener};
-use heliostat_block::graph::Place;
 use heliostat_block::limits::NBD_PAYLOAD_MAX;
 use heliostat_block::nbd::wire::STRING_MAX;
 use heliostat_block::nbd::{Access, BlockSizes, Offer};
+
+use crate::serve::Seat;
 
 /// The most exports of one server: a listing of them stays below what a client will read.
 const EXPORTS_MAX: usize = 1024;
@@ -22,7 +23,7 @@ pub struct ExportSettings {
     /// For people; may be empty.
     pub description: String,
     /// Where its requests go.
-    pub place: Arc<Place>,
+    pub seat: Arc<Seat>,
     /// Whether clients may write. Where the node may not be written they cannot anyway.
     pub access: Access,
     /// Whether clients that ask for no name get it. A server's only export is that anyway.
@@ -183,7 +184,7 @@ impl Exports {
 
 impl Export {
     fn offer(&self) -> Offer {
-        let node = self.settings.place.node();
+        let node = self.settings.seat.place.node();
         let access = if node.options().read_only { Access::ReadOnly } else { self.settings.access };
         let traits = node.traits();
         Offer {
@@ -212,8 +213,8 @@ impl Export {
 
 impl Client {
     /// Where its requests go.
-    pub(super) fn place(&self) -> &Arc<Place> {
-        &self.export.settings.place
+    pub(super) fn seat(&self) -> &Arc<Seat> {
+        &self.export.settings.seat
     }
 
     /// Says whether the export was removed.

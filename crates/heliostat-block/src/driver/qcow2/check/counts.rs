@@ -1,8 +1,10 @@
 //! [`RefcountTable`]: the reference counts as they stand in the image, and their comparison with what is used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
 
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
@@ -10,6 +12,7 @@ use super::super::header::Header;
 use super::super::layout::Layout;
 use super::super::state::read_numbers;
 use super::CheckReport;
+use super::ahead;
 use super::references::References;
 use crate::buffer::is_zero;
 use crate::convert::{u64_from, usize_from};
@@ -41,6 +44,8 @@ pub(super) struct RefcountTable {
     /// Blocks read for single counts, with the number of the turn in which they were used last.
     kept: BTreeMap<u64, (Bytes, u64)>,
     turn: u64,
+    /// The block that was asked last, by its number: what follows is mostly in it too.
+    last: Option<(u64, Bytes)>,
 }
 
 /// A count cannot be read.
@@ -49,7 +54,14 @@ pub(super) struct Unreadable;
 impl RefcountTable {
     pub(super) async fn read(file: &ImageFile, header: &Header) -> Result<Self, FormatError> {
         let entries = read_numbers(&file.read(header.refcount_table_range()).await?);
-        Ok(Self { layout: header.layout, entries, is_sound: true, kept: BTreeMap::new(), turn: 0 })
+        Ok(Self {
+            layout: header.layout,
+            entries,
+            is_sound: true,
+            kept: BTreeMap::new(),
+            turn: 0,
+            last: None,
+        })
     }
 
     /// Where the block of that number is. Reserved bits are looked over: the offset beside them is all there is.
@@ -62,6 +74,14 @@ impl RefcountTable {
         }
     }
 
+    /// The count of one cluster, where it stands in the block that was asked last.
+    pub(super) fn count_now(&self, cluster: u64) -> Option<u64> {
+        let layout = self.layout;
+        let (index, bytes) = self.last.as_ref()?;
+        (*index == layout.refcount_table_index(cluster))
+            .then(|| layout.refcount(bytes, layout.refcount_block_index(cluster)))
+    }
+
     /// The count of one cluster, by way of the blocks that are kept.
     pub(super) async fn count(
         &mut self,
@@ -69,7 +89,8 @@ impl RefcountTable {
         cluster: u64,
     ) -> Result<Result<u64, Unreadable>, FormatError> {
         let layout = self.layout;
-        let offset = match self.block(layout.refcount_table_index(cluster)) {
+        let number = layout.refcount_table_index(cluster);
+        let offset = match self.block(number) {
             Block::Absent => return Ok(Ok(0)),
             Block::Broken => return Ok(Err(Unreadable)),
             Block::At(offset) if offset >= file.size() => return Ok(Ok(0)),
@@ -79,6 +100,7 @@ impl RefcountTable {
         self.turn += 1;
         if let Some((bytes, used)) = self.kept.get_mut(&offset) {
             *used = self.turn;
+            self.last = Some((number, bytes.clone()));
             return Ok(Ok(layout.refcount(bytes, index)));
         }
         let bytes = file.read(cluster_at(offset, layout)).await?.freeze();
@@ -87,6 +109,7 @@ impl RefcountTable {
             let oldest = self.kept.iter().min_by_key(|(_, (_, used))| *used).map(|(offset, _)| *offset);
             oldest.map(|oldest| self.kept.remove(&oldest));
         }
+        self.last = Some((number, bytes.clone()));
         self.kept.insert(offset, (bytes, self.turn));
         Ok(Ok(count))
     }
@@ -128,45 +151,56 @@ impl RefcountTable {
         tick: &mut impl FnMut(u64),
     ) -> Result<(), FormatError> {
         let per_block = self.layout.refcount_block_entries();
-        let mut nonzero_known = BTreeMap::new();
-        let mut end = 0;
         let blocks = references.clusters().div_ceil(per_block).min(u64_from(self.entries.len()));
-        for index in 0..blocks {
+        let mut read = BTreeSet::new();
+        let wanted = (0..blocks).filter_map(|index| {
             let start = index * per_block;
             let clusters = ByteRange::from_bounds(start, (start + per_block).min(references.clusters()));
             let has_references = references.may_have(clusters);
-            let offset = match self.block(index) {
-                Block::Broken => {
+            let block = match self.block(index) {
+                Block::At(offset) if offset < file.size() => Block::At(offset),
+                Block::Broken => Block::Broken,
+                _ if !has_references => return None,
+                _ => Block::Absent,
+            };
+            // A block that many entries name is read once where nothing of what it counts is used.
+            let offset = match block {
+                Block::At(offset) if has_references || read.insert(offset) => Some(offset),
+                _ => None,
+            };
+            Some((offset, (clusters, has_references, block)))
+        });
+        let mut stream = pin!(ahead::clusters(file, self.layout, wanted));
+        let mut leaks_known = BTreeMap::new();
+        let mut end = 0;
+        while let Some(next) = stream.next().await {
+            let (bytes, (clusters, has_references, block)) = next?;
+            let Block::At(offset) = block else {
+                if block == Block::Broken {
                     report.check_error(clusters.len(), || {
                         format!("the counts of clusters {clusters} cannot be read")
                     });
-                    continue;
+                } else {
+                    let zeroes = vec![0; usize_from(self.layout.cluster_size())];
+                    tick(1);
+                    end = end.max(self.compare_block(&zeroes, clusters, references, report));
                 }
-                Block::At(offset) if offset < file.size() => Some(offset),
-                _ if !has_references => continue,
-                _ => None,
+                continue;
             };
-            // A block that many entries name is read once where nothing of what it counts is used.
-            if let Some(count) =
-                offset.filter(|_| !has_references).and_then(|at| nonzero_known.get(&at)).copied()
-            {
+            let Some(bytes) = bytes else {
+                let count: u64 = leaks_known.get(&offset).copied().unwrap_or(0);
+                let start = clusters.offset();
                 report.leak(count, || format!("{count} clusters from {start} are counted and not used"));
                 end = if count > 0 { clusters.end() } else { end };
                 continue;
-            }
-            let bytes = match offset {
-                Some(offset) => file.read(cluster_at(offset, self.layout)).await?.freeze(),
-                None => Bytes::from(vec![0; usize_from(self.layout.cluster_size())]),
             };
             tick(1);
-            if !has_references && is_zero(&bytes) {
-                offset.map(|offset| nonzero_known.insert(offset, 0));
-                continue;
-            }
             let before = report.leaks;
-            end = end.max(self.compare_block(&bytes, clusters, references, report));
-            if let Some(offset) = offset.filter(|_| !has_references && clusters.len() == per_block) {
-                nonzero_known.insert(offset, report.leaks - before);
+            if has_references || !is_zero(&bytes) {
+                end = end.max(self.compare_block(&bytes, clusters, references, report));
+            }
+            if !has_references {
+                leaks_known.insert(offset, report.leaks - before);
             }
         }
         for (cluster, used) in references.used_from(blocks * per_block) {
@@ -186,9 +220,8 @@ impl RefcountTable {
         report: &mut CheckReport,
     ) -> u64 {
         let mut end = 0;
-        for cluster in clusters.offset()..clusters.end() {
-            let counted = self.layout.refcount(bytes, cluster - clusters.offset());
-            let used = references.get(cluster);
+        for ((index, cluster), used) in (0..).zip(clusters.offset()..).zip(references.of(clusters)) {
+            let counted = self.layout.refcount(bytes, index);
             if counted > 0 || used > 0 {
                 end = cluster + 1;
             }

@@ -44,7 +44,7 @@ impl Notes {
 
 /// Puts right what keeps an image from being examined at all. Returns whether anything was.
 pub(super) async fn names(file: &ImageFile, notes: &mut Notes) -> Result<bool, FormatError> {
-    let header = Header::read(file).await?;
+    let header = Header::read_to_check(file).await?;
     let snapshots = SnapshotTable::read(file, &header).await?;
     if header.snapshots.len == 0 && header.snapshots.offset != 0 {
         notes.push(|| "the header says where a snapshot table is, though there is none".to_owned());
@@ -114,7 +114,7 @@ pub(super) async fn tables(
     let snapshots = mender.snapshots().await?;
     if examination.bitmaps_are_broken {
         mender.notes.push(|| "the persistent bitmaps are given up: they lead out of the file".to_owned());
-        drop_bitmaps(file, Header::read(file).await?).await?;
+        drop_bitmaps(file, Header::read_to_check(file).await?).await?;
     }
     let mut l1_tables: Vec<Table> = snapshots.entries.iter().map(|entry| entry.l1).collect();
     l1_tables.sort_unstable_by_key(|table| (table.offset, table.len));

@@ -6,6 +6,7 @@
 //!
 //! [`walk`] follows the tables, [`references`] adds up, [`counts`] compares; [`mend`] and [`repair`] put right.
 
+mod ahead;
 mod counts;
 mod mend;
 mod names;

@@ -1,10 +1,11 @@
 //! The two tables whose entries have names: snapshots and persistent bitmaps. Read as far as a damaged image allows,
 //! so that what they lead to can be counted, and what is broken dropped.
 
+use super::super::bitmap_directory::{BitmapEntry, Bits, IN_USE};
+use super::super::entry::OFFSET_MASK;
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
 use super::super::header::{BitmapsExtension, Header, Table, autoclear};
-use super::super::layout::Layout;
 use super::super::state::read_numbers;
 use crate::convert::{u64_from, usize_from};
 use crate::range::ByteRange;
@@ -12,20 +13,10 @@ use crate::range::ByteRange;
 /// QEMU's limits.
 const SNAPSHOTS_SIZE_MAX: u64 = 64 << 20;
 const EXTRA_MAX: u64 = 1024;
-const BITMAPS_MAX: u32 = 65_535;
-const DIRECTORY_SIZE_MAX: u64 = 65_535 * 1024;
-const BITMAP_NAME_MAX: usize = 1023;
-const BITMAP_TABLE_ENTRIES_MAX: u64 = 0x800_0000;
 /// The fixed part of a snapshot's entry.
 const SNAPSHOT_LEN: u64 = 40;
 /// What version 3 asks of an entry: the long size of the machine's state, and the size of the disk.
 const EXTRA_MIN: usize = 16;
-/// The fixed part of a bitmap's entry.
-const BITMAP_LEN: usize = 24;
-/// Bits of a bitmap's entry in a table: where its data is.
-const BITMAP_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-/// A bitmap was not saved; its contents say nothing.
-const IN_USE: u32 = 1;
 /// What is read of a snapshot table at once.
 const PIECE: u64 = 64 << 10;
 
@@ -135,25 +126,11 @@ fn slice(bytes: &[u8], at: u64, len: u64) -> &[u8] {
     &bytes[usize_from(at)..usize_from(at + len)]
 }
 
-/// A persistent bitmap: where its table is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Bitmap {
-    pub(super) table: ByteRange,
-}
-
-impl Bitmap {
-    /// Where its data is: the clusters that it names.
-    pub(super) async fn clusters(&self, file: &ImageFile) -> Result<Vec<u64>, FormatError> {
-        if self.table.offset() >= file.size() {
-            return Ok(Vec::new());
-        }
-        let entries = read_numbers(&file.read(self.table).await?);
-        Ok(entries
-            .into_iter()
-            .map(|entry| entry & BITMAP_OFFSET_MASK)
-            .filter(|offset| *offset != 0)
-            .collect())
-    }
+/// Where the data of a bitmap is: the clusters that it names.
+pub(super) async fn bitmap_clusters(file: &ImageFile, bitmap: &BitmapEntry) -> Result<Vec<u64>, FormatError> {
+    let Some(table) = in_file(file, bitmap) else { return Ok(Vec::new()) };
+    let entries = read_numbers(&file.read(table).await?);
+    Ok(entries.into_iter().map(|entry| entry & OFFSET_MASK).filter(|offset| *offset != 0).collect())
 }
 
 /// The bitmaps of an image, unless they are out of date: then nothing of them is in use.
@@ -163,95 +140,39 @@ impl Bitmap {
 pub(super) async fn bitmaps(
     file: &ImageFile,
     header: &Header,
-) -> Result<Option<(BitmapsExtension, Vec<Bitmap>)>, FormatError> {
+) -> Result<Option<(BitmapsExtension, Vec<BitmapEntry>)>, FormatError> {
     let Some(extension) = header.bitmaps.filter(|_| header.autoclear & autoclear::BITMAPS != 0) else {
         return Ok(None);
     };
-    if extension.count > BITMAPS_MAX {
-        let text = "bitmaps_ext: Image has {count} bitmaps, exceeding the QEMU supported maximum of 65535";
-        return Err(FormatError::Header(text.replace("{count}", &extension.count.to_string())));
-    }
-    if extension.directory_size > DIRECTORY_SIZE_MAX {
-        return Err(FormatError::Header(format!(
-            "bitmaps_ext: bitmap directory size ({}) exceeds the maximum supported size ({DIRECTORY_SIZE_MAX})",
-            extension.directory_size
-        )));
-    }
-    let start = extension.directory_offset;
-    let directory = file.read(ByteRange::from_bounds(start, start + extension.directory_size)).await?;
-    let mut found = Vec::new();
-    let mut at = 0;
-    while at < directory.len() {
-        if u64_from(found.len()) >= u64::from(extension.count) {
-            return Err(FormatError::header("More bitmaps found than specified in header extension"));
+    let bitmaps = header.read_bitmap_directory(file).await?;
+    for bitmap in &bitmaps {
+        if !bitmap.extra.is_empty() {
+            return Err(FormatError::header("Bitmap extra data is not supported"));
         }
-        let (bitmap, is_in_use, len) = bitmap(&directory[at..], header)?;
-        if !is_in_use {
-            check_bitmap_table(file, bitmap, header.layout).await?;
-        }
-        found.push(bitmap);
-        at += len;
-    }
-    if u64_from(found.len()) != u64::from(extension.count) {
-        return Err(FormatError::header("Less bitmaps found than specified in header extension"));
-    }
-    Ok(Some((extension, found)))
-}
-
-/// Reads the entry of the directory with which `bytes` begins. Returns it, whether its contents are void, and its
-/// length.
-fn bitmap(bytes: &[u8], header: &Header) -> Result<(Bitmap, bool, usize), FormatError> {
-    let broken = || FormatError::header("Broken bitmap directory");
-    let fixed = bytes.get(..BITMAP_LEN).ok_or_else(broken)?;
-    let number =
-        |at: usize, len: usize| fixed[at..at + len].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
-    let (offset, entries, flags) = (number(0, 8), number(8, 4), u32::try_from(number(12, 4)).unwrap_or(0));
-    let (kind, granularity_bits) = (number(16, 1), number(17, 1));
-    let (name_len, extra_len) = (usize_from(number(18, 2)), usize_from(number(20, 4)));
-    let len = BITMAP_LEN.saturating_add(extra_len).saturating_add(name_len).next_multiple_of(8);
-    let entry = bytes.get(..len).ok_or_else(broken)?;
-    if extra_len != 0 {
-        return Err(FormatError::header("Bitmap extra data is not supported"));
-    }
-    let name = String::from_utf8_lossy(&entry[BITMAP_LEN..BITMAP_LEN + name_len]);
-    let is_in_use = flags & IN_USE != 0;
-    let table_max = entries <= BITMAP_TABLE_ENTRIES_MAX && offset >> 56 == 0;
-    let is_sound = name_len > 0
-        && name_len <= BITMAP_NAME_MAX
-        && entries > 0
-        && table_max
-        && offset != 0
-        && header.layout.in_cluster(offset) == 0
-        && flags & !7 == 0
-        && kind == 1
-        && (9..=31).contains(&granularity_bits);
-    if !is_sound {
-        return Err(FormatError::Header(format!("Bitmap '{name}' doesn't satisfy the constraints")));
-    }
-    let bits = header.size.div_ceil(1 << granularity_bits);
-    if !is_in_use && header.layout.clusters_for(bits.div_ceil(8)) != entries {
-        return Err(unreadable_table(&name));
-    }
-    let table = ByteRange::from_bounds(offset, offset + entries * 8);
-    Ok((Bitmap { table }, is_in_use, len))
-}
-
-async fn check_bitmap_table(file: &ImageFile, bitmap: Bitmap, layout: Layout) -> Result<(), FormatError> {
-    if bitmap.table.offset() >= file.size() {
-        return Ok(());
-    }
-    for entry in read_numbers(&file.read(bitmap.table).await?) {
-        let offset = entry & BITMAP_OFFSET_MASK;
-        let reserved = if offset == 0 { !(BITMAP_OFFSET_MASK | 1) } else { !BITMAP_OFFSET_MASK };
-        if entry & reserved != 0 || layout.in_cluster(offset) != 0 {
-            return Err(unreadable_table(""));
+        // What one that was not saved says means nothing.
+        if bitmap.flags & IN_USE == 0 {
+            check_bitmap_table(file, bitmap, header).await?;
         }
     }
-    Ok(())
+    Ok(Some((extension, bitmaps)))
 }
 
-fn unreadable_table(name: &str) -> FormatError {
-    FormatError::Header(format!(
-        "Could not read bitmap_table table from image for bitmap '{name}': Invalid argument"
-    ))
+/// What there is of a bitmap's table.
+fn in_file(file: &ImageFile, bitmap: &BitmapEntry) -> Option<ByteRange> {
+    bitmap.table_range().intersection(ByteRange::from_bounds(0, file.size()))
+}
+
+async fn check_bitmap_table(
+    file: &ImageFile,
+    bitmap: &BitmapEntry,
+    header: &Header,
+) -> Result<(), FormatError> {
+    let layout = header.layout;
+    if u64::from(bitmap.table.len) != bitmap.clusters(header.size, layout) {
+        return Err(bitmap.unreadable_table());
+    }
+    let Some(table) = in_file(file, bitmap) else { return Ok(()) };
+    let entries = read_numbers(&file.read(table).await?);
+    let is_sound = entries.into_iter().all(|entry| Bits::decode(entry, layout).is_some());
+    if is_sound { Ok(()) } else { Err(bitmap.unreadable_table()) }
 }

@@ -132,6 +132,20 @@ impl References {
         place.map_or(0, |place| u64::from(self.pieces[*place][usize_from(cluster % PIECE)]))
     }
 
+    /// How often each of these clusters, which are not many, must be counted; see [`References::get`].
+    pub(super) fn of(&self, clusters: ByteRange) -> Vec<u64> {
+        let max = self.layout.refcount_max();
+        let mut counts = vec![0; usize_from(clusters.len())];
+        for (key, place) in self.places.range(clusters.offset() / PIECE..clusters.end().div_ceil(PIECE)) {
+            let start = key * PIECE;
+            let (first, end) = (start.max(clusters.offset()), (start + PIECE).min(clusters.end()));
+            let from = &self.pieces[*place][usize_from(first - start)..usize_from(end - start)];
+            let to = &mut counts[usize_from(first - clusters.offset())..];
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = u64::from(*from).min(max));
+        }
+        counts
+    }
+
     /// Says whether there may be references among these clusters, from the first up to, not including, the last.
     pub(super) fn may_have(&self, clusters: ByteRange) -> bool {
         let (first, last) = (clusters.offset() / PIECE, clusters.end().div_ceil(PIECE));

@@ -5,16 +5,22 @@
 //! and anew behind the end of the file where not, then flags that depend on counts; each step durable before the
 //! next. An image that says that its counts may be wrong has them repaired by whoever opens it.
 
+use std::pin::pin;
+
+use futures_util::StreamExt;
+
 use super::super::entry::{COPIED, OFFSET_MASK, RawEntry};
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
 use super::super::header::{Header, incompatible};
 use super::super::open::INCOMPATIBLE_WORD;
 use super::super::state::{read_numbers, write_numbers};
-use super::counts::{Block, cluster_at};
+use super::ahead;
+use super::counts::Block;
 use super::walk::{Examination, Named, entries, examine, named};
 use super::{CheckOptions, CheckReport, Finding, FindingKind, Repair, mend};
 use crate::convert::{u64_from, usize_from};
+use crate::planted::{Bug, is_planted};
 
 /// Where the header says where the refcount table is, and how long.
 const REFCOUNT_TABLE_FIELDS: u64 = 48;
@@ -52,7 +58,7 @@ pub(super) async fn run(file: &ImageFile, options: &CheckOptions<'_>) -> Result<
         && super::names::bitmaps(file, &examination.header).await?.is_none()
     {
         notes.push(|| "the persistent bitmaps are given up: they are out of date".to_owned());
-        mend::drop_bitmaps(file, Header::read(file).await?).await?;
+        mend::drop_bitmaps(file, Header::read_to_check(file).await?).await?;
     }
     if !found.is_clean() {
         match options.repair {
@@ -114,7 +120,8 @@ async fn all(
 /// for COPIED flags. The image no longer says that it is dirty when this returns.
 ///
 /// # Errors
-/// [`FormatError::Invalid`] when more than counts is wrong; nothing has been written then. Those of the file.
+/// [`FormatError::Invalid`] when more than counts is wrong, or they stand where something else does; nothing has been
+/// written then. Those of the file.
 ///
 /// # Cancel safety
 /// As a crash: the image is still dirty.
@@ -123,7 +130,7 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     let mut examination = examine(file, &options).await?;
     let found = examination.report.clone();
     // Blocks that cannot be used are made anew: what they must hold is known from the tables.
-    if !examination.tables_are_sound {
+    if !examination.tables_are_sound || has_shared_counts(&examination) {
         return Err(FormatError::Invalid(
             "the image was not closed and its tables contradict each other; heliostat check --repair all tells more"
                 .into(),
@@ -143,6 +150,14 @@ pub async fn repair_dirty(file: &ImageFile) -> Result<CheckReport, FormatError> 
     mark(file, &examination.header, features).await?;
     file.flush().await?;
     Ok(conclude(examination.report, found, mend::Notes::new(0), 0))
+}
+
+/// Says whether something else stands where counts do: an L1 entry that leads to the refcount table, say. What it
+/// should lead to looks unused then, and would be given away.
+fn has_shared_counts(examination: &Examination) -> bool {
+    let clusters = old_counts(examination);
+    let mut counted = clusters.chunk_by(|one, other| one == other);
+    counted.any(|same| examination.references.uses(same[0]) > u64_from(same.len()))
 }
 
 /// Says whether the active L1 table is where none can be.
@@ -183,12 +198,14 @@ fn conclude(mut left: CheckReport, found: CheckReport, notes: mend::Notes, fixed
 
 /// Writes the incompatible features, where the version has them and they differ.
 async fn mark(file: &ImageFile, header: &Header, features: u64) -> Result<(), FormatError> {
-    let now = Header::read(file).await?.incompatible;
+    let now = Header::read_to_check(file).await?.incompatible;
     if header.layout.version < 3 || now == features {
         return Ok(());
     }
-    // What has been done so far is done before the image says so.
-    file.flush().await?;
+    if !is_planted(Bug::CleanBeforeCounts) {
+        // What has been done so far is done before the image says so.
+        file.flush().await?;
+    }
     file.write(INCOMPATIBLE_WORD, features.to_be_bytes().to_vec().into()).await?;
     Ok(file.flush().await?)
 }
@@ -232,8 +249,10 @@ async fn has_low_counts(file: &ImageFile, examination: &Examination) -> Result<b
     if !examination.refcounts.is_sound || has_uncounted(examination) {
         return Ok(true);
     }
-    for (index, block) in blocks(examination) {
-        let bytes = file.read(cluster_at(block, layout)).await?;
+    let wanted = blocks(examination).map(|(index, block)| (Some(block), index));
+    let mut stream = pin!(ahead::clusters(file, layout, wanted));
+    while let Some(next) = stream.next().await {
+        let (Some(bytes), index) = next? else { continue };
         let first = index * layout.refcount_block_entries();
         for entry in 0..layout.refcount_block_entries() {
             if layout.refcount(&bytes, entry) < examination.references.get(first + entry) {
@@ -262,8 +281,10 @@ async fn each_block(
     change: impl Fn(u64, u64) -> u64,
 ) -> Result<(), FormatError> {
     let layout = examination.header.layout;
-    for (index, offset) in blocks(examination) {
-        let mut bytes = file.read(cluster_at(offset, layout)).await?;
+    let wanted = blocks(examination).map(|(index, offset)| (Some(offset), (index, offset)));
+    let mut stream = pin!(ahead::clusters(file, layout, wanted));
+    while let Some(next) = stream.next().await {
+        let (Some(mut bytes), (index, offset)) = next? else { continue };
         let first = index * layout.refcount_block_entries();
         let mut is_changed = false;
         // What is counted beyond the file's end is nobody's concern.
@@ -400,8 +421,12 @@ async fn copied_flags(file: &ImageFile, examination: &Examination) -> Result<(),
         })
         .collect();
     write_changes(file, range.offset(), &old, &new).await?;
-    for (offset, _) in l2_tables.iter().filter(|(at, uses)| uses.active > 0 && layout.in_cluster(**at) == 0) {
-        let old = read_numbers(&file.read(cluster_at(*offset, layout)).await?);
+    let active = l2_tables.iter().filter(|(at, uses)| uses.active > 0 && layout.in_cluster(**at) == 0);
+    let wanted = active.map(|(offset, _)| (Some(*offset), *offset));
+    let mut stream = pin!(ahead::clusters(file, layout, wanted));
+    while let Some(next) = stream.next().await {
+        let (Some(old), offset) = next? else { continue };
+        let old = read_numbers(&old);
         let external = header.has_external_data();
         let new = entries(&old, layout).flat_map(|entry| {
             let descriptor = match named(entry, layout, external) {
@@ -412,7 +437,7 @@ async fn copied_flags(file: &ImageFile, examination: &Examination) -> Result<(),
             let RawEntry { subclusters, .. } = entry;
             std::iter::once(descriptor).chain(layout.extended_l2.then_some(subclusters))
         });
-        write_changes(file, *offset, &old, &new.collect::<Vec<u64>>()).await?;
+        write_changes(file, offset, &old, &new.collect::<Vec<u64>>()).await?;
     }
     Ok(file.flush().await?)
 }

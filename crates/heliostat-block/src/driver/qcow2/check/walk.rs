@@ -4,15 +4,20 @@
 //! named, and read once, in the order of the file. Counts come out as if each had been read each time.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 
+use futures_util::StreamExt;
+
+use super::super::bitmap_directory::BitmapEntry;
 use super::super::entry::{COMPRESSED, COPIED, Cluster, OFFSET_MASK, RawEntry, ZERO};
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
 use super::super::header::{BitmapsExtension, Header, Table};
 use super::super::layout::Layout;
 use super::super::state::read_numbers;
-use super::counts::{RefcountTable, cluster_at};
-use super::names::{self, Bitmap, SnapshotTable};
+use super::ahead;
+use super::counts::RefcountTable;
+use super::names::{self, SnapshotTable};
 use super::references::References;
 use super::{CheckOptions, CheckReport, Progress};
 use crate::convert::u64_from;
@@ -110,7 +115,7 @@ pub(super) async fn examine(
     file: &ImageFile,
     options: &CheckOptions<'_>,
 ) -> Result<Examination, FormatError> {
-    let header = Header::read(file).await?;
+    let header = Header::read_to_check(file).await?;
     if header.layout.in_cluster(header.snapshots.offset) != 0 || header.snapshots.offset >> 63 != 0 {
         return Err(FormatError::header("Snapshot table offset invalid"));
     }
@@ -217,11 +222,16 @@ impl Walk<'_> {
         }
     }
 
-    async fn bitmaps(&mut self, extension: BitmapsExtension, bitmaps: &[Bitmap]) -> Result<(), FormatError> {
+    async fn bitmaps(
+        &mut self,
+        extension: BitmapsExtension,
+        bitmaps: &[BitmapEntry],
+    ) -> Result<(), FormatError> {
         self.count(extension.directory_offset, extension.directory_size, 1, "the bitmap directory")?;
         for bitmap in bitmaps {
-            self.count(bitmap.table.offset(), bitmap.table.len(), 1, "a bitmap table")?;
-            for offset in bitmap.clusters(self.file).await? {
+            let table = bitmap.table_range();
+            self.count(table.offset(), table.len(), 1, "a bitmap table")?;
+            for offset in names::bitmap_clusters(self.file, bitmap).await? {
                 self.count(offset, self.layout.cluster_size(), 1, "bitmap data")?;
             }
         }
@@ -308,7 +318,12 @@ impl Walk<'_> {
         if !self.checks_copied || self.is_header {
             return Ok(());
         }
-        match self.refcounts.count(self.file, self.layout.cluster_index(offset)).await? {
+        let cluster = self.layout.cluster_index(offset);
+        let counted = match self.refcounts.count_now(cluster) {
+            Some(count) => Ok(count),
+            None => self.refcounts.count(self.file, cluster).await?,
+        };
+        match counted {
             Ok(count) if (count == 1) != is_copied => self.report.corruption(times, || {
                 format!("{what} entry {entry:#x} has a wrong COPIED flag: the reference count is {count}")
             }),
@@ -319,37 +334,55 @@ impl Walk<'_> {
     }
 
     async fn l2_tables(&mut self) -> Result<(), FormatError> {
-        let mut unaligned = 0;
         let tables = std::mem::take(&mut self.l2_tables);
-        for (offset, uses) in &tables {
-            if self.layout.in_cluster(*offset) != 0 {
-                unaligned += 1;
-                if unaligned > UNALIGNED_MAX {
-                    self.report
-                        .check_error(1, || format!("the L2 table at {offset:#x} has not been looked at"));
-                    continue;
-                }
-            }
-            let words = read_numbers(&self.file.read(cluster_at(*offset, self.layout)).await?);
-            self.is_header = *offset == 0;
-            self.l2_table(&words, *uses).await?;
+        self.each_l2_table(&tables).await?;
+        self.l2_tables = tables;
+        Ok(())
+    }
+
+    async fn each_l2_table(&mut self, tables: &BTreeMap<u64, Uses>) -> Result<(), FormatError> {
+        let layout = self.layout;
+        let mut unaligned = 0;
+        let wanted = tables.iter().map(|(offset, uses)| {
+            unaligned += u64::from(layout.in_cluster(*offset) != 0);
+            let is_read = layout.in_cluster(*offset) == 0 || unaligned <= UNALIGNED_MAX;
+            (is_read.then_some(*offset), (*offset, *uses))
+        });
+        let mut stream = pin!(ahead::clusters(self.file, layout, wanted));
+        while let Some(next) = stream.next().await {
+            let (table, (offset, uses)) = next?;
+            let Some(table) = table else {
+                self.report.check_error(1, || format!("the L2 table at {offset:#x} has not been looked at"));
+                continue;
+            };
+            self.is_header = offset == 0;
+            self.l2_table(&read_numbers(&table), uses).await?;
             self.tick(1);
         }
-        self.l2_tables = tables;
         Ok(())
     }
 
     async fn l2_table(&mut self, words: &[u64], uses: Uses) -> Result<(), FormatError> {
         let mut next = 0;
         for entry in entries(words, self.layout) {
-            if entry.descriptor != 0 || entry.subclusters != 0 {
-                self.l2_entry(entry, uses, &mut next).await?;
+            if entry.descriptor == 0 && entry.subclusters == 0 {
+                continue;
+            }
+            if let Some((is_copied, offset)) = self.l2_entry(entry, uses, &mut next)? {
+                self.check_copied(is_copied, offset, uses.active, "L2", entry.descriptor).await?;
             }
         }
         Ok(())
     }
 
-    async fn l2_entry(&mut self, entry: RawEntry, uses: Uses, next: &mut u64) -> Result<(), FormatError> {
+    /// Counts what an entry names. Returns its COPIED flag and the place of the cluster that it speaks of, where the
+    /// flag is to be judged.
+    fn l2_entry(
+        &mut self,
+        entry: RawEntry,
+        uses: Uses,
+        next: &mut u64,
+    ) -> Result<Option<(bool, u64)>, FormatError> {
         let RawEntry { descriptor, subclusters } = entry;
         let (layout, times) = (self.layout, uses.all);
         let names = named(entry, layout, self.external);
@@ -366,7 +399,7 @@ impl Walk<'_> {
             }
             Named::Compressed(offset, len) => {
                 if self.compressed_problem(entry, times) {
-                    return Ok(());
+                    return Ok(None);
                 }
                 self.report.compressed_clusters += uses.active;
                 self.report.allocated_clusters += uses.active;
@@ -396,15 +429,13 @@ impl Walk<'_> {
                             format!("L2 entry {descriptor:#x} has a wrong COPIED flag")
                         });
                     }
-                    return Ok(());
+                    return Ok(None);
                 }
                 self.count(offset, layout.cluster_size(), times, "a guest cluster")?;
-                if uses.active > 0 {
-                    self.check_copied(is_copied, offset, uses.active, "L2", descriptor).await?;
-                }
+                return Ok((uses.active > 0).then_some((is_copied, offset)));
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Counts what is wrong with an entry of a compressed cluster. Returns whether it is as good as none.

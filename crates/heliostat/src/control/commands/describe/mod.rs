@@ -1,6 +1,9 @@
 //! `query-named-block-nodes`: what nodes are, in QEMU's words; and what images say of themselves.
 //!
-//! Looks at what is known already and opens nothing. `heliostat info` shows the same of an image.
+//! What was counted and who uses what stand beside this. Looks at what is known already and opens nothing. `heliostat info` shows the same of an image.
+
+pub(super) mod graph;
+pub(super) mod statistics;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -68,13 +71,74 @@ fn described(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value {
     if let Some(backing) = backing(nodes, entry) {
         described["backing_file"] = json!(filename(nodes, backing));
     }
-    described
+    in_order(described, &NODE_KEYS)
+}
+
+/// The keys of a node in QEMU's order, which is that of a hash table; some clients compare texts.
+const NODE_KEYS: [&str; 19] = [
+    "iops_rd",
+    "detect_zeroes",
+    "active",
+    "image",
+    "iops_wr",
+    "ro",
+    "node-name",
+    "backing_file_depth",
+    "drv",
+    "iops",
+    "bps_wr",
+    "write_threshold",
+    "backing_file",
+    "dirty-bitmaps",
+    "encrypted",
+    "bps",
+    "bps_rd",
+    "cache",
+    "file",
+];
+
+/// The same of an image.
+const IMAGE_KEYS: [&str; 12] = [
+    "backing-image",
+    "backing-filename-format",
+    "snapshots",
+    "virtual-size",
+    "filename",
+    "cluster-size",
+    "format",
+    "actual-size",
+    "format-specific",
+    "full-backing-filename",
+    "backing-filename",
+    "dirty-flag",
+];
+
+/// The same of what only qcow2 has.
+const QCOW2_KEYS: [&str; 9] = [
+    "compat",
+    "compression-type",
+    "lazy-refcounts",
+    "bitmaps",
+    "refcount-bits",
+    "data-file",
+    "data-file-raw",
+    "corrupt",
+    "extended-l2",
+];
+
+/// The same object with its keys as `keys` has them, and others behind.
+fn in_order(mut object: Value, keys: &[&str]) -> Value {
+    let Some(map) = object.as_object_mut() else { return object };
+    let first = keys.iter().filter_map(|key| map.remove_entry(*key));
+    let mut ordered: Map<String, Value> = first.collect();
+    ordered.append(map);
+    Value::Object(ordered)
 }
 
 /// The bitmaps that follow writes, the last one first. Those of an image that is only read are not loaded.
 fn dirty_bitmaps(entry: &NodeEntry) -> Vec<Value> {
     let Some(image) = entry.node.image() else { return Vec::new() };
-    let described = image.bitmaps().iter().rev().map(|bitmap| {
+    let described = image.bitmaps().into_iter().rev().map(|bitmap| {
         let mut described = json!({
             "name": String::from_utf8_lossy(&bitmap.entry.name),
             "recording": bitmap.bits.is_some() && bitmap.is_enabled(),
@@ -129,7 +193,7 @@ pub fn image_info(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value
             node.image().is_some_and(|image| image.header().incompatible & incompatible::DIRTY != 0);
         info["dirty-flag"] = json!(is_dirty);
     }
-    info
+    in_order(info, &IMAGE_KEYS)
 }
 
 /// The size that is seen. A file that holds an image grows; QEMU counts it in sectors.
@@ -172,7 +236,7 @@ fn snapshot_info(snapshot: &Snapshot) -> Value {
     if let Some(count) = snapshot.icount {
         info["icount"] = json!(count);
     }
-    info
+    in_order(info, &["icount"])
 }
 
 fn format_specific(header: &Header, entry: &NodeEntry) -> Value {
@@ -202,7 +266,7 @@ fn format_specific(header: &Header, entry: &NodeEntry) -> Value {
         }
         put("data-file-raw", json!(header.is_data_file_raw()));
     }
-    Value::Object(data)
+    in_order(Value::Object(data), &QCOW2_KEYS)
 }
 
 /// A bitmap as the image has it. One that is open to be written is marked as in use there.

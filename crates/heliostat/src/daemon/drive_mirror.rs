@@ -1,0 +1,401 @@
+//! Mirrors whose target is a file's name: what that is to become is decided and checked first, then it is made or
+//! opened, then the mirror starts on it.
+//!
+//! No file is made or loses anything before every argument has passed. What was opened or made for a mirror that does
+//! not start goes again.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use heliostat_block::driver::qcow2::create::{CreateOptions, create};
+use heliostat_block::driver::qcow2::file::ImageFile;
+use heliostat_block::job::Job;
+use heliostat_block::job::scan::SyncMode;
+use heliostat_block::name::NodeName;
+use heliostat_block::node::Discard;
+use heliostat_host::file::FileStorage;
+use heliostat_host::open::{Existing, OpenOptions};
+use heliostat_host::pinned::Identity;
+use heliostat_host::runtime::block_on;
+use rustix::io::Errno;
+
+use super::error::strerror;
+use super::gate::Format;
+use super::mirror::{Clusters, Launch, Prospect};
+use super::nodes::Wanted;
+use super::open::{is_device, options};
+use super::{Beneath, Daemon, DaemonError, DriverSpec, MirrorSpec, NodeEntry, NodeSpec, Sharing};
+
+/// A mirror to a target by name.
+#[derive(Clone, Debug)]
+pub struct DriveMirrorSpec {
+    /// All the rest. Its target says nothing.
+    pub mirror: MirrorSpec,
+    /// The target.
+    pub target: TargetName,
+    /// QEMU's name of the target's format; the source's where nothing is said of a new one, what it looks like where
+    /// nothing is said of one that is there.
+    pub format: Option<String>,
+    /// The name of the target's node.
+    pub node_name: Option<String>,
+    /// Whether it is made.
+    pub mode: TargetMode,
+}
+
+/// What a target's name means.
+#[derive(Clone, Debug)]
+pub enum TargetName {
+    /// A file or a block device.
+    Path(PathBuf),
+    /// Something else that holds bytes; by which word it was named.
+    Protocol(&'static str, Box<NodeSpec>),
+    /// A node as it is to be, with nothing on top of it unless a format is said.
+    Definition(Box<NodeSpec>),
+    /// Nothing that can be used; by which word it was named, and why not, which is said when its turn comes.
+    Unusable(String, String),
+}
+
+/// Whether a target is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TargetMode {
+    /// It is, whatever is there. Where it stands on something, that is named in full.
+    #[default]
+    AbsolutePaths,
+    /// It is there, and used as it is.
+    Existing,
+}
+
+/// The cluster of a new image.
+const CLUSTER: u32 = 64 << 10;
+
+/// A format, as QEMU's names have it: with nothing on top of the file, or with something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layer {
+    None,
+    Format(Format),
+}
+
+impl Layer {
+    const fn wanted(self) -> Wanted {
+        match self {
+            Self::None => Wanted::AsBelow,
+            Self::Format(format) => Wanted::Said(format),
+        }
+    }
+
+    const fn is_image(self) -> bool {
+        matches!(self, Self::Format(Format::Qcow2))
+    }
+}
+
+/// A target that is to be made.
+struct New {
+    path: PathBuf,
+    layer: Layer,
+    beneath: Beneath,
+    image: Option<CreateOptions>,
+}
+
+impl Daemon {
+    /// Starts a mirror to a target that is made, or opened, for it. When it returns, the job has said that it was
+    /// created and is running.
+    ///
+    /// # Errors
+    /// [`DaemonError`] for each argument that cannot be used, in the order in which QEMU says them.
+    pub fn start_drive_mirror(&self, spec: &DriveMirrorSpec) -> Result<Arc<Job>, DaemonError> {
+        let _change = self.begin_change()?;
+        let source = self.source_of(&spec.mirror.source)?;
+        self.check_source(&source)?;
+        let entries = self.nodes();
+        let entry = entries.iter().find(|entry| Arc::ptr_eq(&entry.node, &source));
+        let entry = entry.ok_or_else(|| DaemonError::NodeNotFound(spec.mirror.source.clone()))?;
+        if spec.mirror.replaces.is_some() && spec.node_name.is_none() {
+            return Err(DaemonError::ReplacesWithoutName);
+        }
+        match spec.mode {
+            TargetMode::AbsolutePaths => self.mirror_to_new(spec, entry, &entries),
+            TargetMode::Existing => self.mirror_to_existing(spec, entry),
+        }
+    }
+
+    fn mirror_to_existing(
+        &self,
+        spec: &DriveMirrorSpec,
+        source: &NodeEntry,
+    ) -> Result<Arc<Job>, DaemonError> {
+        let layer = spec.format.as_deref().map(|name| match layer(name) {
+            Some(layer) => Ok(layer),
+            None => Err(DaemonError::UnknownDriver(name.to_owned())),
+        });
+        let (below, unsaid) = match &spec.target {
+            TargetName::Path(path) => (file_spec(path, source), self.unsaid(source)),
+            TargetName::Protocol(_, below) => ((**below).clone(), self.unsaid(source)),
+            TargetName::Definition(node) => ((**node).clone(), Wanted::AsBelow),
+            TargetName::Unusable(_, why) => return Err(DaemonError::Create(why.clone())),
+        };
+        let wanted = match layer.transpose()? {
+            // A definition that has the format already is not put into another.
+            Some(layer) if is_of(&below.driver, layer) => Wanted::AsBelow,
+            Some(layer) => layer.wanted(),
+            None => unsaid,
+        };
+        let target = self.make_target(&below, spec.node_name.clone(), wanted)?;
+        let started = (|| {
+            let prepared = self.prepare(&spec.mirror, &source.node, &Prospect::of(&target))?;
+            let beneath = if target.image().is_some() { Beneath::FromHeader } else { Beneath::AsItIs };
+            self.launch(Launch {
+                spec: &MirrorSpec { beneath, ..spec.mirror.clone() },
+                source: Arc::clone(&source.node),
+                target,
+                prepared,
+                observer: self.job_observer(),
+            })
+        })();
+        if started.is_err() {
+            self.drop_orphans();
+        }
+        started
+    }
+
+    /// What a target is taken for when nothing is said. A file of bytes that is mirrored as such goes to another one,
+    /// whatever that looks like, as in QEMU.
+    fn unsaid(&self, source: &NodeEntry) -> Wanted {
+        match layer(source.driver) {
+            Some(Layer::None) | None => Wanted::AsBelow,
+            Some(Layer::Format(_)) => Wanted::Guessed,
+        }
+    }
+
+    fn mirror_to_new(
+        &self,
+        spec: &DriveMirrorSpec,
+        source: &NodeEntry,
+        entries: &[NodeEntry],
+    ) -> Result<Arc<Job>, DaemonError> {
+        let new = plan(spec, source, entries)?;
+        check_creatable(&new.path, source, &self.files_in_use())?;
+        if let Some(name) = &spec.node_name {
+            let name = NodeName::new(name)?;
+            if self.graph.node(name.as_str()).is_ok() || self.is_filter_name(name.as_str()) {
+                return Err(DaemonError::NodeExists(name.to_string()));
+            }
+        }
+        let size = new.layer.is_image().then_some(CLUSTER);
+        let whole = size.filter(|_| new.beneath != Beneath::AsItIs);
+        let prospect = Prospect { node: None, clusters: Clusters { size, whole } };
+        let prepared = self.prepare(&spec.mirror, &source.node, &prospect)?;
+        if spec.mirror.speed < 0 {
+            self.say_stillborn(&spec.mirror.job_id);
+            return Err(DaemonError::Speed);
+        }
+        let made = Made::new(&new, source)?;
+        let below = file_spec(&new.path, source);
+        let started = (|| {
+            let target = self.make_target(&below, spec.node_name.clone(), new.layer.wanted())?;
+            let is_zero = new.beneath == Beneath::AsItIs && (new.image.is_some() || !is_device(&new.path));
+            let mirror = MirrorSpec {
+                target_is_zero: is_zero,
+                beneath: new.beneath,
+                // What stands on nothing has no top.
+                sync: if new.beneath == Beneath::AsItIs {
+                    whole_of(spec.mirror.sync)
+                } else {
+                    spec.mirror.sync
+                },
+                ..spec.mirror.clone()
+            };
+            self.launch(Launch {
+                spec: &mirror,
+                source: Arc::clone(&source.node),
+                target,
+                prepared,
+                observer: self.job_observer(),
+            })
+        })();
+        match &started {
+            Ok(_) => made.keep(),
+            Err(_) => self.drop_orphans(),
+        }
+        started
+    }
+}
+
+/// A sync mode without a chain.
+const fn whole_of(sync: SyncMode) -> SyncMode {
+    match sync {
+        SyncMode::Top => SyncMode::Full,
+        other => other,
+    }
+}
+
+/// A file that was made for a mirror: gone again when that does not start, if nothing was there before.
+struct Made<'a>(Option<&'a Path>);
+
+impl<'a> Made<'a> {
+    fn new(new: &'a New, source: &NodeEntry) -> Result<Self, DaemonError> {
+        let path = &new.path;
+        let is_device = is_device(path);
+        let was_there = path.symlink_metadata().is_ok();
+        let options = options(&file_spec(path, source), Sharing::Locked);
+        if is_device && new.image.is_none() {
+            return Ok(Self(None));
+        }
+        let len = if new.image.is_some() { 0 } else { source.node.size() };
+        let storage = match is_device {
+            true => FileStorage::open(path, &options),
+            false => FileStorage::create(path, len, Existing::Replace, &options),
+        };
+        let storage = storage.map_err(|error| creation(DaemonError::from(error)))?;
+        let made = Self((!was_there).then_some(path));
+        if let Some(image) = &new.image {
+            let file = ImageFile::new(Arc::new(storage));
+            block_on(create(&file, None, image)).map_err(DaemonError::Engine)??;
+        }
+        Ok(made)
+    }
+
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Made<'_> {
+    fn drop(&mut self) {
+        if let Some(path) = self.0 {
+            // Nothing more can be done about it.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Decides what a new target is to be. Looks at no file.
+fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Result<New, DaemonError> {
+    let format = spec.format.as_deref().unwrap_or(source.driver);
+    let refused = |text: String| Err(DaemonError::Create(text));
+    let is_protocol = format.starts_with("null-") || format == "blkdebug";
+    let layer = layer(format);
+    if layer.is_none() && !is_protocol {
+        return refused(format!("Unknown file format '{format}'"));
+    }
+    if let TargetName::Unusable(word, why) = &spec.target {
+        let is_known = word.starts_with("nbd");
+        return refused(if is_known { why.clone() } else { format!("Unknown protocol '{word}'") });
+    }
+    let path = match (&spec.target, layer) {
+        (TargetName::Definition(_) | TargetName::Unusable(..), _) => {
+            return refused("Unknown protocol 'json'".to_owned());
+        }
+        (_, None) => return refused(format!("Format driver '{format}' does not support image creation")),
+        (TargetName::Protocol(word, _), _) => {
+            return refused(format!("Protocol driver '{word}' does not support image creation"));
+        }
+        (TargetName::Path(path), Some(_)) => path.clone(),
+    };
+    let layer = layer.unwrap_or(Layer::None);
+    let below = match spec.mirror.sync {
+        SyncMode::None if spec.mirror.sync_not_there.is_none() => Some((Beneath::Source, source)),
+        SyncMode::Top => {
+            let name = source.backing.as_ref();
+            let entry = name.and_then(|name| entries.iter().find(|entry| entry.node.name() == name));
+            entry.map(|entry| (Beneath::SourcesBacking, entry))
+        }
+        SyncMode::Full | SyncMode::None => None,
+    };
+    let (beneath, below) = below.map_or((Beneath::AsItIs, None), |(beneath, entry)| (beneath, Some(entry)));
+    if below.is_some() && !layer.is_image() {
+        return refused(format!("Backing file not supported for file format '{format}'"));
+    }
+    let image = layer.is_image().then(|| image_of(source, below)).transpose()?;
+    Ok(New { path, layer, beneath, image })
+}
+
+fn image_of(source: &NodeEntry, below: Option<&NodeEntry>) -> Result<CreateOptions, DaemonError> {
+    let size = source.node.size();
+    if !size.is_multiple_of(512) {
+        let text = "The source is no multiple of 512 bytes long, which a qcow2 image is; say format=raw";
+        return Err(DaemonError::Create(text.to_owned()));
+    }
+    let mut image = CreateOptions { size, ..CreateOptions::default() };
+    if let Some(below) = below {
+        let format = match layer(below.driver) {
+            Some(Layer::Format(Format::Qcow2)) => "qcow2",
+            Some(_) if !below.is_window && !below.is_fixed => "raw",
+            // A window, or something that is in no file.
+            _ => {
+                let text = format!("Node '{}' has no name that an image could stand on", below.node.name());
+                return Err(DaemonError::Create(text));
+            }
+        };
+        // It means the same wherever the image goes.
+        let path = std::fs::canonicalize(&below.path).unwrap_or_else(|_| below.path.clone());
+        image.backing_file = Some(path.as_os_str().as_bytes().to_vec());
+        image.backing_format = Some(format.as_bytes().to_vec());
+    }
+    image.check()?;
+    Ok(image)
+}
+
+fn layer(name: &str) -> Option<Layer> {
+    match name {
+        "file" | "host_device" => Some(Layer::None),
+        "raw" => Some(Layer::Format(Format::Raw)),
+        "qcow2" => Some(Layer::Format(Format::Qcow2)),
+        _ => None,
+    }
+}
+
+const fn is_of(driver: &DriverSpec, layer: Layer) -> bool {
+    matches!(
+        (driver, layer),
+        (DriverSpec::Qcow2(_), Layer::Format(Format::Qcow2))
+            | (DriverSpec::Raw { .. }, Layer::Format(Format::Raw))
+            | (DriverSpec::File(_) | DriverSpec::HostDevice(_), Layer::None)
+    )
+}
+
+/// The file at `path`, used as that of the source is.
+fn file_spec(path: &Path, source: &NodeEntry) -> NodeSpec {
+    let discard = match source.node.options().discard {
+        Discard::Unmap => Discard::Unmap,
+        Discard::Ignore | Discard::ZeroesOnly => Discard::ZeroesOnly,
+    };
+    let driver = DriverSpec::at(path.to_owned(), Sharing::Locked);
+    NodeSpec { cache: source.cache, discard, ..NodeSpec::new(None, driver) }
+}
+
+/// Refuses a file that could not be made, as far as that can be known before; and one that a node of ours is in, also
+/// where no locks say so.
+fn check_creatable(path: &Path, source: &NodeEntry, in_use: &[Identity]) -> Result<(), DaemonError> {
+    let refused = |errno| {
+        Err(DaemonError::Create(format!("Could not create '{}': {}", path.display(), strerror(errno))))
+    };
+    match std::fs::metadata(path) {
+        Ok(there) if there.is_dir() => return refused(Errno::ISDIR),
+        // Opened as it will be, so that its locks and its permissions are known.
+        Ok(_) => {
+            let options: OpenOptions = options(&file_spec(path, source), Sharing::Locked);
+            let storage = FileStorage::open(path, &options).map_err(|error| creation(error.into()))?;
+            if storage.identity().is_ok_and(|identity| in_use.contains(&identity)) {
+                return Err(DaemonError::Create("Failed to get \"resize\" lock".to_owned()));
+            }
+            return Ok(());
+        }
+        Err(_) => {}
+    }
+    let parent = path.parent().unwrap_or(path);
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    match std::fs::metadata(parent) {
+        Ok(parent) if parent.is_dir() && !path.as_os_str().is_empty() => Ok(()),
+        Ok(parent) if !parent.is_dir() => refused(Errno::NOTDIR),
+        _ => refused(Errno::NOENT),
+    }
+}
+
+/// QEMU's words where a file cannot be made.
+fn creation(error: DaemonError) -> DaemonError {
+    let text = error.to_string();
+    let text = text.replacen("Could not open", "Could not create", 1);
+    // It is made longer before it is written.
+    DaemonError::Create(text.replacen("Failed to get \"write\" lock", "Failed to get \"resize\" lock", 1))
+}

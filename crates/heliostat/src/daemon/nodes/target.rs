@@ -1,0 +1,224 @@
+//! The target of a mirror that names a file: opened when the mirror starts, alone; put on top of the rest of its chain
+//! when it ends; gone when nobody uses it.
+//!
+//! It is no operator's node: it lives as long as the mirror, or an export, uses it. It is opened without what it stands
+//! on, because that may not be complete yet. Called by `drive_mirror`.
+
+use std::sync::Arc;
+
+use heliostat_block::node::Node;
+use heliostat_block::tracked::Drained;
+
+use super::super::gate::Format;
+use super::super::{Daemon, DaemonError};
+use super::qcow2::{namer, probe};
+use super::{BackingSpec, Child, DEPTH_MAX, DriverSpec, Making, NodeSpec, Qcow2Spec, Record};
+
+/// What the target of a mirror stands on when it has taken the source's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beneath {
+    /// What it stands on already.
+    AsItIs,
+    /// What the source stands on.
+    SourcesBacking,
+    /// The source.
+    Source,
+    /// What the image itself says.
+    FromHeader,
+}
+
+/// How the target keeps its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Wanted {
+    /// As the file below it does.
+    AsBelow,
+    /// In a format that somebody has said.
+    Said(Format),
+    /// In the format that it begins as.
+    Guessed,
+}
+
+impl Daemon {
+    /// Opens the node of a target over `below`, which is what holds it.
+    ///
+    /// # Errors
+    /// As [`Daemon::add_node`]; nothing is left then.
+    pub(in super::super) fn make_target(
+        &self,
+        below: &NodeSpec,
+        name: Option<String>,
+        wanted: Wanted,
+    ) -> Result<Arc<Node>, DaemonError> {
+        let there = self.lock_nodes().list.len();
+        let made = self.try_target(below, name, wanted);
+        if made.is_err() {
+            // As in `add_node`.
+            let _ = self.drop_unused_from(there);
+        }
+        made
+    }
+
+    fn try_target(
+        &self,
+        below: &NodeSpec,
+        name: Option<String>,
+        wanted: Wanted,
+    ) -> Result<Arc<Node>, DaemonError> {
+        let making = Making { depth: DEPTH_MAX, is_owned: false };
+        if wanted == Wanted::AsBelow {
+            let spec = NodeSpec { name, ..below.clone() };
+            return Ok(self.make_node(&spec, making)?.entry.node);
+        }
+        // Before anything is opened.
+        self.check_new(&NodeSpec { name: name.clone(), ..below.clone() }, making)?;
+        let passes = heliostat_block::node::Discard::Unmap;
+        let file = self.make_node(&NodeSpec { name: None, discard: passes, ..below.clone() }, making)?;
+        let (format, is_guess) = match wanted {
+            Wanted::Said(format) => (format, false),
+            Wanted::AsBelow | Wanted::Guessed => (probe(&file)?, true),
+        };
+        let child = Child::Named(file.entry.node.name().to_string());
+        let driver = match format {
+            Format::Raw => DriverSpec::Raw { file: child, offset: 0, size: None, is_guess },
+            Format::Qcow2 => DriverSpec::Qcow2(Box::new(Qcow2Spec {
+                backing: BackingSpec::Nothing,
+                ..Qcow2Spec::new(child)
+            })),
+        };
+        let node = self.make_node(&NodeSpec { name, driver, ..below.clone() }, making)?.entry.node;
+        if is_guess
+            && let Some(image) = node.image().map(|image| image.header())
+            && let Some(backing) = image.backing_file
+        {
+            // At the end it would be opened on the word of who wrote the image.
+            let name = String::from_utf8_lossy(&backing).into_owned();
+            return Err(DaemonError::TargetGuess { path: file.entry.path, name });
+        }
+        Ok(node)
+    }
+
+    /// Opens what the target stands on by its own account, through the gate, to be put there when the source is
+    /// drained. Nothing where it is open already, or stands on nothing.
+    ///
+    /// # Errors
+    /// `Backing`.
+    pub(in super::super) fn open_beneath(&self, target: &Arc<Node>) -> Result<(), DaemonError> {
+        let Some(image) = target.image() else { return Ok(()) };
+        let header = image.header();
+        let Some(backing) = &header.backing_file else { return Ok(()) };
+        let record = self.below(target.name().as_str())?;
+        if record.entry.backing.is_some() {
+            return Ok(());
+        }
+        let Some(child) = &record.entry.child else { return Ok(()) };
+        let by = namer(&self.below(child.as_str())?, None);
+        let there = self.lock_nodes().list.len();
+        let opening = || {
+            let above = NodeSpec {
+                cache: record.entry.cache,
+                ..NodeSpec::new(None, DriverSpec::NullCo { size: 0, read_zeroes: true })
+            };
+            let image = Qcow2Spec::new(Child::Named(child.to_string()));
+            let making = Making { depth: DEPTH_MAX, is_owned: false };
+            let format = self.gate.format(header.backing_format.as_deref(), backing, &by)?;
+            let found = self.named_backing(&above, &image, backing, format, &by, making)?;
+            self.check_chain(&found, &by)?;
+            let place = self.attach_backing(&found, target.name())?;
+            Ok((found.entry.node.name().clone(), place))
+        };
+        let (name, place) = opening().map_err(|error: DaemonError| {
+            let _ = self.drop_unused_from(there);
+            DaemonError::Backing(Box::new(error))
+        })?;
+        self.change_record(target, |record| {
+            record.below.entry.backing = Some(name);
+            record.places.push(place);
+        });
+        Ok(())
+    }
+
+    /// Puts `target` on what it is to stand on, and in the place of the drained source, in this order: nobody sees it
+    /// without. Called on the job's thread, which must not wait for an operator's change to end.
+    ///
+    /// # Errors
+    /// With the reason; nothing has changed then.
+    pub(in super::super) fn succeed(
+        &self,
+        drained: &Drained,
+        target: &Arc<Node>,
+        beneath: Beneath,
+    ) -> Result<(), String> {
+        let source = drained.node();
+        let below = match beneath {
+            Beneath::AsItIs => None,
+            Beneath::SourcesBacking => source.backing(),
+            Beneath::Source => Some(Arc::clone(source)),
+            Beneath::FromHeader => {
+                let name = self.below(target.name().as_str()).ok().and_then(|record| record.entry.backing);
+                // It is there: its place keeps it.
+                name.and_then(|name| self.graph.node(name.as_str()).ok())
+            }
+        };
+        let Some(below) = below else {
+            self.graph.pivot(drained, target);
+            return Ok(());
+        };
+        target.set_backing(Some(Arc::clone(&below)));
+        if beneath == Beneath::FromHeader {
+            self.graph.pivot(drained, target);
+            return Ok(());
+        }
+        let place = self.graph.pivot_onto(drained, target, &below).map_err(|error| {
+            target.set_backing(None);
+            error.to_string()
+        })?;
+        let name = below.name().clone();
+        self.change_record(target, |record| {
+            record.below.entry.backing = Some(name);
+            record.places.push(place);
+        });
+        Ok(())
+    }
+
+    fn change_record(&self, node: &Arc<Node>, change: impl FnOnce(&mut Record)) {
+        let mut nodes = self.lock_nodes();
+        if let Some(record) = nodes.list.iter_mut().find(|record| Arc::ptr_eq(record.node(), node)) {
+            change(record);
+        }
+    }
+
+    /// Closes what was made for a job and is used by nobody any more, on a thread of the data plane. Waits for
+    /// changes that are under way.
+    pub(in super::super) async fn let_go(&self) {
+        loop {
+            // Most jobs leave nothing behind, and need not wait.
+            if self.orphan().is_none() {
+                return;
+            }
+            let record = {
+                let _change = self.changes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                self.orphan().and_then(|node| self.forget(node.name().as_str()))
+            };
+            if let Some(record) = record {
+                record.close_here().await;
+            }
+        }
+    }
+
+    fn orphan(&self) -> Option<Arc<Node>> {
+        let nodes: Vec<_> = {
+            let nodes = self.lock_nodes();
+            let made = nodes.list.iter().filter(|record| !record.is_owned);
+            made.map(|record| Arc::clone(record.node())).collect()
+        };
+        nodes.into_iter().find(|node| self.graph.roles(node).is_empty())
+    }
+}
+
+impl Record {
+    /// Leaves its image, or file, in order, as well as that can be done.
+    async fn close_here(self) {
+        // As closing a file does: who cared has flushed.
+        let _ = self.node().close().await;
+    }
+}
