@@ -4,6 +4,7 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+mod kind;
 mod resize;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,9 +17,7 @@ use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::fault::FaultInjector;
-use crate::driver::filter::Filter;
-use crate::driver::{Driver, Qcow2};
+use crate::driver::Driver;
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
@@ -162,44 +161,6 @@ impl Node {
     /// How it keeps its bytes.
     pub(crate) const fn driver(&self) -> &Driver {
         self.blocks.below()
-    }
-
-    /// The image that it is in, where it is in one.
-    #[must_use]
-    pub fn image(&self) -> Option<&Arc<Qcow2>> {
-        match self.driver() {
-            Driver::Qcow2(image) => Some(image),
-            Driver::Raw(_) | Driver::Filter(_) => None,
-        }
-    }
-
-    /// Bytes that it allocates at once, where it allocates at all.
-    #[must_use]
-    pub fn cluster_size(&self) -> Option<u64> {
-        match self.driver() {
-            Driver::Raw(_) => None,
-            Driver::Qcow2(image) => Some(image.layout().cluster_size()),
-            Driver::Filter(filter) => filter.child().cluster_size(),
-        }
-    }
-
-    /// Says whether it names a node below it that is not there: what it does not hold may read otherwise later.
-    #[must_use]
-    pub fn lacks_backing(&self) -> bool {
-        match self.driver() {
-            Driver::Raw(_) => false,
-            Driver::Qcow2(image) => image.lacks_backing(),
-            Driver::Filter(filter) => filter.child().lacks_backing(),
-        }
-    }
-
-    /// The fault injector that it is, where it is one.
-    #[must_use]
-    pub fn fault_injector(&self) -> Option<&Arc<FaultInjector>> {
-        match self.driver() {
-            Driver::Filter(Filter::Faults(injector)) => Some(injector),
-            Driver::Raw(_) | Driver::Qcow2(_) | Driver::Filter(_) => None,
-        }
     }
 
     /// The node below, which holds what this one does not.
