@@ -104,6 +104,7 @@ impl Node {
                     .await
                     .map_err(|error| BlockError::from_io(self.name().as_str(), Some(range), error));
             }
+            Driver::Filter(filter) => return Box::pin(filter.child().map_of_layer(range)).await,
             Driver::Raw(raw) => raw,
         };
         let mut found = Vec::new();

@@ -10,6 +10,7 @@ mod events;
 pub mod json;
 mod outbox;
 mod peers;
+mod qemu_io;
 mod refusal;
 pub mod schema;
 mod session;

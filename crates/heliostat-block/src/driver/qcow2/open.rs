@@ -130,6 +130,7 @@ impl Qcow2 {
             has_blocks: options.data_file.as_ref().unwrap_or(file.storage()).traits().block_size > 1,
             haunted: BTreeMap::new(),
             corrupt: None,
+            raised: Vec::new(),
             header,
         };
         if !read_only {
