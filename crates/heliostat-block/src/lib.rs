@@ -25,6 +25,7 @@ pub mod map;
 pub mod name;
 pub mod nbd;
 pub mod node;
+pub(crate) mod node_options;
 pub mod planted;
 pub mod range;
 mod range_lock;

@@ -20,46 +20,14 @@ use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
 use crate::name::NodeName;
+use crate::node_options::OptionsCell;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::statistics::Statistics;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
 use crate::tracked::{Drained, Tracked, Whose};
 
-/// What becomes of space that is no longer needed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Discard {
-    /// Kept: discards do nothing, and zeroed ranges stay allocated (`discard=ignore`, said explicitly).
-    Ignore,
-    /// Clients' discards do nothing, zeroed ranges may become holes. What is meant when nothing is said.
-    #[default]
-    ZeroesOnly,
-    /// Given back (`discard=unmap`).
-    Unmap,
-}
-
-/// What becomes of written data that is all zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DetectZeroes {
-    /// Written like any other.
-    #[default]
-    Off,
-    /// Written as zeroes by the cheapest way that keeps the space.
-    On,
-    /// Becomes a hole.
-    Unmap,
-}
-
-/// How a node is to behave; set when it is made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NodeOptions {
-    /// Writes are refused.
-    pub read_only: bool,
-    /// What becomes of space that is no longer needed.
-    pub discard: Discard,
-    /// What becomes of written data that is all zero.
-    pub detect_zeroes: DetectZeroes,
-}
+pub use crate::node_options::{DetectZeroes, Discard, NodeOptions};
 
 /// Who wants to hear of writes.
 #[derive(Clone, Default)]
@@ -73,7 +41,7 @@ pub struct Node {
     name: NodeName,
     /// The driver, which takes whole blocks.
     blocks: Blocks<Driver>,
-    options: NodeOptions,
+    options: OptionsCell,
     /// Copied once: what clients negotiated must not change under them.
     traits: Traits,
     /// Changed by a resize only, while nothing is in flight.
@@ -96,7 +64,10 @@ impl Node {
             name,
             size: AtomicU64::new(driver.size()),
             blocks: Blocks::new(driver),
-            options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
+            options: OptionsCell::new(NodeOptions {
+                read_only: options.read_only || traits.read_only,
+                ..options
+            }),
             traits,
             in_flight: InFlight::default(),
             watchers: RwLock::new(watchers),
@@ -132,8 +103,15 @@ impl Node {
 
     /// How it was asked to behave.
     #[must_use]
-    pub const fn options(&self) -> NodeOptions {
-        self.options
+    pub fn options(&self) -> NodeOptions {
+        self.options.load()
+    }
+
+    /// Lets it behave otherwise from the next request on. What it is on cannot be written to is not changed by this.
+    /// The caller sees to it that nothing is in flight, where that matters to anybody.
+    pub fn set_options(&self, options: NodeOptions) {
+        let read_only = options.read_only || self.traits.read_only;
+        self.options.store(NodeOptions { read_only, ..options });
     }
 
     /// Bytes spent on the host, where that can be known.
@@ -201,7 +179,7 @@ impl Node {
     /// # Errors
     /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
     pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
-        if self.options.read_only {
+        if self.options().read_only {
             return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
         }
         let _drained = self.drain().await;
@@ -230,7 +208,8 @@ impl Node {
     /// # Errors
     /// [`BlockError`] of the host.
     pub async fn close(&self) -> Result<(), BlockError> {
-        let closed = if self.options.read_only { Ok(()) } else { self.blocks.below().close().await };
+        // Also what became read-only later was written before.
+        let closed = if self.traits.read_only { Ok(()) } else { self.blocks.below().close().await };
         closed.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
     }
 
@@ -322,8 +301,9 @@ impl Node {
         durability: Durability,
     ) -> Result<(), BlockError> {
         let range = self.writable(offset, u64_from(data.len()))?;
-        if self.options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
-            let space = match self.options.detect_zeroes {
+        let options = self.options();
+        if options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
+            let space = match options.detect_zeroes {
                 DetectZeroes::Unmap => ZeroSpace::MayUnmap,
                 DetectZeroes::Off | DetectZeroes::On => ZeroSpace::Keep,
             };
@@ -343,7 +323,7 @@ impl Node {
         durability: Durability,
     ) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
-        let space = if self.options.discard == Discard::Ignore { ZeroSpace::Keep } else { space };
+        let space = if self.options().discard == Discard::Ignore { ZeroSpace::Keep } else { space };
         if effort == ZeroEffort::FastOnly && !self.traits.can_zero_fast {
             return Err(self.refusal(ErrorKind::Unsupported, range));
         }
@@ -355,7 +335,7 @@ impl Node {
 
     pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
-        if self.options.discard != Discard::Unmap || self.blocks.shrink(range).is_empty() {
+        if self.options().discard != Discard::Unmap || self.blocks.shrink(range).is_empty() {
             return Ok(());
         }
         self.mark_early(range);
@@ -478,7 +458,7 @@ impl Node {
 
     fn writable(&self, offset: u64, len: u64) -> Result<ByteRange, BlockError> {
         let range = self.inside(offset, len)?;
-        if self.options.read_only {
+        if self.options().read_only {
             return Err(self.refusal(ErrorKind::ReadOnly, range));
         }
         Ok(range)

@@ -17,6 +17,7 @@ mod nodes;
 mod open;
 mod resize;
 mod shutdown;
+mod snapshot;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -38,6 +39,7 @@ pub use nodes::{
     TableCache,
 };
 pub use shutdown::ShutdownError;
+pub use snapshot::SnapshotSpec;
 
 use events::Events;
 use exports::Serving;

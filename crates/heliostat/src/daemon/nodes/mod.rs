@@ -32,7 +32,7 @@ pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
 pub use target::Beneath;
-pub(super) use target::Wanted;
+pub(super) use target::{Named, Wanted};
 
 /// The most nodes in one daemon. Each holds an open file; a host gives a process 1,024 of them by default.
 const NODES_MAX: usize = 512;
