@@ -4,10 +4,12 @@
 //! the first argument that is wrong, in this order, is the one that the client hears of.
 
 mod create;
+mod exports;
 mod introspect;
 mod mirror;
 mod returns;
 
+pub use exports::NBD_SERVER_OPTIONS;
 pub use introspect::schema;
 pub use returns::{EVENTS, EventType};
 
@@ -267,68 +269,6 @@ pub static NODE: Record = Record {
     }),
 };
 
-static UNIX: Record = record(&[
-    required("path", Kind::Text, "the socket's path"),
-    optional("abstract", Kind::Flag, "only false"),
-    optional("tight", Kind::Flag, "accepted, of no effect"),
-]);
-
-static INET: Record = record(&[
-    required("host", Kind::Text, "a name or an address of this host"),
-    required("port", Kind::Text, "a port's number or name; 0 lets the host choose"),
-    optional("numeric", Kind::Flag, "accepted, of no effect"),
-    optional("to", Kind::Int, "not supported"),
-    optional("ipv4", Kind::Flag, "whether IPv4 addresses may be used"),
-    optional("ipv6", Kind::Flag, "whether IPv6 addresses may be used"),
-    optional("keep-alive", Kind::Flag, "accepted, always on"),
-    optional("mptcp", Kind::Flag, "only false"),
-]);
-
-static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported")]);
-static VSOCK: Record =
-    record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
-
-static SOCKET_ADDRESS: Record = Record {
-    members: &[required("type", Kind::Word(&["inet", "unix", "vsock", "fd"]), "what kind of address")],
-    cases: Some(Cases {
-        tag: "type",
-        by_word: &[
-            ("inet", &[required("data", Kind::Object(&INET), "the address")]),
-            ("unix", &[required("data", Kind::Object(&UNIX), "the address")]),
-            ("vsock", &[required("data", Kind::Object(&VSOCK), "not supported")]),
-            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "not supported")]),
-        ],
-    }),
-};
-
-static BITMAP: Record = record(&[
-    required("node", Kind::Text, "the node that it hangs on"),
-    required("name", Kind::Text, "its name"),
-]);
-
-static NAMED_BITMAP: Kind = Kind::TextOrObject(&BITMAP, "BlockDirtyBitmapOrStr");
-
-const NBD_EXPORT: &[Member] = &[
-    optional("name", Kind::Text, "what clients ask for; default: the node's name"),
-    optional("description", Kind::Text, "a text for clients"),
-    optional("bitmaps", Kind::List(&NAMED_BITMAP), "not supported yet"),
-    optional("allocation-depth", Kind::Flag, "only false"),
-];
-
-static EXPORT: Record = Record {
-    members: &[
-        required("type", Kind::Word(&["nbd"]), "the front end"),
-        required("id", Kind::Text, "the export's id"),
-        optional("fixed-iothread", Kind::Flag, "only false"),
-        optional("iothread", Kind::Text, "not supported"),
-        required("node-name", Kind::Text, "the node to offer"),
-        optional("writable", Kind::Flag, "whether clients may write; default false"),
-        optional("writethrough", Kind::Flag, "only false"),
-        optional("allow-inactive", Kind::Flag, "accepted, of no effect"),
-    ],
-    cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
-};
-
 static BY_DEVICE: Record = record(&[required("device", Kind::Text, "the job's id")]);
 static BY_ID: Record = record(&[required("id", Kind::Text, "the job's id")]);
 
@@ -408,11 +348,11 @@ pub static COMMANDS: &[Command] = &[
             optional("tls-creds", Kind::Text, "not supported yet"),
             optional("tls-authz", Kind::Text, "not supported yet"),
             optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
-            required("addr", Kind::Object(&SOCKET_ADDRESS), "where it listens"),
+            required("addr", Kind::Object(&exports::SOCKET_ADDRESS), "where it listens"),
         ]),
     ),
     command("nbd-server-stop", "Stops the NBD server and removes its exports.", &NOTHING),
-    command("block-export-add", "Offers a node to clients.", &EXPORT),
+    command("block-export-add", "Offers a node to clients.", &exports::EXPORT),
     command(
         "block-export-del",
         "Removes an export.",

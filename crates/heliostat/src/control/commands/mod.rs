@@ -27,6 +27,12 @@ use crate::daemon::Daemon;
 /// The QEMU whose commands these are (major, minor, micro): the one that they were compared with.
 const QEMU: [u32; 3] = [10, 0, 2];
 
+/// The version of the QEMU as which we behave.
+#[must_use]
+pub fn qemu_version() -> String {
+    QEMU.map(|part| part.to_string()).join(".")
+}
+
 /// Who we are and as whom we behave.
 #[must_use]
 pub fn version() -> Value {
