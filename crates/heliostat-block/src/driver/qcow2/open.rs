@@ -103,16 +103,7 @@ impl Qcow2 {
         let mut header = Header::read(&file).await?;
         let layout = header.layout;
         let read_only = options.read_only || file.storage().traits().read_only;
-        if header.incompatible & incompatible::CORRUPT != 0 && !read_only {
-            return Err(FormatError::MarkedCorrupt);
-        }
-        if header.has_external_data() && options.data_file.is_none() {
-            return Err(FormatError::Invalid("'data-file' is required for this image".into()));
-        }
-        if !header.has_external_data() && options.data_file.is_some() {
-            let text = "'data-file' can only be set for images with an external data file";
-            return Err(FormatError::Invalid(text.into()));
-        }
+        check_openable(&header, read_only, options.data_file.is_some())?;
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
         let bitmaps = if read_only { Vec::new() } else { prepare_for_writing(&file, &mut header).await? };
         let l1 = read_numbers(&file.read(header.l1_range()).await?).into_iter().map(L1Entry).collect();
@@ -139,6 +130,7 @@ impl Qcow2 {
             has_blocks: options.data_file.as_ref().unwrap_or(file.storage()).traits().block_size > 1,
             haunted: BTreeMap::new(),
             corrupt: None,
+            raised: Vec::new(),
             header,
         };
         if !read_only {
@@ -158,6 +150,7 @@ impl Qcow2 {
                 node: options.backing,
             }),
             bitmaps: Mutex::new(bitmaps),
+            hollow: OnceLock::new(),
             state: Mutex::new(state),
             loading: RangeLock::default(),
             linking: RangeLock::default(),
@@ -166,6 +159,21 @@ impl Qcow2 {
             is_told: AtomicBool::new(false),
         }))
     }
+}
+
+/// Refuses what is marked as corrupt and to be written, and a data file that is missing or not the image's.
+fn check_openable(header: &Header, read_only: bool, has_data_file: bool) -> Result<(), FormatError> {
+    if header.incompatible & incompatible::CORRUPT != 0 && !read_only {
+        return Err(FormatError::MarkedCorrupt);
+    }
+    if header.has_external_data() && !has_data_file {
+        return Err(FormatError::Invalid("'data-file' is required for this image".into()));
+    }
+    if !header.has_external_data() && has_data_file {
+        let text = "'data-file' can only be set for images with an external data file";
+        return Err(FormatError::Invalid(text.into()));
+    }
+    Ok(())
 }
 
 /// Brings an image that will be written into a state in which that is allowed. Returns its bitmaps.

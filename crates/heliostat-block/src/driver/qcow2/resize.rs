@@ -18,6 +18,7 @@ use super::state::{Attempt, State, write_numbers};
 use super::write::Part;
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::storage::ZeroSpace;
@@ -216,6 +217,7 @@ impl Qcow2 {
             return Ok(());
         }
         let layout = self.layout;
+        self.raise(DebugEvent::L1GrowAllocTable).await;
         let run = self.attempt(|state| state.allocate_all(layout.clusters_for(entries * 8))).await?;
         let host = self.lock().clusters(run.first, run.count);
         // The table's room is a whole number of clusters, and so are its entries.
@@ -226,6 +228,7 @@ impl Qcow2 {
             write_numbers(old.chain(std::iter::repeat(0)).take(usize_from(len)))
         };
         let made = async {
+            self.raise(DebugEvent::L1GrowWriteTable).await;
             self.file.write(host.offset(), Bytes::from(table)).await?;
             // The new table's reference counts and contents are durable before the header names it.
             self.flush().await
@@ -234,6 +237,7 @@ impl Qcow2 {
             self.give_back(run).await;
             return Err(error.into());
         }
+        self.raise(DebugEvent::L1GrowActivateTable).await;
         let words = [&u32_be(len)[..], &host.offset().to_be_bytes()[..]].concat();
         self.write_header(L1_WORDS, Bytes::from(words)).await?;
         let mut state = self.lock();
