@@ -33,13 +33,16 @@ fn within(folder: &Path, arguments: &[&str]) -> Vec<String> {
     arguments.iter().map(|text| text.replace("DIR", &folder.to_string_lossy())).collect()
 }
 
-const DISK: [&str; 15] = [
+const DISK: [&str; 17] = [
+    "--object",
+    "throttle-group,id=limits,x-bps-total=1073741824",
     "--chardev",
     "socket,id=qmp,path=DIR/control,server=on,wait=off",
     "--monitor",
     "chardev=qmp,mode=control",
     "--blockdev",
-    "driver=raw,node-name=source,discard=unmap,file.driver=file,file.filename=DIR/source",
+    "driver=raw,node-name=source,discard=unmap,file.driver=throttle,file.throttle-group=limits,\
+     file.file.driver=file,file.file.filename=DIR/source",
     "--blockdev",
     "{'driver': 'qcow2', 'node-name': 'target', 'file': {'driver': 'file', 'filename': 'DIR/target'}}",
     "--nbd-server",
@@ -100,7 +103,7 @@ fn the_same_arguments_and_the_same_client_move_a_disk_with_both() {
 }
 
 /// Arguments that both refuse, in the same words.
-const REFUSED: [&[&str]; 43] = [
+const REFUSED: [&[&str]; 47] = [
     &["--zork"],
     &["--blockdev"],
     &["extra"],
@@ -144,6 +147,10 @@ const REFUSED: [&[&str]; 43] = [
     &["--chardev", "zork,id=c"],
     &["--chardev", "socket,id=c,path=/nonexistent/x,server=on,wait=off"],
     &["--pidfile", "/nonexistent/pid"],
+    &["--object", "zork,id=x"],
+    &["--object", "throttle-group"],
+    &["--object", "throttle-group,id=t,x-iops-total=zz"],
+    &["--object", "throttle-group,id=t,zork=1"],
 ];
 
 #[test]

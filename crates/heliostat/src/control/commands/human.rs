@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::qemu_io;
+use super::describe;
 use crate::daemon::Daemon;
 
 pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Value {
@@ -16,6 +17,8 @@ pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Value {
     let text = match word {
         "" => String::new(),
         "qemu-io" => poke(daemon, rest.trim_start()),
+        "info" => describe::human::info(daemon, rest)
+            .unwrap_or_else(|| format!("unknown command: 'info {}'\n", rest.trim())),
         _ => format!("unknown command: '{word}'\n"),
     };
     json!(text.replace('\n', "\r\n"))
