@@ -303,7 +303,8 @@ fn a_monitor_may_be_pretty_and_on_tcp() {
 
 /// A port that nobody had a moment ago.
 fn free_port() -> u16 {
-    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("the loopback has free ports");
+    listener.local_addr().expect("it is bound").port()
 }
 
 #[test]

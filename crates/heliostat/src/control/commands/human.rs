@@ -1,4 +1,5 @@
-//! `human-monitor-command`: commands of QEMU's human monitor, by their text. One match arm for each.
+//! `human-monitor-command`: commands of QEMU's human monitor, by their text: `qemu-io` and `info`. One match arm for
+//! each.
 //!
 //! The answer is the text that the monitor would show, errors included; its lines end as the monitor's do.
 

@@ -255,12 +255,13 @@ mod tests {
             let driver = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
             daemon.add_node(&NodeSpec { read_only, ..NodeSpec::new(Some(name.to_owned()), driver) }).unwrap();
         }
-        let a = "a: null-co:// (null-co)\n    Cache mode:       writeback\n";
-        let b = "b: null-co:// (null-co, read-only)\n    Cache mode:       writeback\n";
+        let file = "json:{\"read-zeroes\": true, \"driver\": \"null-co\", \"size\": 1048576}";
+        let a = format!("a: {file} (null-co)\n    Cache mode:       writeback\n");
+        let b = format!("b: {file} (null-co, read-only)\n    Cache mode:       writeback\n");
         assert_eq!(info(&daemon, "block -n"), Some(format!("{b}\n{a}")));
         assert_eq!(info(&daemon, "named-block-nodes").as_deref(), Some(format!("{b}\n{a}").as_str()));
         let images =
-            "\nImages:\nimage: null-co://\nfile format: null-co\nvirtual size: 1 MiB (1048576 bytes)\n";
+            format!("\nImages:\nimage: {file}\nfile format: null-co\nvirtual size: 1 MiB (1048576 bytes)\n");
         let verbose = info(&daemon, "block -n -v a").unwrap();
         assert!(verbose.starts_with(&format!("{a}{images}")), "{verbose}");
         let job = json!([{ "type": "mirror", "device": "j", "offset": 5, "len": 7, "speed": 0 }]);
