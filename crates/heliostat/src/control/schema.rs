@@ -392,12 +392,10 @@ pub static COMMANDS: &[Command] = &[
         "Makes an image, as a job that is dismissed when it has concluded.",
         &create::CREATE,
     ),
+    command("blockdev-snapshot", "Puts an open overlay in a node's place, on top of it.", &mirror::SNAPSHOT),
+    command("blockdev-snapshot-sync", "The same, with one that it makes or opens.", &mirror::SNAPSHOT_SYNC),
     command("blockdev-mirror", "Starts a mirror.", &mirror::MIRROR),
-    command(
-        "drive-mirror",
-        "Starts a mirror to a file that is made or opened for it.",
-        &mirror::DRIVE_MIRROR,
-    ),
+    command("drive-mirror", "Starts a mirror to a file that it makes or opens.", &mirror::DRIVE_MIRROR),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
     command(

@@ -86,6 +86,13 @@ impl Peer {
         daemon.wait().expect("it ends").success()
     }
 
+    /// Waits until it ends by itself, content, and looks at what it has left.
+    pub fn ends_well_but(mut self, look: impl FnOnce(&Path)) {
+        let daemon = self.daemon.take().expect("taken by nobody yet");
+        assert!(daemon.wait().expect("it ends").success());
+        look(self.folder.path());
+    }
+
     /// Makes an image full of data in its folder: then both daemons have the same to copy, as QEMU counts holes.
     pub fn image(&self, name: &str, size: usize) -> PathBuf {
         let path = self.folder.path().join(name);

@@ -14,6 +14,7 @@ mod mirror;
 mod nodes;
 mod objects;
 mod resize;
+mod snapshot;
 
 use std::sync::Arc;
 
@@ -72,6 +73,8 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-block-exports" => Ok(exports::query(daemon)),
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
+        "blockdev-snapshot" => snapshot::take(daemon, arguments),
+        "blockdev-snapshot-sync" => snapshot::take_to_file(daemon, arguments),
         "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),

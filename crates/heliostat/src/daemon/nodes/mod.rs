@@ -39,7 +39,7 @@ pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
 pub use target::Beneath;
-pub(super) use target::Wanted;
+pub(super) use target::{Named, Wanted};
 
 /// The most nodes in one daemon: a mirror of an image to another takes four, and there may be
 /// [`heliostat_block::limits::JOBS_MAX`] of those; and chains. What there are descriptors for is the host's to say.
