@@ -308,6 +308,21 @@ fn free_port() -> u16 {
 }
 
 #[test]
+fn it_takes_as_many_open_files_as_it_may() {
+    let folder = common::folder();
+    let control = folder.path().join("control");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -Sn 256; exec \"$0\" serve --control \"$1\"", HELIOSTAT]).arg(&control);
+    let mut daemon = Daemon::start(&mut command).unwrap();
+    daemon.listens(&control).unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.id())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let number = |text: &str| text.parse::<u64>().unwrap_or(u64::MAX);
+    let [soft, hard] = [0, 1].map(|column| number(line.split_whitespace().nth(column).unwrap()));
+    assert_eq!(soft, hard.min(65_536), "{line}");
+}
+
+#[test]
 fn orders_are_taken_from_those_who_may_give_them() {
     let folder = common::folder();
     let control = folder.path().join("control");
