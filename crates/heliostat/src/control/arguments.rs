@@ -71,6 +71,12 @@ impl<'a> Arguments<'a> {
         self.0.get(name)?.as_object().map(Self)
     }
 
+    /// The objects of a list.
+    pub fn objects(&self, name: &str) -> impl Iterator<Item = Self> {
+        let list = self.0.get(name).and_then(Value::as_array);
+        list.into_iter().flatten().filter_map(|item| item.as_object().map(Self))
+    }
+
     /// The first text of a list; of an object there, its name.
     #[must_use]
     pub fn first_of(&self, name: &str) -> Option<&'a str> {

@@ -15,6 +15,7 @@ mod lanes;
 mod mirror;
 mod nodes;
 mod open;
+mod reopen;
 mod resize;
 mod shutdown;
 mod snapshot;
