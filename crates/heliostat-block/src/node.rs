@@ -4,6 +4,9 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+mod kind;
+mod resize;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -14,7 +17,7 @@ use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{Driver, Preallocation, Qcow2};
+use crate::driver::Driver;
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
@@ -25,6 +28,7 @@ use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::statistics::Statistics;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 use crate::tracked::{Drained, Tracked, Whose};
 
 pub use crate::node_options::{DetectZeroes, Discard, NodeOptions};
@@ -137,27 +141,6 @@ impl Node {
         self.blocks.below()
     }
 
-    /// The image that it is in, where it is in one.
-    #[must_use]
-    pub fn image(&self) -> Option<&Arc<Qcow2>> {
-        match self.driver() {
-            Driver::Qcow2(image) => Some(image),
-            Driver::Raw(_) => None,
-        }
-    }
-
-    /// Bytes that it allocates at once, where it allocates at all.
-    #[must_use]
-    pub fn cluster_size(&self) -> Option<u64> {
-        self.image().map(|image| image.layout().cluster_size())
-    }
-
-    /// Says whether it names a node below it that is not there: what it does not hold may read otherwise later.
-    #[must_use]
-    pub fn lacks_backing(&self) -> bool {
-        self.image().is_some_and(|image| image.lacks_backing())
-    }
-
     /// The node below, which holds what this one does not.
     #[must_use]
     pub fn backing(&self) -> Option<Arc<Self>> {
@@ -171,36 +154,6 @@ impl Node {
         if let Some(image) = self.image() {
             image.set_backing(backing);
         }
-    }
-
-    /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those
-    /// beyond the new end are refused. Clients that asked for the size before do not hear of it.
-    ///
-    /// # Errors
-    /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
-    pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
-        if self.options().read_only {
-            return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
-        }
-        let _drained = self.drain().await;
-        let kept = self.driver().bitmaps();
-        let resized = self.blocks.below().resize(size, preallocation).await;
-        // Bitmaps that the driver keeps have changed with its size, which it may have done even where it failed.
-        self.change_watchers(|watchers| {
-            watchers.bitmaps.retain(|other| !kept.iter().any(|kept| Arc::ptr_eq(kept, other)));
-            watchers.bitmaps.extend(self.driver().bitmaps());
-        });
-        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
-        self.size.store(size, Ordering::Release);
-        Ok(())
-    }
-
-    /// Takes on the size that what is below has now, when another node has changed that.
-    pub async fn follow_size(self: &Arc<Self>) {
-        let _drained = self.drain().await;
-        let Driver::Raw(raw) = self.driver() else { return };
-        raw.follow_size();
-        self.size.store(raw.size(), Ordering::Release);
     }
 
     /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
@@ -245,7 +198,8 @@ impl Node {
     }
 
     /// The clock that the node goes by.
-    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+    #[must_use]
+    pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
     }
 
@@ -255,7 +209,9 @@ impl Node {
     /// Dropped before it returns, it opens the gate again.
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
-        let drained = Drained::of_closed(Arc::clone(self));
+        let mut hurry = Hurry::default();
+        self.driver().hurry(&mut hurry);
+        let drained = Drained::of_closed(Arc::clone(self), hurry);
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;
         }

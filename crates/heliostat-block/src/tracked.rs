@@ -16,6 +16,7 @@ use crate::node::Node;
 use crate::range::ByteRange;
 use crate::statistics::{Ended, Kind, Outcome};
 use crate::storage::{Durability, Extent, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 
 /// The right to have one request in flight on a node; leaves it when dropped.
 ///
@@ -45,6 +46,8 @@ pub(crate) enum Whose {
 #[must_use]
 pub struct Drained {
     node: Arc<Node>,
+    /// No limit holds up what is below meanwhile.
+    _hurry: Hurry,
 }
 
 impl Tracked {
@@ -159,8 +162,8 @@ impl Drop for Tracked {
 
 impl Drained {
     /// For a gate that the caller has closed; quiet when the caller has waited for that.
-    pub(crate) const fn of_closed(node: Arc<Node>) -> Self {
-        Self { node }
+    pub(crate) const fn of_closed(node: Arc<Node>, hurry: Hurry) -> Self {
+        Self { node, _hurry: hurry }
     }
 
     /// The node behind the gate.

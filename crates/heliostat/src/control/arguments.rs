@@ -71,10 +71,16 @@ impl<'a> Arguments<'a> {
         self.0.get(name)?.as_object().map(Self)
     }
 
-    /// The objects of a list.
-    pub fn objects(&self, name: &str) -> impl Iterator<Item = Self> {
+    /// The objects of a list; none where it is not there.
+    pub fn objects(&self, name: &str) -> impl Iterator<Item = Self> + use<'a> {
         let list = self.0.get(name).and_then(Value::as_array);
-        list.into_iter().flatten().filter_map(|item| item.as_object().map(Self))
+        list.into_iter().flatten().filter_map(Value::as_object).map(Self)
+    }
+
+    /// A value of any kind.
+    #[must_use]
+    pub fn value(&self, name: &str) -> Option<&'a Value> {
+        self.0.get(name)
     }
 
     /// The first text of a list; of an object there, its name.

@@ -10,6 +10,7 @@ mod events;
 pub mod json;
 mod outbox;
 mod peers;
+mod qemu_io;
 mod refusal;
 pub mod schema;
 mod session;
@@ -26,6 +27,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use heliostat_host::runtime::STACK;
 use serde_json::{Map, Value};
 
 pub use arguments::Arguments;
@@ -43,10 +45,6 @@ use stream::Stream;
 
 /// Clients at once. Each costs two threads; more is a client that forgets to close its connections.
 pub const CLIENTS_MAX: usize = 64;
-
-/// What a client's commands have to nest in: a chain of images is opened one inside the other. As much as a program's
-/// first thread has.
-const STACK: usize = 8 << 20;
 
 /// How long the end waits for clients to read what was said last.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);

@@ -5,6 +5,7 @@
 
 mod create;
 mod exports;
+pub mod filters;
 mod introspect;
 mod mirror;
 mod returns;
@@ -229,7 +230,7 @@ const QCOW2: &[Member] = &[
 
 const NULL: &[Member] = &[
     optional("size", Kind::Int, "how long it is in bytes; default 1 GiB"),
-    optional("latency-ns", Kind::Uint64, "accepted, of no effect"),
+    optional("latency-ns", Kind::Uint64, "how long each request takes; default 0"),
     optional("read-zeroes", Kind::Flag, "say that it reads as zero; default false"),
 ];
 
@@ -238,7 +239,17 @@ pub static NODE: Record = Record {
     members: &[
         required(
             "driver",
-            Kind::Word(&["file", "host_device", "null-co", "qcow2", "raw"]),
+            Kind::Word(&[
+                "blkdebug",
+                "copy-on-read",
+                "file",
+                "host_device",
+                "null-aio",
+                "null-co",
+                "qcow2",
+                "raw",
+                "throttle",
+            ]),
             "how the node keeps its bytes",
         ),
         optional("node-name", Kind::Text, "its name; required but for a node below another"),
@@ -265,7 +276,17 @@ pub static NODE: Record = Record {
     ],
     cases: Some(Cases {
         tag: "driver",
-        by_word: &[("file", FILE), ("host_device", FILE), ("null-co", NULL), ("qcow2", QCOW2), ("raw", RAW)],
+        by_word: &[
+            ("blkdebug", filters::BLKDEBUG),
+            ("copy-on-read", filters::COPY_ON_READ),
+            ("file", FILE),
+            ("host_device", FILE),
+            ("null-aio", NULL),
+            ("null-co", NULL),
+            ("qcow2", QCOW2),
+            ("raw", RAW),
+            ("throttle", filters::THROTTLE),
+        ],
     }),
 };
 
@@ -424,6 +445,20 @@ pub static COMMANDS: &[Command] = &[
         &returns::BLOCK_JOBS,
     ),
     query("query-jobs", "Lists the jobs, newest first.", &NOTHING, &returns::JOBS),
+    command("object-add", "Makes an object.", &filters::OBJECT),
+    command(
+        "object-del",
+        "Forgets an object that nobody uses.",
+        &record(&[required("id", Kind::Text, "the object's id")]),
+    ),
+    query("qom-get", "Says what a property of an object is.", &filters::PROPERTY, &Kind::Any),
+    command("qom-set", "Changes a property of an object.", &filters::NEW_PROPERTY),
+    query(
+        "human-monitor-command",
+        "Carries out a command of QEMU's human monitor and answers its text; only qemu-io.",
+        &filters::HUMAN,
+        &Kind::Text,
+    ),
 ];
 
 /// Finds a command.

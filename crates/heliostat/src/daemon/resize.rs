@@ -42,7 +42,8 @@ impl Daemon {
         }
         let below = lower(&nodes, entry);
         if entry.node.image().is_none() && size <= entry.node.size() {
-            for lower in below.clone().filter(|lower| self.is_exported(&lower.node)) {
+            let exported = below.clone().find(|lower| self.is_exported(&lower.node));
+            if let Some(lower) = exported {
                 let user = format!("node '{name}' (uses node '{}' as 'file' child)", lower.node.name());
                 return Err(conflict(&lower.node, user, root(&lower.node)));
             }

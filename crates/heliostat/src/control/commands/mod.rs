@@ -7,9 +7,12 @@ mod create;
 mod describe;
 mod exports;
 mod file_name;
+mod filters;
+mod human;
 mod jobs;
 mod mirror;
 mod nodes;
+mod objects;
 mod resize;
 mod snapshot;
 
@@ -76,6 +79,11 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
+        "object-add" => objects::add(daemon, arguments),
+        "object-del" => objects::delete(daemon, arguments),
+        "qom-get" => objects::get(daemon, arguments),
+        "qom-set" => objects::set(daemon, arguments),
+        "human-monitor-command" => Ok(human::run(daemon, arguments)),
         _ => jobs::ask(daemon, name, arguments).unwrap_or_else(|| Err(not_found(name))),
     }
 }

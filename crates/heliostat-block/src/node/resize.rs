@@ -1,0 +1,56 @@
+//! How a node becomes longer or shorter, or takes note that what is below has.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Node;
+use crate::driver::{Driver, Preallocation};
+use crate::error::{BlockError, ErrorKind};
+
+impl Node {
+    /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those
+    /// beyond the new end are refused. Clients that asked for the size before do not hear of it.
+    ///
+    /// # Errors
+    /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
+    pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
+        if self.options().read_only {
+            return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
+        }
+        let _drained = self.drain().await;
+        let kept = self.driver().bitmaps();
+        let resized = self.blocks.below().resize(size, preallocation).await;
+        // Bitmaps that the driver keeps have changed with its size, which it may have done even where it failed.
+        self.change_watchers(|watchers| {
+            watchers.bitmaps.retain(|other| !kept.iter().any(|kept| Arc::ptr_eq(kept, other)));
+            watchers.bitmaps.extend(self.driver().bitmaps());
+        });
+        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes on the size that what is below has now, when another node has changed that.
+    pub async fn follow_size(self: &Arc<Self>) {
+        let _drained = self.drain().await;
+        if self.image().is_some() {
+            return;
+        }
+        if let Driver::Raw(raw) = self.driver() {
+            raw.follow_size();
+        }
+        self.size.store(self.blocks.below().size(), Ordering::Release);
+    }
+
+    /// [`Node::resize`] without waiting for anybody, for a driver above that has seen to it that no request is in the
+    /// way (see [`crate::storage::Storage::set_size`]).
+    pub(crate) async fn resize_beside_others(&self, size: u64) -> Result<(), BlockError> {
+        if self.options().read_only {
+            return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
+        }
+        let resized = self.blocks.below().resize(size, Preallocation::Off).await;
+        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+}
