@@ -26,6 +26,7 @@ pub mod map;
 pub mod name;
 pub mod nbd;
 pub mod node;
+pub(crate) mod node_options;
 pub mod node_storage;
 pub mod planted;
 pub mod range;

@@ -16,6 +16,8 @@ const MAPPINGS_MAX: usize = 1024;
 pub enum Content {
     /// Bytes.
     Data,
+    /// Bytes that nobody has written yet: zeroes, in space that was set aside for them.
+    Hollow,
     /// Bytes, compressed.
     Compressed,
     /// Zeroes, of which this layer knows.

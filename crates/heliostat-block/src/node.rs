@@ -23,6 +23,7 @@ use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
 use crate::name::NodeName;
+use crate::node_options::OptionsCell;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::statistics::Statistics;
@@ -30,40 +31,7 @@ use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroS
 use crate::throttle::Hurry;
 use crate::tracked::{Drained, Tracked, Whose};
 
-/// What becomes of space that is no longer needed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Discard {
-    /// Kept: discards do nothing, and zeroed ranges stay allocated (`discard=ignore`, said explicitly).
-    Ignore,
-    /// Clients' discards do nothing, zeroed ranges may become holes. What is meant when nothing is said.
-    #[default]
-    ZeroesOnly,
-    /// Given back (`discard=unmap`).
-    Unmap,
-}
-
-/// What becomes of written data that is all zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DetectZeroes {
-    /// Written like any other.
-    #[default]
-    Off,
-    /// Written as zeroes by the cheapest way that keeps the space.
-    On,
-    /// Becomes a hole.
-    Unmap,
-}
-
-/// How a node is to behave; set when it is made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NodeOptions {
-    /// Writes are refused.
-    pub read_only: bool,
-    /// What becomes of space that is no longer needed.
-    pub discard: Discard,
-    /// What becomes of written data that is all zero.
-    pub detect_zeroes: DetectZeroes,
-}
+pub use crate::node_options::{DetectZeroes, Discard, NodeOptions};
 
 /// Who wants to hear of writes.
 #[derive(Clone, Default)]
@@ -77,7 +45,7 @@ pub struct Node {
     name: NodeName,
     /// The driver, which takes whole blocks.
     blocks: Blocks<Driver>,
-    options: NodeOptions,
+    options: OptionsCell,
     /// Copied once: what clients negotiated must not change under them.
     traits: Traits,
     /// Changed by a resize only, while nothing is in flight.
@@ -100,7 +68,10 @@ impl Node {
             name,
             size: AtomicU64::new(driver.size()),
             blocks: Blocks::new(driver),
-            options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
+            options: OptionsCell::new(NodeOptions {
+                read_only: options.read_only || traits.read_only,
+                ..options
+            }),
             traits,
             in_flight: InFlight::default(),
             watchers: RwLock::new(watchers),
@@ -136,8 +107,15 @@ impl Node {
 
     /// How it was asked to behave.
     #[must_use]
-    pub const fn options(&self) -> NodeOptions {
-        self.options
+    pub fn options(&self) -> NodeOptions {
+        self.options.load()
+    }
+
+    /// Lets it behave otherwise from the next request on. What it is on cannot be written to is not changed by this.
+    /// The caller sees to it that nothing is in flight, where that matters to anybody.
+    pub fn set_options(&self, options: NodeOptions) {
+        let read_only = options.read_only || self.traits.read_only;
+        self.options.store(NodeOptions { read_only, ..options });
     }
 
     /// Bytes spent on the host, where that can be known.
@@ -183,7 +161,8 @@ impl Node {
     /// # Errors
     /// [`BlockError`] of the host.
     pub async fn close(&self) -> Result<(), BlockError> {
-        let closed = if self.options.read_only { Ok(()) } else { self.blocks.below().close().await };
+        // Also what became read-only later was written before.
+        let closed = if self.traits.read_only { Ok(()) } else { self.blocks.below().close().await };
         closed.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
     }
 
@@ -278,8 +257,9 @@ impl Node {
         durability: Durability,
     ) -> Result<(), BlockError> {
         let range = self.writable(offset, u64_from(data.len()))?;
-        if self.options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
-            let space = match self.options.detect_zeroes {
+        let options = self.options();
+        if options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
+            let space = match options.detect_zeroes {
                 DetectZeroes::Unmap => ZeroSpace::MayUnmap,
                 DetectZeroes::Off | DetectZeroes::On => ZeroSpace::Keep,
             };
@@ -299,7 +279,7 @@ impl Node {
         durability: Durability,
     ) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
-        let space = if self.options.discard == Discard::Ignore { ZeroSpace::Keep } else { space };
+        let space = if self.options().discard == Discard::Ignore { ZeroSpace::Keep } else { space };
         if effort == ZeroEffort::FastOnly && !self.traits.can_zero_fast {
             return Err(self.refusal(ErrorKind::Unsupported, range));
         }
@@ -311,7 +291,7 @@ impl Node {
 
     pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
-        if self.options.discard != Discard::Unmap || self.blocks.shrink(range).is_empty() {
+        if self.options().discard != Discard::Unmap || self.blocks.shrink(range).is_empty() {
             return Ok(());
         }
         self.mark_early(range);
@@ -434,7 +414,7 @@ impl Node {
 
     fn writable(&self, offset: u64, len: u64) -> Result<ByteRange, BlockError> {
         let range = self.inside(offset, len)?;
-        if self.options.read_only {
+        if self.options().read_only {
             return Err(self.refusal(ErrorKind::ReadOnly, range));
         }
         Ok(range)

@@ -171,6 +171,14 @@ impl Drained {
     pub const fn node(&self) -> &Arc<Node> {
         &self.node
     }
+
+    /// Makes durable everything that was written before the gate closed.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub async fn flush(&self) -> Result<(), BlockError> {
+        self.node.flush().await
+    }
 }
 
 impl Drop for Drained {

@@ -219,3 +219,30 @@ fn a_command_of_the_human_monitor_answers_its_text() {
     );
     assert_eq!(std::fs::read(peer.folder().join("s")).unwrap()[..4096], [7; 4096]);
 }
+
+#[test]
+fn a_write_beside_a_copy_of_what_is_read_is_not_overwritten_by_it() {
+    if common::tool("qemu-img").is_none() {
+        return;
+    }
+    let peer = Peer::ours();
+    peer.image("base", 1 << 20);
+    qemu_img(peer.folder(), &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "q"]);
+    let base = json!({ "driver": "file", "filename": "DIR/base", "read-only": true });
+    let image = json!({
+        "driver": "qcow2", "file": file("q"), "backing": { "driver": "raw", "file": base, "read-only": true },
+    });
+    let below = json!({ "driver": "blkdebug", "image": image });
+    let node = json!({ "driver": "copy-on-read", "node-name": "n", "file": below });
+    let mut wire = Wire::negotiated(&peer.socket());
+    execute(&peer, &mut wire, "blockdev-add", &node);
+    let mut said = |line: &str| by_hand(&peer, &mut wire, &format!("qemu-io n \"{line}\""));
+    said("break cor_write A");
+    said("aio_read 0 4k");
+    said("wait_break A");
+    said("aio_write -P 9 4k 4k");
+    said("resume A");
+    let told = said("aio_flush");
+    assert!(told.contains("wrote 4096/4096") && told.contains("read 4096/4096"), "{told}");
+    assert!(!said("read -P 9 4k 4k").contains("failed"), "the copy came first, or the write did");
+}

@@ -14,7 +14,7 @@ impl Node {
     /// # Errors
     /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
     pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
-        if self.options.read_only {
+        if self.options().read_only {
             return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
         }
         let _drained = self.drain().await;
@@ -45,7 +45,7 @@ impl Node {
     /// [`Node::resize`] without waiting for anybody, for a driver above that has seen to it that no request is in the
     /// way (see [`crate::storage::Storage::set_size`]).
     pub(crate) async fn resize_beside_others(&self, size: u64) -> Result<(), BlockError> {
-        if self.options.read_only {
+        if self.options().read_only {
             return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
         }
         let resized = self.blocks.below().resize(size, Preallocation::Off).await;

@@ -4,12 +4,13 @@
 //! the first argument that is wrong, in this order, is the one that the client hears of.
 
 mod create;
-mod export;
+mod exports;
 pub mod filters;
 mod introspect;
 mod mirror;
 mod returns;
 
+pub use exports::NBD_SERVER_OPTIONS;
 pub use introspect::schema;
 pub use returns::{EVENTS, EventType};
 
@@ -368,11 +369,11 @@ pub static COMMANDS: &[Command] = &[
             optional("tls-creds", Kind::Text, "not supported yet"),
             optional("tls-authz", Kind::Text, "not supported yet"),
             optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
-            required("addr", Kind::Object(&export::SOCKET_ADDRESS), "where it listens"),
+            required("addr", Kind::Object(&exports::SOCKET_ADDRESS), "where it listens"),
         ]),
     ),
     command("nbd-server-stop", "Stops the NBD server and removes its exports.", &NOTHING),
-    command("block-export-add", "Offers a node to clients.", &export::EXPORT),
+    command("block-export-add", "Offers a node to clients.", &exports::EXPORT),
     command(
         "block-export-del",
         "Removes an export.",
@@ -391,12 +392,10 @@ pub static COMMANDS: &[Command] = &[
         "Makes an image, as a job that is dismissed when it has concluded.",
         &create::CREATE,
     ),
+    command("blockdev-snapshot", "Puts an open overlay in a node's place, on top of it.", &mirror::SNAPSHOT),
+    command("blockdev-snapshot-sync", "The same, with one that it makes or opens.", &mirror::SNAPSHOT_SYNC),
     command("blockdev-mirror", "Starts a mirror.", &mirror::MIRROR),
-    command(
-        "drive-mirror",
-        "Starts a mirror to a file that is made or opened for it.",
-        &mirror::DRIVE_MIRROR,
-    ),
+    command("drive-mirror", "Starts a mirror to a file that it makes or opens.", &mirror::DRIVE_MIRROR),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
     command(

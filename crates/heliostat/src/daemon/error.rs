@@ -95,6 +95,12 @@ pub enum DaemonError {
         /// What it names.
         name: String,
     },
+    /// A node cannot be the overlay of another. The text is QEMU's.
+    #[error("{0}")]
+    Snapshot(String),
+    /// What clients have written cannot be made durable before they leave it.
+    #[error("cannot make durable what was written: {0}")]
+    Unflushed(BlockError),
     /// There is no such driver.
     #[error("Unknown driver '{0}'")]
     UnknownDriver(String),

@@ -18,6 +18,7 @@ mod open;
 mod poke;
 mod resize;
 mod shutdown;
+mod snapshot;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,6 +43,7 @@ pub use nodes::{
 };
 pub use poke::{Poke, Poked};
 pub use shutdown::ShutdownError;
+pub use snapshot::SnapshotSpec;
 
 use events::Events;
 use exports::Serving;

@@ -14,6 +14,7 @@ use super::error::FormatError;
 use super::file::ImageFile;
 use super::header::{BitmapsExtension, Header, Table, autoclear};
 use super::layout::Layout;
+use super::refcount::Run;
 use super::state::{read_numbers, write_numbers};
 use crate::convert::{u64_from, usize_from};
 use crate::dirty_bitmap::DirtyBitmap;
@@ -183,31 +184,25 @@ impl Qcow2 {
         let Some(old) = old.filter(|_| bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
             return Ok(());
         };
-        let mut entries = Vec::new();
-        let mut freed = vec![old.directory()?];
-        for bitmap in &bitmaps {
-            let Some(bits) = &bitmap.bits else {
-                entries.push(bitmap.entry.clone());
-                continue;
-            };
-            let table = self.store_bits(bits, &bitmap.entry).await?;
-            entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
-            freed.extend(bitmap.places(self.layout).into_iter().map(|(range, _)| range));
-        }
-        let directory = encode_directory(&entries);
-        let new = BitmapsExtension {
-            directory_size: u64_from(directory.len()),
-            directory_offset: self.store_new(directory).await?,
-            ..old
+        let mut taken = Vec::new();
+        let header = match self.write_bitmaps(old, &bitmaps, &mut taken).await {
+            Ok(header) => header,
+            Err(error) => {
+                for run in taken {
+                    self.give_back(run).await;
+                }
+                return Err(error);
+            }
         };
-        self.flush().await?;
         // The directory is durable before the header names it.
-        let header = Header { bitmaps: Some(new), ..self.header() };
-        self.file.write(0, Bytes::from(header.encode()?)).await?;
-        self.flush().await?;
+        self.write_header(0, Bytes::from(header.encode()?)).await?;
+        let bits = self.layout.cluster_bits;
+        let range = |run: Run| ByteRange::from_bounds(run.first << bits, (run.first + run.count) << bits);
         let mut state = self.lock();
         state.header = header;
-        for range in freed {
+        let new: Vec<_> = taken.into_iter().map(range).collect();
+        new.iter().for_each(|range| state.protect(*range, "bitmap"));
+        for range in std::mem::replace(&mut state.bitmap_places, new) {
             state.unprotect(range);
             let first = self.layout.cluster_index(range.offset());
             state.drop_later(first..first + self.layout.clusters_for(range.len()), false);
@@ -215,8 +210,39 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Writes all of them and their directory, durably, into clusters that are entered in `taken`; returns the header
+    /// that will name them.
+    async fn write_bitmaps(
+        &self,
+        old: BitmapsExtension,
+        bitmaps: &[StoredBitmap],
+        taken: &mut Vec<Run>,
+    ) -> Result<Header, FormatError> {
+        let mut entries = Vec::new();
+        for bitmap in bitmaps {
+            let table = match &bitmap.bits {
+                Some(bits) => self.store_bits(bits, &bitmap.entry, taken).await?,
+                None => bitmap.entry.table,
+            };
+            entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
+        }
+        let directory = encode_directory(&entries);
+        let new = BitmapsExtension {
+            directory_size: u64_from(directory.len()),
+            directory_offset: self.store_new(directory, taken).await?,
+            ..old
+        };
+        self.flush().await?;
+        Ok(Header { bitmaps: Some(new), ..self.header() })
+    }
+
     /// Writes the bits of one bitmap; says where its table is.
-    async fn store_bits(&self, bits: &DirtyBitmap, entry: &BitmapEntry) -> Result<Table, FormatError> {
+    async fn store_bits(
+        &self,
+        bits: &DirtyBitmap,
+        entry: &BitmapEntry,
+        taken: &mut Vec<Run>,
+    ) -> Result<Table, FormatError> {
         let layout = self.layout;
         let each = layout.cluster_size() * 8 * entry.granularity();
         let mut table = Vec::new();
@@ -225,23 +251,33 @@ impl Qcow2 {
                 ByteRange::from_bounds(index * each, (index + 1).saturating_mul(each).min(self.size()));
             let cluster = serialize(bits, part, entry.granularity(), layout);
             table.push(match cluster {
-                Some(cluster) => self.store_new(cluster).await?,
+                Some(cluster) => self.store_new(cluster, taken).await?,
                 None => 0,
             });
         }
         let len = u32::try_from(table.len()).unwrap_or(u32::MAX);
-        Ok(Table { offset: self.store_new(write_numbers(table)).await?, len })
+        Ok(Table { offset: self.store_new(write_numbers(table), taken).await?, len })
     }
 
     /// Writes something into new clusters; says where.
-    async fn store_new(&self, mut bytes: Vec<u8>) -> Result<u64, FormatError> {
+    async fn store_new(&self, mut bytes: Vec<u8>, taken: &mut Vec<Run>) -> Result<u64, FormatError> {
         let clusters = self.layout.clusters_for(u64_from(bytes.len()));
         let run = self.attempt(|state| state.allocate_all(clusters)).await?;
+        taken.push(run);
         bytes.resize(usize_from(clusters << self.layout.cluster_bits), 0);
         let offset = run.first << self.layout.cluster_bits;
         self.file.write(offset, Bytes::from(bytes)).await?;
         Ok(offset)
     }
+}
+
+/// What the bitmaps take that will be written anew: the directory, and tables and bits of those that can be used.
+pub(super) fn places(bitmaps: &[StoredBitmap], header: &Header) -> Vec<ByteRange> {
+    let usable: Vec<_> = bitmaps.iter().filter(|bitmap| bitmap.bits.is_some()).collect();
+    let directory = header.bitmaps.filter(|_| !usable.is_empty());
+    let directory = directory.and_then(|extension| extension.directory().ok());
+    let own = usable.iter().flat_map(|bitmap| bitmap.places(header.layout)).map(|(range, _)| range);
+    directory.into_iter().chain(own).collect()
 }
 
 /// The cluster that holds the bits of `part`; `None` where none is set.

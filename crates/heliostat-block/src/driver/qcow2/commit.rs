@@ -121,11 +121,6 @@ impl State {
         self.commits.copies[0] |= self.has_blocks || allocation.writes_around();
     }
 
-    /// What the medium holds is not known any more.
-    pub(super) fn set_adrift(&mut self) {
-        self.commits.is_adrift = true;
-    }
-
     /// Takes note of how a commit ended.
     fn end_batch(&mut self, batch: Batch, is_durable: bool) {
         self.commits.is_running = false;
@@ -157,10 +152,15 @@ impl State {
 }
 
 /// Tables that are being written. Dropped before [`Tables::end`], they are adrift.
-struct Tables<'a>(Option<&'a Qcow2>);
+pub(super) struct Tables<'a>(Option<&'a Qcow2>);
 
-impl Tables<'_> {
-    fn end(mut self) {
+impl<'a> Tables<'a> {
+    pub(super) const fn of(driver: &'a Qcow2) -> Self {
+        Self(Some(driver))
+    }
+
+    /// They are written, or have not been and will be.
+    pub(super) fn end(mut self) {
         self.0 = None;
     }
 }
@@ -308,7 +308,7 @@ impl Qcow2 {
         if !pieces.is_empty() {
             self.raise(event).await;
         }
-        let tables = Tables(Some(self));
+        let tables = Tables::of(self);
         let mut writes = stream::iter(joined(pieces).into_iter().map(|(at, data)| self.file.write(at, data)))
             .buffer_unordered(WRITES_AT_ONCE);
         let mut failed = Ok(());

@@ -20,6 +20,7 @@ mod extension;
 mod extents;
 pub mod file;
 pub mod header;
+mod hollow;
 mod in_flight;
 pub mod layout;
 mod map;
@@ -73,6 +74,8 @@ pub struct Qcow2 {
     /// Its persistent dirty bitmaps; empty where it is not written. Held to look which there are, and when the disk gets
     /// another size.
     bitmaps: Mutex<Vec<StoredBitmap>>,
+    /// Whether clusters that it has may be holes of the file; asked once.
+    hollow: OnceLock<bool>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -246,9 +249,11 @@ impl Qcow2 {
         if self.lock().corrupt.is_some() {
             return self.flush().await;
         }
-        self.store_bitmaps().await?;
-        // What is unmapped is given back once that is durable, and that has to be written, too.
+        let stored = self.store_bitmaps().await;
+        // Whatever came of that: guests' data is worth more than bitmaps. What is unmapped is given back once that is
+        // durable, and that has to be written, too.
         self.flush().await?;
+        stored?;
         if self.lock().is_changed() {
             self.flush().await?;
         }

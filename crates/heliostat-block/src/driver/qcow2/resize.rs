@@ -9,6 +9,7 @@ use std::io;
 use bytes::Bytes;
 
 use super::Qcow2;
+use super::commit::Tables;
 use super::entry::{L1Entry, Standard};
 use super::error::FormatError;
 use super::layout::Layout;
@@ -250,20 +251,16 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Changes words of the header. Where that fails, which of them the medium holds is not known.
-    async fn write_header(&self, at: u64, words: Bytes) -> io::Result<()> {
-        let written = async {
-            self.file.write(at, words).await?;
-            self.file.flush().await
-        };
-        let written = written.await;
-        if written.is_err() {
-            self.lock().set_adrift();
-        }
-        written
+    /// Changes words of the header. Where that fails, or is dropped, which of them the medium holds is not known.
+    pub(super) async fn write_header(&self, at: u64, words: Bytes) -> io::Result<()> {
+        let written = Tables::of(self);
+        self.file.write(at, words).await?;
+        self.file.flush().await?;
+        written.end();
+        Ok(())
     }
 
-    async fn give_back(&self, run: Run) {
+    pub(super) async fn give_back(&self, run: Run) {
         for cluster in run.first..run.first + run.count {
             // What cannot be given back is counted and not used, until a check finds it.
             let _ = self.attempt(|state| state.drop_reference(cluster)).await;

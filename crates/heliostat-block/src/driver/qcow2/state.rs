@@ -82,6 +82,8 @@ pub(crate) struct State {
     pub(crate) file_end: u64,
     /// What must not be written by anybody but its owner: clusters of tables, by number.
     pub(crate) tables: BTreeMap<u64, &'static str>,
+    /// What the bitmaps take that are written anew when the image is closed.
+    pub(crate) bitmap_places: Vec<ByteRange>,
     pub(crate) commits: Commits,
     /// Whether what is written has been widened to the file's blocks.
     pub(crate) has_blocks: bool,

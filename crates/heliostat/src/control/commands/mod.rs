@@ -14,6 +14,7 @@ mod mirror;
 mod nodes;
 mod objects;
 mod resize;
+mod snapshot;
 
 use std::sync::Arc;
 
@@ -28,6 +29,12 @@ use crate::daemon::Daemon;
 
 /// The QEMU whose commands these are (major, minor, micro): the one that they were compared with.
 const QEMU: [u32; 3] = [10, 0, 2];
+
+/// The version of the QEMU as which we behave.
+#[must_use]
+pub fn qemu_version() -> String {
+    QEMU.map(|part| part.to_string()).join(".")
+}
 
 /// Who we are and as whom we behave.
 #[must_use]
@@ -66,6 +73,8 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-block-exports" => Ok(exports::query(daemon)),
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
+        "blockdev-snapshot" => snapshot::take(daemon, arguments),
+        "blockdev-snapshot-sync" => snapshot::take_to_file(daemon, arguments),
         "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),

@@ -39,10 +39,11 @@ pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
 pub use target::Beneath;
-pub(super) use target::Wanted;
+pub(super) use target::{Named, Wanted};
 
-/// The most nodes in one daemon. Each holds an open file; a host gives a process 1,024 of them by default.
-const NODES_MAX: usize = 512;
+/// The most nodes in one daemon: a mirror of an image to another takes four, and there may be
+/// [`heliostat_block::limits::JOBS_MAX`] of those; and chains. What there are descriptors for is the host's to say.
+const NODES_MAX: usize = 4096;
 
 /// The most nodes on top of each other in one order: more than any chain that makes sense, far less than what
 /// would exhaust a stack.

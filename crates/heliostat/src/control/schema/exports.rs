@@ -1,4 +1,4 @@
-//! What servers and exports take.
+//! What NBD servers and exports are made of.
 
 use super::{Cases, Kind, Member, Record, optional, record, required};
 
@@ -23,7 +23,7 @@ static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported"
 static VSOCK: Record =
     record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
 
-/// Where a server listens.
+/// Where an NBD server listens.
 pub(super) static SOCKET_ADDRESS: Record = Record {
     members: &[required("type", Kind::Word(&["inet", "unix", "vsock", "fd"]), "what kind of address")],
     cases: Some(Cases {
@@ -65,3 +65,31 @@ pub(super) static EXPORT: Record = Record {
     ],
     cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
+
+const UNIX_MEMBERS: &[Member] = UNIX.members;
+const INET_MEMBERS: &[Member] = INET.members;
+const VSOCK_MEMBERS: &[Member] = VSOCK.members;
+const DESCRIPTOR_MEMBERS: &[Member] = DESCRIPTOR.members;
+
+/// An address as options have it: its members stand beside its type.
+static FLAT_ADDRESS: Record = Record {
+    members: &[required("type", Kind::Word(&["inet", "unix", "vsock", "fd"]), "what kind of address")],
+    cases: Some(Cases {
+        tag: "type",
+        by_word: &[
+            ("inet", INET_MEMBERS),
+            ("unix", UNIX_MEMBERS),
+            ("vsock", VSOCK_MEMBERS),
+            ("fd", DESCRIPTOR_MEMBERS),
+        ],
+    }),
+};
+
+/// What the option `--nbd-server` takes.
+pub static NBD_SERVER_OPTIONS: Record = record(&[
+    optional("handshake-max-seconds", Kind::Uint32, "how long a client may take to choose its export"),
+    optional("tls-creds", Kind::Text, "not supported yet"),
+    optional("tls-authz", Kind::Text, "not supported yet"),
+    optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
+    required("addr", Kind::Object(&FLAT_ADDRESS), "where it listens"),
+]);
