@@ -23,6 +23,7 @@ pub mod latency;
 pub mod limits;
 pub mod map;
 pub mod name;
+pub mod named_bitmap;
 pub mod nbd;
 pub mod node;
 pub mod planted;

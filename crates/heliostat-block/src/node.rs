@@ -4,8 +4,8 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 
@@ -13,13 +13,13 @@ use crate::blocks::Blocks;
 use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
-use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::{Driver, Preallocation, Qcow2};
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
 use crate::name::NodeName;
+use crate::named_bitmap::{NamedBitmap, Watchers};
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::statistics::Statistics;
@@ -61,13 +61,6 @@ pub struct NodeOptions {
     pub detect_zeroes: DetectZeroes,
 }
 
-/// Who wants to hear of writes.
-#[derive(Clone, Default)]
-struct Watchers {
-    bitmaps: Vec<Arc<DirtyBitmap>>,
-    doubling: Option<Arc<Doubling>>,
-}
-
 /// A disk, or one layer of one. Used from any thread.
 pub struct Node {
     name: NodeName,
@@ -80,7 +73,7 @@ pub struct Node {
     size: AtomicU64,
     in_flight: InFlight,
     /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
-    watchers: RwLock<Watchers>,
+    watchers: Watchers,
     latencies: Latencies,
     statistics: Statistics,
     clock: Arc<dyn Clock>,
@@ -91,7 +84,7 @@ impl Node {
     #[must_use]
     pub fn new(name: NodeName, driver: Driver, options: NodeOptions, clock: Arc<dyn Clock>) -> Arc<Self> {
         let traits = driver.traits();
-        let watchers = Watchers { bitmaps: driver.bitmaps(), doubling: None };
+        let watchers = Watchers::with(driver.bitmaps());
         Arc::new(Self {
             name,
             size: AtomicU64::new(driver.size()),
@@ -99,7 +92,7 @@ impl Node {
             options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
             traits,
             in_flight: InFlight::default(),
-            watchers: RwLock::new(watchers),
+            watchers,
             latencies: Latencies::default(),
             statistics: Statistics::default(),
             clock,
@@ -205,14 +198,20 @@ impl Node {
             return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
         }
         let _drained = self.drain().await;
-        let kept = self.driver().bitmaps();
+        let named = self.named_bitmaps();
+        let bits = named.iter().filter(|bitmap| !bitmap.persistent).map(|bitmap| bitmap.resized(size));
+        let bits = bits.collect::<Result<Vec<_>, _>>();
+        let bits = bits.map_err(|error| self.failure_of_all(std::io::Error::other(error)))?;
+        self.image().into_iter().for_each(|image| image.keep_bitmaps(&named));
         let resized = self.blocks.below().resize(size, preallocation).await;
         // Bitmaps that the driver keeps have changed with its size, which it may have done even where it failed.
-        self.change_watchers(|watchers| {
-            watchers.bitmaps.retain(|other| !kept.iter().any(|kept| Arc::ptr_eq(kept, other)));
-            watchers.bitmaps.extend(self.driver().bitmaps());
-        });
-        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
+        let kept = self.driver().bitmaps();
+        let others = bits.into_iter().flatten().filter(|_| resized.is_ok());
+        let kept = kept.into_iter().filter_map(|bitmap| Some((bitmap.name, bitmap.bits?)));
+        let mut watching = self.watchers.write();
+        others.chain(kept).for_each(|(name, bits)| watching.replace_bits(&name, bits));
+        drop(watching);
+        resized.map_err(|error| self.failure_of_all(error))?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }
@@ -230,8 +229,11 @@ impl Node {
     /// # Errors
     /// [`BlockError`] of the host.
     pub async fn close(&self) -> Result<(), BlockError> {
-        let closed = if self.options.read_only { Ok(()) } else { self.blocks.below().close().await };
-        closed.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
+        if self.options.read_only {
+            return Ok(());
+        }
+        self.image().into_iter().for_each(|image| image.keep_bitmaps(&self.named_bitmaps()));
+        self.blocks.below().close().await.map_err(|error| self.failure_of_all(error))
     }
 
     /// The request has left.
@@ -283,34 +285,42 @@ impl Node {
         drained
     }
 
-    /// How many bitmaps and mirrors hear of its writes.
+    /// How many mirrors hear of its writes.
     #[must_use]
     pub fn watchers(&self) -> usize {
-        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
-        watchers.bitmaps.len() + usize::from(watchers.doubling.is_some())
+        usize::from(self.watchers.doubling().is_some())
     }
 
-    /// Lets `bitmap` hear of every write that ends from now on.
-    pub fn attach_bitmap(&self, bitmap: Arc<DirtyBitmap>) {
-        self.change_watchers(|watchers| watchers.bitmaps.push(bitmap));
+    /// All that hear of its writes.
+    pub(crate) const fn watchers_of(&self) -> &Watchers {
+        &self.watchers
     }
 
-    /// Takes `bitmap` off again.
-    pub fn detach_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
-        self.change_watchers(|watchers| watchers.bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap)));
+    /// Its named dirty bitmaps as they are at this moment, oldest first. See [`crate::named_bitmap::change`].
+    #[must_use]
+    pub fn named_bitmaps(&self) -> Vec<NamedBitmap> {
+        self.watchers.named()
+    }
+
+    /// The one of that name.
+    #[must_use]
+    pub fn named_bitmap(&self, name: &str) -> Option<NamedBitmap> {
+        self.named_bitmaps().into_iter().find(|bitmap| bitmap.name == name)
+    }
+
+    /// Says whether dirty bitmaps outlast it: it is in an image that is written and has a place for them.
+    #[must_use]
+    pub fn can_store_bitmaps(&self) -> bool {
+        !self.options.read_only && self.image().is_some_and(|image| image.can_store_bitmaps())
     }
 
     /// Lets a mirror hear of every write that ends from now on, and double those that begin from now on.
     pub(crate) fn attach_doubling(&self, doubling: Arc<Doubling>) {
-        self.change_watchers(|watchers| watchers.doubling = Some(doubling));
+        self.watchers.set_doubling(Some(doubling));
     }
 
     pub(crate) fn detach_doubling(&self) {
-        self.change_watchers(|watchers| watchers.doubling = None);
-    }
-
-    fn change_watchers(&self, change: impl FnOnce(&mut Watchers)) {
-        change(&mut self.watchers.write().unwrap_or_else(PoisonError::into_inner));
+        self.watchers.set_doubling(None);
     }
 
     // ------------------------------------------------------------------ the checkpoint
@@ -375,14 +385,14 @@ impl Node {
     /// Waits for the write's turn where a mirror wants it doubled, and hands the target's half over.
     async fn begin_doubled(&self, range: ByteRange, payload: impl FnOnce() -> Payload) -> Option<Doubled> {
         self.mark_early(range);
-        let doubling = self.watchers.read().unwrap_or_else(PoisonError::into_inner).doubling.clone()?;
+        let doubling = self.watchers.doubling()?;
         doubling.begin(range, payload).await
     }
 
     /// Does nothing, but where a test breaks the rule of [`Node::mark`].
     fn mark_early(&self, range: ByteRange) {
         if is_planted(Bug::MarkBeforeWrite) {
-            self.mark_watchers(range, None);
+            self.watchers.mark(range, None);
         }
     }
 
@@ -392,23 +402,10 @@ impl Node {
     async fn mark(&self, range: ByteRange, doubled: Option<Doubled>, written: bool) {
         let early = is_planted(Bug::MarkBeforeWrite);
         if !early && (written || !is_planted(Bug::FailedWriteNotMarked)) {
-            self.mark_watchers(range, doubled.as_ref().map(Doubled::doubling));
+            self.watchers.mark(range, doubled.as_ref().map(Doubled::doubling));
         }
         if let Some(doubled) = doubled {
             doubled.finish(written).await;
-        }
-    }
-
-    /// Tells everybody who wants to hear of writes, but for the mirror that doubles this one.
-    fn mark_watchers(&self, range: ByteRange, doubled_by: Option<&Arc<Doubling>>) {
-        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
-        for bitmap in &watchers.bitmaps {
-            bitmap.mark(range);
-        }
-        if let Some(doubling) = &watchers.doubling
-            && doubled_by.is_none_or(|by| !Arc::ptr_eq(by, doubling))
-        {
-            doubling.mark(range);
         }
     }
 
@@ -486,6 +483,10 @@ impl Node {
 
     fn refusal(&self, kind: ErrorKind, range: ByteRange) -> BlockError {
         BlockError::new(kind, self.name.as_str(), Some(range))
+    }
+
+    fn failure_of_all(&self, error: std::io::Error) -> BlockError {
+        BlockError::from_io(self.name.as_str(), None, error)
     }
 
     fn failure(&self, range: ByteRange, error: std::io::Error) -> BlockError {

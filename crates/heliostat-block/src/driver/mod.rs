@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use crate::blocks::Below;
 use crate::buffer::Buffer;
-use crate::dirty_bitmap::DirtyBitmap;
+use crate::named_bitmap::NamedBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
@@ -80,14 +80,11 @@ impl Driver {
         }
     }
 
-    /// Bitmaps that it keeps, and that have to follow every write.
-    pub(crate) fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
+    /// Bitmaps that it keeps.
+    pub(crate) fn bitmaps(&self) -> Vec<NamedBitmap> {
         match self {
             Self::Raw(_) => Vec::new(),
-            Self::Qcow2(qcow2) => {
-                let enabled = qcow2.bitmaps().into_iter().filter(qcow2::StoredBitmap::is_enabled);
-                enabled.filter_map(|bitmap| bitmap.bits).collect()
-            }
+            Self::Qcow2(qcow2) => qcow2.named_bitmaps(),
         }
     }
 

@@ -3,6 +3,7 @@
 //! Names, order and defaults are QEMU's; what is marked [`Origin::Ours`] is not known to it. The order matters:
 //! the first argument that is wrong, in this order, is the one that the client hears of.
 
+mod bitmaps;
 mod create;
 mod introspect;
 mod returns;
@@ -300,17 +301,10 @@ static SOCKET_ADDRESS: Record = Record {
     }),
 };
 
-static BITMAP: Record = record(&[
-    required("node", Kind::Text, "the node that it hangs on"),
-    required("name", Kind::Text, "its name"),
-]);
-
-static NAMED_BITMAP: Kind = Kind::TextOrObject(&BITMAP, "BlockDirtyBitmapOrStr");
-
 const NBD_EXPORT: &[Member] = &[
     optional("name", Kind::Text, "what clients ask for; default: the node's name"),
     optional("description", Kind::Text, "a text for clients"),
-    optional("bitmaps", Kind::List(&NAMED_BITMAP), "not supported yet"),
+    optional("bitmaps", Kind::List(&bitmaps::NAMED), "not supported yet"),
     optional("allocation-depth", Kind::Flag, "only false"),
 ];
 
@@ -507,6 +501,16 @@ pub static COMMANDS: &[Command] = &[
         &create::CREATE,
     ),
     command("blockdev-mirror", "Starts a mirror.", &MIRROR),
+    command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
+    command(
+        "block-dirty-bitmap-remove",
+        "Removes a dirty bitmap; a persistent one from its image, when that is closed.",
+        &bitmaps::NAME,
+    ),
+    command("block-dirty-bitmap-clear", "Forgets what a dirty bitmap has recorded.", &bitmaps::NAME),
+    command("block-dirty-bitmap-enable", "Lets a dirty bitmap hear of writes.", &bitmaps::NAME),
+    command("block-dirty-bitmap-disable", "Lets a dirty bitmap hear of writes no more.", &bitmaps::NAME),
+    command("block-dirty-bitmap-merge", "Adds what some dirty bitmaps have to another.", &bitmaps::MERGE),
     command("drive-mirror", "Starts a mirror to a file that is made or opened for it.", &DRIVE_MIRROR),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),

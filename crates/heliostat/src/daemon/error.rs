@@ -10,6 +10,7 @@ use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_host::open::OpenError;
 
+use super::bitmaps::BitmapError;
 use super::gate::GateError;
 use crate::front::nbd::ExportError;
 
@@ -307,6 +308,9 @@ pub enum DaemonError {
         /// What is missing.
         error: InvalidGranularity,
     },
+    /// A dirty bitmap is not to be had.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
     /// The host gives no thread.
     #[error("cannot start a thread for job '{job}': {error}")]
     Thread {

@@ -4,6 +4,7 @@
 //! attaches and starts; it never touches image bytes but to flush, and knows no wire format. Its calls block
 //! the thread that makes them: they belong to control threads, not to the data plane.
 
+mod bitmaps;
 mod create;
 mod drive_mirror;
 mod error;
@@ -25,6 +26,7 @@ use heliostat_block::clock::Clock;
 use heliostat_block::graph::Graph;
 use heliostat_host::clock::RealClock;
 
+pub use bitmaps::{BitmapAction, BitmapError, BitmapSpec};
 pub use create::ImageSpec;
 pub use drive_mirror::{DriveMirrorSpec, TargetMode, TargetName};
 pub use error::DaemonError;

@@ -17,6 +17,7 @@ use super::layout::Layout;
 use super::state::{read_numbers, write_numbers};
 use crate::convert::{u64_from, usize_from};
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::named_bitmap::NamedBitmap;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
@@ -32,9 +33,24 @@ pub struct StoredBitmap {
     pub bits: Option<Arc<DirtyBitmap>>,
     /// Its table, as it stands in the image.
     table: Vec<u64>,
+    /// It goes when the image is closed.
+    is_removed: bool,
 }
 
 impl StoredBitmap {
+    /// One that is in no image yet.
+    fn new(bitmap: &NamedBitmap) -> Self {
+        let granularity_bits = u8::try_from(bitmap.granularity.trailing_zeros()).unwrap_or(u8::MAX);
+        let entry = BitmapEntry {
+            name: bitmap.raw_name().to_vec(),
+            table: Table { offset: 0, len: 0 },
+            flags: 0,
+            granularity_bits,
+            extra: Vec::new(),
+        };
+        Self { entry, bits: None, table: Vec::new(), is_removed: false }
+    }
+
     /// Says whether it follows every write.
     #[must_use]
     pub const fn is_enabled(&self) -> bool {
@@ -71,6 +87,19 @@ impl Header {
         let bytes = file.read(bitmaps.directory()?).await?;
         decode_directory(&bytes, bitmaps.count, self.layout)
     }
+}
+
+/// Reads the bitmaps of an image that is only read. Those that cannot be had are left out: the disk can be read all the
+/// same.
+pub(super) async fn look_at(file: &ImageFile, header: &Header) -> Vec<StoredBitmap> {
+    let entries = header.read_bitmap_directory(file).await.unwrap_or_default();
+    let mut bitmaps = Vec::new();
+    if check_memory(&entries, header.size).is_ok() {
+        for entry in entries {
+            bitmaps.extend(load(file, header, entry).await);
+        }
+    }
+    bitmaps
 }
 
 /// Reads the bitmaps of an image that will be written, and says in the image that they are in use.
@@ -114,10 +143,10 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
     let granularity = u32::try_from(entry.granularity()).unwrap_or(u32::MAX);
     let Ok(bits) = DirtyBitmap::new(header.size, granularity) else {
         // Coarser than what we have: it is kept, and not used.
-        return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
+        return Ok(StoredBitmap { entry, bits: None, table: Vec::new(), is_removed: false });
     };
     if !entry.is_usable() {
-        return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
+        return Ok(StoredBitmap { entry, bits: None, table: Vec::new(), is_removed: false });
     }
     if u64::from(entry.table.len) != entry.clusters(header.size, layout) {
         return Err(entry.unreadable_table());
@@ -141,14 +170,70 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
             }
         }
     }
-    Ok(StoredBitmap { entry, bits: Some(Arc::new(bits)), table })
+    Ok(StoredBitmap { entry, bits: Some(Arc::new(bits)), table, is_removed: false })
 }
 
 impl Qcow2 {
     /// Its persistent dirty bitmaps, in the order of the directory.
     #[must_use]
     pub fn bitmaps(&self) -> Vec<StoredBitmap> {
+        let mut bitmaps = self.all_bitmaps();
+        bitmaps.retain(|bitmap| !bitmap.is_removed);
+        bitmaps
+    }
+
+    /// Also those that go when the image is closed.
+    fn all_bitmaps(&self) -> Vec<StoredBitmap> {
         self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The same as a node has them.
+    pub(crate) fn named_bitmaps(&self) -> Vec<NamedBitmap> {
+        let named = self.bitmaps().into_iter().map(|bitmap| NamedBitmap {
+            name: String::from_utf8_lossy(&bitmap.entry.name).into_owned(),
+            granularity: u32::try_from(bitmap.entry.granularity()).unwrap_or(u32::MAX),
+            recording: bitmap.bits.is_some() && bitmap.is_enabled(),
+            bits: bitmap.bits,
+            busy: false,
+            persistent: true,
+            read_only: self.read_only,
+            stored_as: Some(bitmap.entry.name),
+        });
+        named.collect()
+    }
+
+    /// Says whether the image has a place for dirty bitmaps: one of version 2 has none.
+    pub(crate) const fn can_store_bitmaps(&self) -> bool {
+        !self.read_only && self.layout.version >= 3
+    }
+
+    /// Takes note of which bitmaps are to be kept from now on: the persistent ones of `named`.
+    pub(crate) fn keep_bitmaps(&self, named: &[NamedBitmap]) {
+        if !self.can_store_bitmaps() {
+            return;
+        }
+        let mut old = self.all_bitmaps();
+        let mut kept: Vec<StoredBitmap> = Vec::new();
+        for bitmap in named.iter().filter(|bitmap| bitmap.persistent) {
+            let name = bitmap.raw_name();
+            let found = old.iter().position(|stored| {
+                let is_in_image = bitmap.stored_as.is_some() || stored.entry.table.len == 0;
+                !stored.is_removed && is_in_image && stored.entry.name == name
+            });
+            let stored = found.map_or_else(|| StoredBitmap::new(bitmap), |at| old.remove(at));
+            let auto = if bitmap.recording && bitmap.bits.is_some() { AUTO } else { 0 };
+            let flags =
+                if bitmap.bits.is_some() { stored.entry.flags & !AUTO | auto } else { stored.entry.flags };
+            let entry = BitmapEntry { flags, ..stored.entry };
+            kept.push(StoredBitmap { entry, bits: bitmap.bits.clone(), ..stored });
+        }
+        // As QEMU has it: what was there, then what is new, the newest first.
+        let (mut new, mut kept): (Vec<_>, Vec<_>) =
+            kept.into_iter().partition(|stored: &StoredBitmap| stored.entry.table.len == 0);
+        new.reverse();
+        kept.append(&mut new);
+        kept.extend(old.into_iter().map(|stored| StoredBitmap { is_removed: true, ..stored }));
+        self.set_bitmaps(kept);
     }
 
     /// The bitmaps of a disk of `size` bytes: bits that it gains are not set. The ones in use stay as they are.
@@ -156,9 +241,12 @@ impl Qcow2 {
     /// # Errors
     /// [`FormatError`] when one has bits that cannot be used, or there is no memory for them.
     pub(super) fn bitmaps_for(&self, size: u64) -> Result<Vec<StoredBitmap>, FormatError> {
-        let bitmaps = self.bitmaps();
+        let bitmaps = self.all_bitmaps();
         check_memory(bitmaps.iter().map(|bitmap| &bitmap.entry), size)?;
         let resized = bitmaps.into_iter().map(|bitmap| {
+            if bitmap.is_removed {
+                return Ok(bitmap);
+            }
             let unusable = || {
                 let name = String::from_utf8_lossy(&bitmap.entry.name);
                 FormatError::Invalid(format!("Bitmap '{name}' is inconsistent and cannot be used"))
@@ -179,30 +267,31 @@ impl Qcow2 {
 
     /// Writes the bitmaps, in new clusters, and says that they mean what they say. Nobody may mark them meanwhile.
     pub(super) async fn store_bitmaps(&self) -> Result<(), FormatError> {
-        let (old, bitmaps) = (self.lock().header.bitmaps, self.bitmaps());
-        let Some(old) = old.filter(|_| bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
+        let (header, bitmaps) = (self.header(), self.all_bitmaps());
+        if !bitmaps.iter().any(|bitmap| bitmap.bits.is_some() || bitmap.is_removed) {
             return Ok(());
-        };
+        }
+        let mut freed = Vec::new();
+        if let Some(old) = header.bitmaps {
+            freed.push(old.directory()?);
+        }
         let mut entries = Vec::new();
-        let mut freed = vec![old.directory()?];
         for bitmap in &bitmaps {
-            let Some(bits) = &bitmap.bits else {
+            if let (Some(bits), false) = (&bitmap.bits, bitmap.is_removed) {
+                let table = self.store_bits(bits, &bitmap.entry).await?;
+                entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
+            } else if !bitmap.is_removed {
                 entries.push(bitmap.entry.clone());
                 continue;
-            };
-            let table = self.store_bits(bits, &bitmap.entry).await?;
-            entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
-            freed.extend(bitmap.places(self.layout).into_iter().map(|(range, _)| range));
+            }
+            freed.extend(self.places_of_old(bitmap).await?);
         }
-        let directory = encode_directory(&entries);
-        let new = BitmapsExtension {
-            directory_size: u64_from(directory.len()),
-            directory_offset: self.store_new(directory).await?,
-            ..old
-        };
+        let new = self.store_directory(&entries).await?;
         self.flush().await?;
         // The directory is durable before the header names it.
-        let header = Header { bitmaps: Some(new), ..self.header() };
+        let flag = if new.is_some() { autoclear::BITMAPS } else { 0 };
+        let autoclear = header.autoclear & !autoclear::BITMAPS | flag;
+        let header = Header { bitmaps: new, autoclear, ..header };
         self.file.write(0, Bytes::from(header.encode()?)).await?;
         self.flush().await?;
         let mut state = self.lock();
@@ -213,6 +302,42 @@ impl Qcow2 {
             state.drop_later(first..first + self.layout.clusters_for(range.len()), false);
         }
         Ok(())
+    }
+
+    /// Writes a directory into new clusters; says where it is, unless there is nothing to say.
+    async fn store_directory(
+        &self,
+        entries: &[BitmapEntry],
+    ) -> Result<Option<BitmapsExtension>, FormatError> {
+        if entries.is_empty() {
+            return Ok(None);
+        }
+        let directory = encode_directory(entries);
+        Ok(Some(BitmapsExtension {
+            count: u32::try_from(entries.len()).unwrap_or(u32::MAX),
+            directory_size: u64_from(directory.len()),
+            directory_offset: self.store_new(directory).await?,
+        }))
+    }
+
+    /// Where a bitmap stands in the image that goes, or gets new clusters. The table of one that was not saved is only
+    /// looked at now.
+    async fn places_of_old(&self, bitmap: &StoredBitmap) -> Result<Vec<ByteRange>, FormatError> {
+        if bitmap.entry.table.len == 0 {
+            return Ok(Vec::new());
+        }
+        let mut bitmap = bitmap.clone();
+        let range = bitmap.entry.table_range();
+        if bitmap.table.is_empty() && range.end() <= self.file.size() {
+            let table = read_numbers(&self.file.read(range).await?);
+            // What makes no sense is left alone: it may be anybody's.
+            let is_sound = table.iter().all(|entry| match Bits::decode(*entry, self.layout) {
+                Some(Bits::At(start)) => start + self.layout.cluster_size() <= self.file.size(),
+                other => other.is_some(),
+            });
+            bitmap.table = if is_sound { table } else { Vec::new() };
+        }
+        Ok(bitmap.places(self.layout).into_iter().map(|(range, _)| range).collect())
     }
 
     /// Writes the bits of one bitmap; says where its table is.

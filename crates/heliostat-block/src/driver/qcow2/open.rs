@@ -114,11 +114,12 @@ impl Qcow2 {
             return Err(FormatError::Invalid(text.into()));
         }
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
-        let mut bitmaps = Vec::new();
-        if !read_only {
+        let bitmaps = if read_only {
+            stored::look_at(&file, &header).await
+        } else {
             prepare_for_writing(&file, &mut header).await?;
-            bitmaps = stored::take(&file, &header).await?;
-        }
+            stored::take(&file, &header).await?
+        };
         let l1 = read_numbers(&file.read(header.l1_range()).await?).into_iter().map(L1Entry).collect();
         let refcount_table = read_numbers(&file.read(header.refcount_table_range()).await?);
         let size = file.size();

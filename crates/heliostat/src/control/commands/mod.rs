@@ -3,6 +3,7 @@
 //! Nothing is decided here that the command line would have to decide again; that is the daemon's. Called by a
 //! client's thread, which may block.
 
+mod bitmaps;
 mod create;
 mod describe;
 mod exports;
@@ -66,7 +67,9 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
-        _ => jobs::ask(daemon, name, arguments).unwrap_or_else(|| Err(not_found(name))),
+        _ => bitmaps::run(daemon, name, arguments)
+            .or_else(|| jobs::ask(daemon, name, arguments))
+            .unwrap_or_else(|| Err(not_found(name))),
     }
 }
 
