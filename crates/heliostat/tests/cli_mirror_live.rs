@@ -237,3 +237,24 @@ fn an_interrupted_mirror_lets_clients_finish_and_removes_its_target() {
     assert!(!folder.path().join("target").exists());
     assert_eq!(bytes_at(&source, 60 << 20, 65536), vec![6; 65536]);
 }
+
+#[test]
+fn clients_move_to_a_target_that_stands_on_what_they_leave() {
+    let (Some(program), Some(_)) = (tool("qemu-io"), tool("qemu-img")) else { return };
+    let folder = folder();
+    let source = source(folder.path(), 8 << 20);
+    let before = bytes_at(&source, 1 << 20, 65536);
+    let mut live = Live::start(folder.path(), &["--sync", "none", "--target-format", "qcow2"]);
+    assert_eq!(live.result()["ended"], "completed");
+    assert!(qemu_io(&program, &live.uri, &["write -P 5 1M 4k", "read -P 5 1M 4k", "flush"]));
+    let (status, said) = live.end("TERM");
+    assert_eq!(status.code(), Some(0), "{said}");
+    assert_eq!(bytes_at(&source, 1 << 20, 65536), before, "nobody writes to the source any more");
+    let info = common::qcow2::qemu_img(folder.path(), &["info", "--output=json", "target"]);
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["backing-filename"], source.canonicalize().unwrap().to_str().unwrap());
+    common::qcow2::qemu_io(folder.path(), "target", &["read -P 5 1M 4k"]);
+    let raw = folder.path().join("flat");
+    common::qcow2::qemu_img(folder.path(), &["convert", "-O", "raw", "target", "flat"]);
+    assert_eq!(bytes_at(&raw, (1 << 20) + 4096, 65536 - 4096), before[4096..]);
+}

@@ -4,6 +4,8 @@
 //! runs on a thread of its own, beside the guests'; it never holds a guest up but behind the gate at the end,
 //! and never answers for the target. Started by the control plane, which made its [`Job`].
 
+mod end;
+
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,15 +31,9 @@ use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
-use crate::node::Node;
-use crate::tracked::Drained;
 
+pub use self::end::Succession;
 pub use super::options::MirrorOptions;
-
-/// Puts the target in the source's place. Called once, when the source is drained, everything is copied and flushed,
-/// and nothing is on its way to the target. Must not block. An error fails the job, with the source in its place: so
-/// nothing may have changed then.
-pub type Succession = Box<dyn FnOnce(&Drained, &Arc<Node>) -> Result<(), String> + Send>;
 
 /// A running mirror.
 pub struct Mirror {
@@ -485,38 +481,5 @@ impl Mirror {
         };
         let figures = self.tally.tell(now, &standing, source.latencies());
         self.job.tell_figures(figures);
-    }
-
-    // ------------------------------------------------------------------ end
-
-    /// Whether no verb stands in the way of the end, nor can any more.
-    fn may_end(&self, end: End) -> bool {
-        (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
-    }
-
-    fn pivot(&mut self) -> Result<(), String> {
-        // From here on nobody may write the target but whoever gets it.
-        self.doubling.close();
-        let Some(drained) = self.gate.drained() else { return Ok(()) };
-        match self.succession.take() {
-            Some(succession) => succession(drained, &self.route.target),
-            None => {
-                self.graph.pivot(drained, &self.route.target);
-                Ok(())
-            }
-        }
-    }
-
-    fn end(mut self) -> JobEvent {
-        self.route.source.detach_doubling();
-        self.doubling.close();
-        self.open_gate();
-        self.tell_figures(true);
-        JobEvent::Completed(None)
-    }
-
-    fn end_aborted(mut self) -> JobEvent {
-        self.tell_figures(true);
-        self.failure.take().map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure)))
     }
 }

@@ -23,7 +23,7 @@ use super::serve::{How, notify};
 use super::session::{AtReady, Ended, Session};
 use super::target::{Needs, Permission, Plan, Target};
 use super::units;
-use crate::daemon::{BackingSpec, Child, Daemon, DriverSpec, MirrorSpec, Subscription};
+use crate::daemon::{BackingSpec, Beneath, Child, Daemon, DriverSpec, MirrorSpec, Subscription};
 
 /// The id of the one job.
 const JOB: &str = "mirror";
@@ -159,12 +159,6 @@ impl Mirror {
         if self.on_ready == OnReady::Wait && !self.offer.is_reachable() {
             bail!("nobody could change the source while it waits; add --nbd ADDRESS or --control SOCKET");
         }
-        if self.sync == Sync::None && self.on_ready == OnReady::Complete && !self.existing {
-            bail!(
-                "--sync none copies nothing that is there already, so the target would lack it; add --existing for a \
-                 target that has it, or --on-ready wait or cancel to collect what is written from now on"
-            );
-        }
         let granularity = self.granularity()?;
         let (source, kind) = self.look_at_source()?;
         let cache = self.how.host_cache();
@@ -176,6 +170,13 @@ impl Mirror {
             backing: self.backing(kind)?,
         };
         let plan = Plan::new(needs, &self.target, self.permission(), cache)?;
+        if self.sync == Sync::None && self.on_ready == OnReady::Complete && !plan.has_the_rest() {
+            bail!(
+                "--sync none copies nothing that is there already, so the target would lack it; add --target-format \
+                 qcow2 for a target that stands on the source, --existing for one that has it, or --on-ready wait or \
+                 cancel to collect what is written from now on"
+            );
+        }
         // Kept open, the source lets nobody else write meanwhile; clients of ours do so only when they are served.
         let source = (!self.offer.has_clients()).then_some(source);
         let signals = ending::signals()?;
@@ -254,10 +255,17 @@ impl Mirror {
         Ok((image, self.how.kind(&self.source, found)))
     }
 
-    /// What a new target stands on: what the source does, where only the source's top image is copied.
+    /// What a new target stands on: what the source does, where only the source's top image is copied; the source,
+    /// where nothing is.
     fn backing(&self, kind: Kind) -> Result<Option<Backing>> {
-        if self.sync != Sync::Top {
+        if self.sync == Sync::Full || (self.sync == Sync::None && !self.makes_an_image(kind)) {
             return Ok(None);
+        }
+        if self.sync == Sync::None {
+            let name = std::fs::canonicalize(&self.source)
+                .with_context(|| format!("cannot find {}", self.source.display()))?;
+            let format = if kind.format() == Format::Qcow2 { "qcow2" } else { "raw" };
+            return Ok(Some(Backing { name, format: format.to_owned() }));
         }
         let backing = match kind.format() {
             Format::Qcow2 => backing_of(&self.source)?,
@@ -272,9 +280,19 @@ impl Mirror {
         Ok(backing)
     }
 
+    fn makes_an_image(&self, kind: Kind) -> bool {
+        self.target_format.map_or(kind.format() == Format::Qcow2, |format| format == FormatName::Qcow2)
+    }
+
     fn add_target(&self, daemon: &Arc<Daemon>, target: &Target) -> Result<()> {
         let mut spec = self.how.node(TARGET_NODE, &self.target, target.kind(), false);
         if let (DriverSpec::Qcow2(image), true) = (&mut spec.driver, target.shares_backing()) {
+            if self.sync == Sync::None {
+                // Put there when clients are on the target.
+                image.backing = BackingSpec::Nothing;
+                daemon.add_node(&spec).map_err(|error| explain(&self.target, target.kind(), error))?;
+                return Ok(());
+            }
             let nodes = daemon.nodes();
             let source = nodes.iter().find(|entry| entry.node.name().as_str() == NODE);
             let below = source.and_then(|entry| entry.backing.as_ref());
@@ -301,6 +319,10 @@ impl Mirror {
             on_source_error: self.on_source_error.into(),
             on_target_error: self.on_target_error.into(),
             target_is_zero: target.reads_zero(),
+            beneath: match (self.sync, target.shares_backing()) {
+                (Sync::None, true) => Beneath::Source,
+                _ => Beneath::AsItIs,
+            },
             ..MirrorSpec::new(JOB, NODE, TARGET_NODE)
         })
     }

@@ -136,6 +136,12 @@ impl Plan {
         Ok(plan(way, kind))
     }
 
+    /// Says whether it has, or shows, what is not copied: it is there already, or stands on something.
+    #[must_use]
+    pub const fn has_the_rest(&self) -> bool {
+        matches!(self.way, Way::Use) || self.backing.is_some()
+    }
+
     /// Refuses what cannot be made.
     fn checked(self) -> Result<Self> {
         if self.backing.is_some() && self.kind.format() == Format::Raw {

@@ -6,6 +6,7 @@
 mod bitmaps;
 mod create;
 mod introspect;
+mod mirror;
 mod returns;
 
 pub use introspect::schema;
@@ -322,82 +323,6 @@ static EXPORT: Record = Record {
     cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
 
-static DRIVE_MIRROR: Record = record(&[
-    optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
-    required("device", Kind::Text, "the source: the name of a node, or the id of an export of it"),
-    required(
-        "target",
-        Kind::Text,
-        "the target: a path, `file:PATH`, `null-co://`, or `json:` and what `blockdev-add` takes",
-    ),
-    optional(
-        "format",
-        Kind::Text,
-        "the target's format; default: the source's, or, of an existing one, what it looks like",
-    ),
-    optional("node-name", Kind::Text, "the name of the target's node"),
-    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
-    required(
-        "sync",
-        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
-    ),
-    optional(
-        "mode",
-        Kind::Word(&["existing", "absolute-paths"]),
-        "existing: use what is there; absolute-paths: make it, whatever is there, on what the source stands on \
-         (top) or on the source (none); default absolute-paths",
-    ),
-    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
-    optional(
-        "granularity",
-        Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
-    ),
-    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
-    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
-    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
-    optional("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
-    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
-    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
-    optional(
-        "auto-dismiss",
-        Kind::Flag,
-        "be forgotten when it has ended, without `job-dismiss`; default true",
-    ),
-]);
-
-static MIRROR: Record = record(&[
-    optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
-    required("device", Kind::Text, "the source: the name of a node, or the id of an export of it"),
-    required("target", Kind::Text, "the target: a node's name"),
-    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
-    required(
-        "sync",
-        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
-    ),
-    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
-    optional(
-        "granularity",
-        Kind::Uint32,
-        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
-    ),
-    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
-    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
-    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
-    optional("filter-node-name", Kind::Text, "a name to keep free; there is no filter node"),
-    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
-    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
-    optional(
-        "auto-dismiss",
-        Kind::Flag,
-        "be forgotten when it has ended, without `job-dismiss`; default true",
-    ),
-    later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
-    ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
-]);
-
 static BY_DEVICE: Record = record(&[required("device", Kind::Text, "the job's id")]);
 static BY_ID: Record = record(&[required("id", Kind::Text, "the job's id")]);
 
@@ -500,18 +425,12 @@ pub static COMMANDS: &[Command] = &[
         "Makes an image, as a job that is dismissed when it has concluded.",
         &create::CREATE,
     ),
-    command("blockdev-mirror", "Starts a mirror.", &MIRROR),
-    command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
+    command("blockdev-mirror", "Starts a mirror.", &mirror::MIRROR),
     command(
-        "block-dirty-bitmap-remove",
-        "Removes a dirty bitmap; a persistent one from its image, when that is closed.",
-        &bitmaps::NAME,
+        "drive-mirror",
+        "Starts a mirror to a file that is made or opened for it.",
+        &mirror::DRIVE_MIRROR,
     ),
-    command("block-dirty-bitmap-clear", "Forgets what a dirty bitmap has recorded.", &bitmaps::NAME),
-    command("block-dirty-bitmap-enable", "Lets a dirty bitmap hear of writes.", &bitmaps::NAME),
-    command("block-dirty-bitmap-disable", "Lets a dirty bitmap hear of writes no more.", &bitmaps::NAME),
-    command("block-dirty-bitmap-merge", "Adds what some dirty bitmaps have to another.", &bitmaps::MERGE),
-    command("drive-mirror", "Starts a mirror to a file that is made or opened for it.", &DRIVE_MIRROR),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
     command(
@@ -560,6 +479,16 @@ pub static COMMANDS: &[Command] = &[
         &returns::BLOCK_JOBS,
     ),
     query("query-jobs", "Lists the jobs, newest first.", &NOTHING, &returns::JOBS),
+    command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
+    command(
+        "block-dirty-bitmap-remove",
+        "Removes a dirty bitmap; a persistent one from its image, when that is closed.",
+        &bitmaps::NAME,
+    ),
+    command("block-dirty-bitmap-clear", "Forgets what a dirty bitmap has recorded.", &bitmaps::NAME),
+    command("block-dirty-bitmap-enable", "Lets a dirty bitmap hear of writes.", &bitmaps::NAME),
+    command("block-dirty-bitmap-disable", "Lets a dirty bitmap hear of writes no more.", &bitmaps::NAME),
+    command("block-dirty-bitmap-merge", "Adds what some dirty bitmaps have to another.", &bitmaps::MERGE),
 ];
 
 /// Finds a command.

@@ -145,11 +145,10 @@ impl Daemon {
             let prepared = self.prepare(&spec.mirror, &source.node, &Prospect::of(&target))?;
             let beneath = if target.image().is_some() { Beneath::FromHeader } else { Beneath::AsItIs };
             self.launch(Launch {
-                spec: &spec.mirror,
+                spec: &MirrorSpec { beneath, ..spec.mirror.clone() },
                 source: Arc::clone(&source.node),
                 target,
                 prepared,
-                beneath,
                 observer: self.job_observer(),
             })
         })();
@@ -197,6 +196,7 @@ impl Daemon {
             let is_zero = new.beneath == Beneath::AsItIs && (new.image.is_some() || !is_device(&new.path));
             let mirror = MirrorSpec {
                 target_is_zero: is_zero,
+                beneath: new.beneath,
                 // What stands on nothing has no top.
                 sync: if new.beneath == Beneath::AsItIs {
                     whole_of(spec.mirror.sync)
@@ -210,7 +210,6 @@ impl Daemon {
                 source: Arc::clone(&source.node),
                 target,
                 prepared,
-                beneath: new.beneath,
                 observer: self.job_observer(),
             })
         })();

@@ -32,6 +32,8 @@ pub struct MirrorSpec {
     pub filter_node_name: Option<String>,
     /// What the first pass copies.
     pub sync: SyncMode,
+    /// What the target stands on when it has taken the source's place.
+    pub beneath: Beneath,
     /// The name of a sync mode that is known and not there yet; refused at the moment at which QEMU does.
     pub sync_not_there: Option<&'static str>,
     /// Bytes a second; 0 is no limit. Negative is refused as QEMU refuses it.
@@ -71,6 +73,7 @@ impl MirrorSpec {
             replaces: None,
             filter_node_name: None,
             sync: options.sync,
+            beneath: Beneath::AsItIs,
             sync_not_there: None,
             speed: 0,
             granularity: None,
@@ -134,7 +137,6 @@ pub(super) struct Launch<'a> {
     pub(super) source: Arc<Node>,
     pub(super) target: Arc<Node>,
     pub(super) prepared: Prepared,
-    pub(super) beneath: Beneath,
     pub(super) observer: Observer,
 }
 
@@ -174,7 +176,7 @@ impl Daemon {
         self.check_source(&source)?;
         let target = self.node(&spec.target)?;
         let prepared = self.prepare(spec, &source, &Prospect::of(&target))?;
-        self.launch(Launch { spec, source, target, prepared, beneath: Beneath::AsItIs, observer })
+        self.launch(Launch { spec, source, target, prepared, observer })
     }
 
     /// The node that is meant where an operator may name an export of it, too.
@@ -218,7 +220,8 @@ impl Daemon {
 
     /// Starts what has been prepared.
     pub(super) fn launch(&self, launch: Launch<'_>) -> Result<Arc<Job>, DaemonError> {
-        let Launch { spec, source, target, prepared, beneath, observer } = launch;
+        let Launch { spec, source, target, prepared, observer } = launch;
+        let beneath = spec.beneath;
         let attached = self.attach(spec, &source, &target);
         let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
         let options = spec.options(prepared.granularity, &target);

@@ -118,7 +118,7 @@ mod tests {
         ] {
             let spec = definition(&text.to_string(), Inherited::default()).unwrap();
             let DriverSpec::Raw { file: Child::New(below), .. } = spec.driver else { panic!("{text}") };
-            assert!(matches!(&below.driver, DriverSpec::File(file) if file.path == PathBuf::from("x")));
+            assert!(matches!(&below.driver, DriverSpec::File(file) if file.path.as_os_str() == "x"));
         }
     }
 

@@ -1,0 +1,79 @@
+//! What `drive-mirror` and `blockdev-mirror` take.
+
+use super::{COPY_MODE, Kind, ON_ERROR, Record, later, optional, ours, record, required};
+
+pub(super) static DRIVE_MIRROR: Record = record(&[
+    optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
+    required("device", Kind::Text, "the source: the name of a node, or the id of an export of it"),
+    required(
+        "target",
+        Kind::Text,
+        "the target: a path, `file:PATH`, `null-co://`, or `json:` and what `blockdev-add` takes",
+    ),
+    optional(
+        "format",
+        Kind::Text,
+        "the target's format; default: the source's, or, of an existing one, what it looks like",
+    ),
+    optional("node-name", Kind::Text, "the name of the target's node"),
+    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
+    required(
+        "sync",
+        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
+        "what the first pass copies; incremental and bitmap are refused",
+    ),
+    optional(
+        "mode",
+        Kind::Word(&["existing", "absolute-paths"]),
+        "existing: use what is there; absolute-paths: make it, whatever is there, on what the source stands on \
+         (top) or on the source (none); default absolute-paths",
+    ),
+    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
+    optional(
+        "granularity",
+        Kind::Uint32,
+        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
+    ),
+    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
+    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
+    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
+    optional("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
+    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
+    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
+    optional(
+        "auto-dismiss",
+        Kind::Flag,
+        "be forgotten when it has ended, without `job-dismiss`; default true",
+    ),
+]);
+
+pub(super) static MIRROR: Record = record(&[
+    optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
+    required("device", Kind::Text, "the source: the name of a node, or the id of an export of it"),
+    required("target", Kind::Text, "the target: a node's name"),
+    optional("replaces", Kind::Text, "the node whose place the target takes; only the source"),
+    required(
+        "sync",
+        Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
+        "what the first pass copies; incremental and bitmap are refused",
+    ),
+    optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
+    optional(
+        "granularity",
+        Kind::Uint32,
+        "bytes a dirty bit; a power of two, 512 B to 64 MiB; default: the target's clusters, from 4 to 64 KiB",
+    ),
+    optional("buf-size", Kind::Int, "bytes of copies in flight; default 16 MiB"),
+    optional("on-source-error", ON_ERROR, "what to do when the source cannot be read; default report"),
+    optional("on-target-error", ON_ERROR, "what to do when the target cannot be written; default report"),
+    optional("filter-node-name", Kind::Text, "a name to keep free; there is no filter node"),
+    optional("copy-mode", COPY_MODE, "what happens to clients' writes meanwhile; default background"),
+    optional("auto-finalize", Kind::Flag, "end when it may, without `job-finalize`; default true"),
+    optional(
+        "auto-dismiss",
+        Kind::Flag,
+        "be forgotten when it has ended, without `job-dismiss`; default true",
+    ),
+    later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
+    ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
+]);
