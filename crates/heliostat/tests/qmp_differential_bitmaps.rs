@@ -116,7 +116,9 @@ fn guest(node: &'static str, steps: &'static [&'static str]) -> Step {
         let uri = format!("nbd+unix:///{node}?socket={}", peer.folder().join("nbd").display());
         let mut command = Command::new("qemu-io");
         command.args(["-f", "raw", &uri]);
-        steps.iter().for_each(|step| drop(command.args(["-c", step])));
+        for step in steps {
+            command.args(["-c", step]);
+        }
         let output = command.output().expect("qemu-io is installed with the daemon");
         assert!(output.status.success(), "{steps:?}: {output:?}");
     }))

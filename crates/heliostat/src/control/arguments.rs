@@ -78,6 +78,13 @@ impl<'a> Arguments<'a> {
         first.as_str().or_else(|| first.get("name")?.as_str())
     }
 
+    /// A list of objects.
+    #[must_use]
+    pub fn objects(&self, name: &str) -> Vec<Self> {
+        let list = self.0.get(name).and_then(Value::as_array).into_iter().flatten();
+        list.filter_map(Value::as_object).map(Self).collect()
+    }
+
     /// A list of names, each alone or as `name` beside a `node`: that node, and the name.
     #[must_use]
     pub fn named(&self, name: &str) -> Vec<(Option<&'a str>, &'a str)> {

@@ -479,6 +479,7 @@ pub static COMMANDS: &[Command] = &[
         &returns::BLOCK_JOBS,
     ),
     query("query-jobs", "Lists the jobs, newest first.", &NOTHING, &returns::JOBS),
+    command("transaction", "Does several things, or none of them.", &bitmaps::TRANSACTION),
     command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
     command(
         "block-dirty-bitmap-remove",

@@ -125,7 +125,7 @@ pub enum BitmapError {
 
 /// What may be asked of a bitmap that is looked up.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Use {
+pub(super) enum Use {
     /// Its bits change.
     Change,
     /// Its bits are read, or it is switched on or off.
@@ -273,17 +273,21 @@ impl Plan {
         Ok((node, bitmap))
     }
 
-    /// Takes a bitmap for a job, which gives it back itself.
-    pub(super) fn take_for_job(
+    /// A job takes it: those who come after it may not.
+    pub(super) fn hold(&mut self, daemon: &Daemon, node: &Arc<Node>, name: &str) -> Result<(), BitmapError> {
+        self.find(daemon, node.name().as_str(), name, Use::Look)?.1.busy = true;
+        Ok(())
+    }
+
+    /// Says whether `name` of `node` may be used so.
+    pub(super) fn check(
         &mut self,
         daemon: &Daemon,
         node: &Arc<Node>,
         name: &str,
-    ) -> Result<(), DaemonError> {
-        let (node, bitmap) = self.find(daemon, node.name().as_str(), name, Use::Change)?;
-        bitmap.busy = true;
-        self.changes.push((node, Change::Busy(name.to_owned(), true)));
-        Ok(())
+        wanted: Use,
+    ) -> Result<(), BitmapError> {
+        self.find(daemon, node.name().as_str(), name, wanted).map(|_| ())
     }
 }
 

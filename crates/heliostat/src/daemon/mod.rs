@@ -14,10 +14,12 @@ mod gate;
 mod jobs;
 mod lanes;
 mod mirror;
+mod mirror_bitmap;
 mod nodes;
 mod open;
 mod resize;
 mod shutdown;
+mod transaction;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -35,11 +37,13 @@ pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
 pub use gate::{Gate, Probing, resolved};
 pub use jobs::{JobEntry, JobKind};
 pub use mirror::MirrorSpec;
+pub use mirror_bitmap::{BitmapUse, BitmapUseError};
 pub use nodes::{
     BackingSpec, Beneath, CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Qcow2Spec, Sharing,
     TableCache,
 };
 pub use shutdown::ShutdownError;
+pub use transaction::{Action, TransactionError};
 
 use events::Events;
 use exports::Serving;
@@ -152,7 +156,7 @@ mod tests {
         while said.last() != Some(&JobEvent::Status(JobStatus::Null)) {
             match events.next(LIMIT).expect("the job ends").what.clone() {
                 Happening::Job { event, .. } => said.push(event),
-                Happening::ExportDeleted { .. } | Happening::ImageCorrupt { .. } => {}
+                _ => {}
             }
         }
         said

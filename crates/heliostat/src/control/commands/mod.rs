@@ -12,6 +12,7 @@ mod jobs;
 mod mirror;
 mod nodes;
 mod resize;
+mod transaction;
 
 use std::sync::Arc;
 
@@ -64,6 +65,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-block-exports" => Ok(exports::query(daemon)),
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
+        "transaction" => transaction::run(daemon, arguments),
         "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
