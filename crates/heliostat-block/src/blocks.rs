@@ -12,7 +12,9 @@ use bytes::Bytes;
 use futures_util::future::join;
 
 use crate::buffer::Buffer;
+use crate::clock::LocalFuture;
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
 use crate::range_lock::{RangeGuard, RangeLock};
 use crate::storage::{Durability, IoFuture, Storage, ZeroEffort, ZeroSpace};
@@ -42,6 +44,12 @@ pub(crate) trait Below {
 
     /// See [`Storage::discard`].
     fn discard(&self, range: ByteRange) -> IoFuture<'_, ()>;
+
+    /// See [`Storage::raise`]; for what happens here, on its behalf.
+    fn raise(&self, event: DebugEvent) -> Option<LocalFuture<'static, ()>> {
+        let _ = event;
+        None
+    }
 }
 
 impl Below for Arc<dyn Storage> {
@@ -215,6 +223,9 @@ impl<B: Below> Blocks<B> {
             start..start + usize_from(range.len())
         };
         let edges = edges(range, blocks, self.unit);
+        let (head, tail) = (range.offset() > blocks.offset(), range.end() < blocks.end());
+        self.pass(head, DebugEvent::PwritevRmwHead).await;
+        self.pass(tail, DebugEvent::PwritevRmwTail).await;
         let mut whole = if edges[0] == blocks {
             // Small writes end here: one read, into the memory that is written.
             self.read_whole(blocks).await?
@@ -227,7 +238,15 @@ impl<B: Below> Blocks<B> {
             whole
         };
         whole[at(range)].copy_from_slice(data);
+        self.pass(head, DebugEvent::PwritevRmwAfterHead).await;
+        self.pass(tail, DebugEvent::PwritevRmwAfterTail).await;
         Ok(whole)
+    }
+
+    async fn pass(&self, happens: bool, event: DebugEvent) {
+        if happens && let Some(held_up) = self.below.raise(event) {
+            held_up.await;
+        }
     }
 
     async fn read_whole(&self, blocks: ByteRange) -> io::Result<Buffer> {

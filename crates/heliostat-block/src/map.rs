@@ -16,6 +16,8 @@ const MAPPINGS_MAX: usize = 1024;
 pub enum Content {
     /// Bytes.
     Data,
+    /// Bytes that nobody has written yet: zeroes, in space that was set aside for them.
+    Hollow,
     /// Bytes, compressed.
     Compressed,
     /// Zeroes, of which this layer knows.
@@ -102,6 +104,7 @@ impl Node {
                     .await
                     .map_err(|error| BlockError::from_io(self.name().as_str(), Some(range), error));
             }
+            Driver::Filter(filter) => return Box::pin(filter.child().map_of_layer(range)).await,
             Driver::Raw(raw) => raw,
         };
         let mut found = Vec::new();

@@ -4,6 +4,9 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+mod kind;
+mod resize;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,60 +16,29 @@ use crate::blocks::Blocks;
 use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
-use crate::driver::{Driver, Preallocation, Qcow2};
+use crate::driver::Driver;
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
 use crate::name::NodeName;
 use crate::named_bitmap::{NamedBitmap, Watchers};
+use crate::node_options::OptionsCell;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::statistics::Statistics;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 use crate::tracked::{Drained, Tracked, Whose};
 
-/// What becomes of space that is no longer needed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Discard {
-    /// Kept: discards do nothing, and zeroed ranges stay allocated (`discard=ignore`, said explicitly).
-    Ignore,
-    /// Clients' discards do nothing, zeroed ranges may become holes. What is meant when nothing is said.
-    #[default]
-    ZeroesOnly,
-    /// Given back (`discard=unmap`).
-    Unmap,
-}
-
-/// What becomes of written data that is all zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DetectZeroes {
-    /// Written like any other.
-    #[default]
-    Off,
-    /// Written as zeroes by the cheapest way that keeps the space.
-    On,
-    /// Becomes a hole.
-    Unmap,
-}
-
-/// How a node is to behave; set when it is made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NodeOptions {
-    /// Writes are refused.
-    pub read_only: bool,
-    /// What becomes of space that is no longer needed.
-    pub discard: Discard,
-    /// What becomes of written data that is all zero.
-    pub detect_zeroes: DetectZeroes,
-}
+pub use crate::node_options::{DetectZeroes, Discard, NodeOptions};
 
 /// A disk, or one layer of one. Used from any thread.
 pub struct Node {
     name: NodeName,
     /// The driver, which takes whole blocks.
     blocks: Blocks<Driver>,
-    options: NodeOptions,
+    options: OptionsCell,
     /// Copied once: what clients negotiated must not change under them.
     traits: Traits,
     /// Changed by a resize only, while nothing is in flight.
@@ -89,7 +61,10 @@ impl Node {
             name,
             size: AtomicU64::new(driver.size()),
             blocks: Blocks::new(driver),
-            options: NodeOptions { read_only: options.read_only || traits.read_only, ..options },
+            options: OptionsCell::new(NodeOptions {
+                read_only: options.read_only || traits.read_only,
+                ..options
+            }),
             traits,
             in_flight: InFlight::default(),
             watchers,
@@ -125,8 +100,15 @@ impl Node {
 
     /// How it was asked to behave.
     #[must_use]
-    pub const fn options(&self) -> NodeOptions {
-        self.options
+    pub fn options(&self) -> NodeOptions {
+        self.options.load()
+    }
+
+    /// Lets it behave otherwise from the next request on. What it is on cannot be written to is not changed by this.
+    /// The caller sees to it that nothing is in flight, where that matters to anybody.
+    pub fn set_options(&self, options: NodeOptions) {
+        let read_only = options.read_only || self.traits.read_only;
+        self.options.store(NodeOptions { read_only, ..options });
     }
 
     /// Bytes spent on the host, where that can be known.
@@ -152,27 +134,6 @@ impl Node {
         self.blocks.below()
     }
 
-    /// The image that it is in, where it is in one.
-    #[must_use]
-    pub fn image(&self) -> Option<&Arc<Qcow2>> {
-        match self.driver() {
-            Driver::Qcow2(image) => Some(image),
-            Driver::Raw(_) => None,
-        }
-    }
-
-    /// Bytes that it allocates at once, where it allocates at all.
-    #[must_use]
-    pub fn cluster_size(&self) -> Option<u64> {
-        self.image().map(|image| image.layout().cluster_size())
-    }
-
-    /// Says whether it names a node below it that is not there: what it does not hold may read otherwise later.
-    #[must_use]
-    pub fn lacks_backing(&self) -> bool {
-        self.image().is_some_and(|image| image.lacks_backing())
-    }
-
     /// The node below, which holds what this one does not.
     #[must_use]
     pub fn backing(&self) -> Option<Arc<Self>> {
@@ -188,51 +149,18 @@ impl Node {
         }
     }
 
-    /// Changes the virtual size: what is gained reads as zeroes, what is lost is gone. Requests wait meanwhile; those
-    /// beyond the new end are refused. Clients that asked for the size before do not hear of it.
-    ///
-    /// # Errors
-    /// [`BlockError`]: read-only, not supported by what is below, or the host's; the size is as it was then.
-    pub async fn resize(self: &Arc<Self>, size: u64, preallocation: Preallocation) -> Result<(), BlockError> {
-        if self.options.read_only {
-            return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
-        }
-        let _drained = self.drain().await;
-        let named = self.named_bitmaps();
-        let bits = named.iter().filter(|bitmap| !bitmap.persistent).map(|bitmap| bitmap.resized(size));
-        let bits = bits.collect::<Result<Vec<_>, _>>();
-        let bits = bits.map_err(|error| self.failure_of_all(std::io::Error::other(error)))?;
-        self.image().into_iter().for_each(|image| image.keep_bitmaps(&named));
-        let resized = self.blocks.below().resize(size, preallocation).await;
-        // Bitmaps that the driver keeps have changed with its size, which it may have done even where it failed.
-        let kept = self.driver().bitmaps();
-        let others = bits.into_iter().flatten().filter(|_| resized.is_ok());
-        let kept = kept.into_iter().filter_map(|bitmap| Some((bitmap.name, bitmap.bits?)));
-        let mut watching = self.watchers.write();
-        others.chain(kept).for_each(|(name, bits)| watching.replace_bits(&name, bits));
-        drop(watching);
-        resized.map_err(|error| self.failure_of_all(error))?;
-        self.size.store(size, Ordering::Release);
-        Ok(())
-    }
-
-    /// Takes on the size that what is below has now, when another node has changed that.
-    pub async fn follow_size(self: &Arc<Self>) {
-        let _drained = self.drain().await;
-        let Driver::Raw(raw) = self.driver() else { return };
-        raw.follow_size();
-        self.size.store(raw.size(), Ordering::Release);
-    }
-
     /// Makes everything durable and leaves image and file in order. Nobody may use the node any more.
     ///
     /// # Errors
     /// [`BlockError`] of the host.
     pub async fn close(&self) -> Result<(), BlockError> {
-        if self.options.read_only {
+        // Also what became read-only later was written before.
+        if self.traits.read_only {
             return Ok(());
         }
-        self.image().into_iter().for_each(|image| image.keep_bitmaps(&self.named_bitmaps()));
+        if let Driver::Qcow2(image) = self.driver() {
+            image.keep_bitmaps(&self.named_bitmaps());
+        }
         self.blocks.below().close().await.map_err(|error| self.failure_of_all(error))
     }
 
@@ -268,7 +196,8 @@ impl Node {
     }
 
     /// The clock that the node goes by.
-    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+    #[must_use]
+    pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
     }
 
@@ -278,7 +207,9 @@ impl Node {
     /// Dropped before it returns, it opens the gate again.
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
-        let drained = Drained::of_closed(Arc::clone(self));
+        let mut hurry = Hurry::default();
+        self.driver().hurry(&mut hurry);
+        let drained = Drained::of_closed(Arc::clone(self), hurry);
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;
         }
@@ -311,7 +242,10 @@ impl Node {
     /// Says whether dirty bitmaps outlast it: it is in an image that is written and has a place for them.
     #[must_use]
     pub fn can_store_bitmaps(&self) -> bool {
-        !self.options.read_only && self.image().is_some_and(|image| image.can_store_bitmaps())
+        match self.driver() {
+            Driver::Qcow2(image) => !self.options().read_only && image.can_store_bitmaps(),
+            Driver::Raw(_) | Driver::Filter(_) => false,
+        }
     }
 
     /// Lets a mirror hear of every write that ends from now on, and double those that begin from now on.
@@ -332,8 +266,9 @@ impl Node {
         durability: Durability,
     ) -> Result<(), BlockError> {
         let range = self.writable(offset, u64_from(data.len()))?;
-        if self.options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
-            let space = match self.options.detect_zeroes {
+        let options = self.options();
+        if options.detect_zeroes != DetectZeroes::Off && is_zero(&data) {
+            let space = match options.detect_zeroes {
                 DetectZeroes::Unmap => ZeroSpace::MayUnmap,
                 DetectZeroes::Off | DetectZeroes::On => ZeroSpace::Keep,
             };
@@ -353,7 +288,7 @@ impl Node {
         durability: Durability,
     ) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
-        let space = if self.options.discard == Discard::Ignore { ZeroSpace::Keep } else { space };
+        let space = if self.options().discard == Discard::Ignore { ZeroSpace::Keep } else { space };
         if effort == ZeroEffort::FastOnly && !self.traits.can_zero_fast {
             return Err(self.refusal(ErrorKind::Unsupported, range));
         }
@@ -365,7 +300,7 @@ impl Node {
 
     pub(crate) async fn discard(&self, range: ByteRange) -> Result<(), BlockError> {
         let range = self.writable(range.offset(), range.len())?;
-        if self.options.discard != Discard::Unmap || self.blocks.shrink(range).is_empty() {
+        if self.options().discard != Discard::Unmap || self.blocks.shrink(range).is_empty() {
             return Ok(());
         }
         self.mark_early(range);
@@ -475,7 +410,7 @@ impl Node {
 
     fn writable(&self, offset: u64, len: u64) -> Result<ByteRange, BlockError> {
         let range = self.inside(offset, len)?;
-        if self.options.read_only {
+        if self.options().read_only {
             return Err(self.refusal(ErrorKind::ReadOnly, range));
         }
         Ok(range)

@@ -11,7 +11,10 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 
 use crate::buffer::Buffer;
+use crate::clock::LocalFuture;
+use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
+use crate::throttle::Hurry;
 
 /// Whether a write is durable when it returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,5 +197,25 @@ pub trait Storage: Send + Sync + 'static {
     /// hint: never fails, never waits, does nothing where there is no such cache.
     fn start_writeback(&self, range: ByteRange) {
         let _ = range;
+    }
+
+    /// A driver on top has come to this moment. Where somebody wants to hold the request up there, what it has to
+    /// wait for; nobody does but a fault injector.
+    fn raise(&self, event: DebugEvent) -> Option<LocalFuture<'static, ()>> {
+        let _ = event;
+        None
+    }
+
+    /// Somebody waits until nothing is in flight above: what waits here only because of a limit is to go on at once,
+    /// as long as `hurry` lives.
+    fn hurry(&self, hurry: &mut Hurry) {
+        let _ = hurry;
+    }
+}
+
+/// Raises `event` on `storage` and waits where the request is held up.
+pub(crate) async fn pass(storage: &dyn Storage, event: DebugEvent) {
+    if let Some(held_up) = storage.raise(event) {
+        held_up.await;
     }
 }

@@ -16,6 +16,7 @@ use crate::node::Node;
 use crate::range::ByteRange;
 use crate::statistics::{Ended, Kind, Outcome};
 use crate::storage::{Durability, Extent, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 
 /// The right to have one request in flight on a node; leaves it when dropped.
 ///
@@ -45,6 +46,8 @@ pub(crate) enum Whose {
 #[must_use]
 pub struct Drained {
     node: Arc<Node>,
+    /// No limit holds up what is below meanwhile.
+    _hurry: Hurry,
 }
 
 impl Tracked {
@@ -159,14 +162,22 @@ impl Drop for Tracked {
 
 impl Drained {
     /// For a gate that the caller has closed; quiet when the caller has waited for that.
-    pub(crate) const fn of_closed(node: Arc<Node>) -> Self {
-        Self { node }
+    pub(crate) const fn of_closed(node: Arc<Node>, hurry: Hurry) -> Self {
+        Self { node, _hurry: hurry }
     }
 
     /// The node behind the gate.
     #[must_use]
     pub const fn node(&self) -> &Arc<Node> {
         &self.node
+    }
+
+    /// Makes durable everything that was written before the gate closed.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub async fn flush(&self) -> Result<(), BlockError> {
+        self.node.flush().await
     }
 }
 

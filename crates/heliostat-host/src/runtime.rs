@@ -34,6 +34,10 @@ const NICENESS: i32 = 1;
 /// a cancellation always finds room; costs 64 bytes each.
 const RING_ENTRIES: u32 = 1024;
 
+/// What a thread of the data plane has to nest calls in: as much as a program's first one. A request that goes down a
+/// chain of images nests a few for each: without optimisation 16 KiB. Only what is used takes memory.
+pub const STACK: usize = 8 << 20;
+
 /// Wake-ups from other threads that may wait for a thread to look. A waker that finds the queue full spins
 /// until there is room, so it holds what all guests' threads together can wake at once.
 const REMOTE_WAKES: usize = 1024;
@@ -312,7 +316,8 @@ impl<T: Send + 'static> Thread<T> {
         Fut: Future<Output = T>,
     {
         let (built, is_built) = mpsc::sync_channel(1);
-        let handle = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK);
+        let handle = thread.spawn(move || {
             let runtime = match build(driver) {
                 Ok(runtime) => runtime,
                 Err(error) => {

@@ -1,225 +1,26 @@
-//! Random operations on qcow2 images of every kind that `qemu-img` makes, beside a plain vector of bytes; at the end
+//! Random operations on qcow2 images of every kind, made by `qemu-img` and by ours, beside a plain vector of bytes; at the end
 //! QEMU's tools judge the image.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test")]
 
 mod common;
+mod images;
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use common::{memory_directory, pattern, run, skipped};
+use common::{disk_directory, memory_directory, pattern, run, skipped};
 use futures_util::future::join_all;
 use heliostat_block::buffer::Buffer;
-use heliostat_block::convert::{u64_from, usize_from};
+use heliostat_block::convert::usize_from;
 use heliostat_block::driver::qcow2::{OpenOptions as ImageOptions, Qcow2};
-use heliostat_block::driver::{Driver, Preallocation, Raw};
-use heliostat_block::name::NodeName;
-use heliostat_block::node::{Discard, Node, NodeOptions};
+use heliostat_block::driver::{Driver, Preallocation};
+use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
-use heliostat_block::storage::{Durability, Storage, ZeroEffort, ZeroSpace};
-use heliostat_host::clock::RealClock;
-use heliostat_host::file::FileStorage;
-use heliostat_host::open::{self, Access, Cache, OpenOptions};
+use heliostat_block::storage::{Durability, ExtentStatus, ZeroEffort, ZeroSpace};
+use heliostat_host::open::Access;
 use heliostat_host::runtime::block_on;
-
-/// Numbers that follow from a seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-
-    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[usize_from(self.below(u64_from(of.len())))]
-    }
-}
-
-/// An image and what a guest must see in it.
-struct Scene {
-    folder: tempfile::TempDir,
-    path: PathBuf,
-    options: String,
-    backing: Option<(PathBuf, &'static str)>,
-    data_file: Option<PathBuf>,
-    model: Vec<u8>,
-    snapshot: Option<Vec<u8>>,
-    version: u32,
-    direct: bool,
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn random_range(random: &mut Random, size: u64) -> ByteRange {
-    let len = match random.below(4) {
-        0 => 512 * (1 + random.below(16)),
-        1 => 1 + random.below(100_000),
-        2 => 4096 * (1 + random.below(32)),
-        _ => 1 + random.below(1 << 20),
-    };
-    let at = random.below(size);
-    let at = if random.chance(50) { at & !4095 } else { at };
-    ByteRange::from_bounds(at, (at + len).min(size))
-}
-
-/// Lets `qemu-io` change an image, and does the same to `model`. Whole sectors only, as it asks for.
-fn prefill(random: &mut Random, path: &Path, size: u64, model: &mut [u8]) {
-    let mut arguments = vec!["-f".to_owned(), "qcow2".to_owned()];
-    for _ in 0..random.below(12) {
-        let range = random_range(random, size);
-        let start = range.offset() & !511;
-        let end = range.end().next_multiple_of(512).min(size & !511);
-        if start >= end {
-            continue;
-        }
-        let place = usize_from(start)..usize_from(end);
-        let len = end - start;
-        let command = if random.chance(25) {
-            model[place].fill(0);
-            format!("write -z {start} {len}")
-        } else {
-            let byte = u8::try_from(1 + random.below(250)).unwrap();
-            model[place].fill(byte);
-            format!("write -P {byte} {start} {len}")
-        };
-        arguments.extend(["-c".to_owned(), command]);
-    }
-    arguments.push(text(path).to_owned());
-    run("qemu-io", &arguments.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
-}
-
-fn scene(random: &mut Random, direct: bool) -> Scene {
-    let folder = if direct { common::disk_directory() } else { memory_directory().unwrap() };
-    let path = folder.path().join("image.qcow2");
-    let version = if random.chance(25) { 2 } else { 3 };
-    let cluster = random.pick(&[512_u64, 1024, 4096, 16 << 10, 64 << 10, 64 << 10, 64 << 10, 2 << 20]);
-    let size =
-        (1 + random.below(8)) * (1 << 20) + if random.chance(50) { 512 * random.below(300) } else { 0 };
-    let mut options = format!("cluster_size={cluster},compat={}", if version == 2 { "0.10" } else { "1.1" });
-    let mut data_file = None;
-    let mut backing = None;
-    let mut model = vec![0; usize_from(size)];
-    if random.chance(40) {
-        let format = random.pick(&["raw", "qcow2"]);
-        let base = folder.path().join("base");
-        let base_size = (size / 2 + random.below(size)) & !511;
-        let mut base_model = vec![0; usize_from(base_size)];
-        run("qemu-img", &["create", "-q", "-f", "qcow2", text(&base), &base_size.to_string()]).unwrap();
-        prefill(random, &base, base_size, &mut base_model);
-        if format == "raw" {
-            std::fs::write(&base, &base_model).unwrap();
-        }
-        let common = base_model.len().min(model.len());
-        model[..common].copy_from_slice(&base_model[..common]);
-        backing = Some((base, format));
-    }
-    if version == 3 {
-        if cluster >= 16 << 10 && random.chance(40) {
-            options += ",extended_l2=on";
-        }
-        options += &format!(",refcount_bits={}", random.pick(&[1, 2, 4, 8, 16, 16, 32, 64]));
-        if random.chance(20) {
-            options += ",lazy_refcounts=on";
-        }
-        if random.chance(15) && !direct {
-            let data = folder.path().join("data");
-            options += &format!(",data_file={}", data.display());
-            if backing.is_none() && random.chance(50) {
-                options += ",data_file_raw=on";
-            }
-            data_file = Some(data);
-        }
-    }
-    if backing.is_none() && random.chance(20) && size > 2 << 20 {
-        options += &format!(",preallocation={}", random.pick(&["metadata", "falloc", "full"]));
-    }
-    let size_text = size.to_string();
-    let mut arguments = vec!["create", "-q", "-f", "qcow2", "-o", &options];
-    if let Some((base, format)) = &backing {
-        arguments.extend(["-b", text(base), "-F", format]);
-    }
-    arguments.extend([text(&path), &size_text]);
-    run("qemu-img", &arguments).unwrap();
-    let mut scene =
-        Scene { folder, path, options, backing, data_file, model, snapshot: None, version, direct };
-    prefill(random, &scene.path, size, &mut scene.model);
-    if scene.data_file.is_none() && !scene.options.contains("refcount_bits=1,") && random.chance(30) {
-        let has_room = !scene.options.ends_with("refcount_bits=1");
-        if has_room {
-            run("qemu-img", &["snapshot", "-c", "before", text(&scene.path)]).unwrap();
-            scene.snapshot = Some(scene.model.clone());
-            if random.chance(50) {
-                prefill(random, &scene.path, size, &mut scene.model);
-            }
-        }
-    }
-    if scene.data_file.is_none() && scene.snapshot.is_none() && random.chance(25) {
-        compress(random, &mut scene);
-    }
-    scene
-}
-
-/// Makes the image anew with compressed clusters.
-fn compress(random: &mut Random, scene: &mut Scene) {
-    let packed = scene.folder.path().join("packed.qcow2");
-    let mut options = format!("compat={}", if scene.version == 2 { "0.10" } else { "1.1" });
-    if scene.version == 3 && random.chance(50) {
-        options += ",compression_type=zstd";
-    }
-    run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &options, text(&scene.path), text(&packed)])
-        .unwrap();
-    scene.path = packed;
-    scene.backing = None;
-    scene.options = options + " compressed";
-}
-
-fn storage(path: &Path, direct: bool, access: Access) -> Arc<dyn Storage> {
-    let options = OpenOptions {
-        access,
-        cache: if direct { Cache::Direct } else { Cache::Page },
-        discard: open::Discard::Unmap,
-        ..OpenOptions::default()
-    };
-    Arc::new(FileStorage::open(path, &options).unwrap())
-}
-
-fn node(driver: Driver, read_only: bool) -> Arc<Node> {
-    let options = NodeOptions { read_only, discard: Discard::Unmap, ..NodeOptions::default() };
-    Node::new(NodeName::generated(0), driver, options, Arc::new(RealClock::new()))
-}
-
-async fn open_image(scene: &Scene, read_only: bool) -> Arc<Node> {
-    let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let backing = match &scene.backing {
-        None => None,
-        Some((path, "raw")) => {
-            Some(node(Driver::Raw(Raw::whole(storage(path, false, Access::ReadOnly))), true))
-        }
-        Some((path, _)) => {
-            let options = ImageOptions { read_only: true, ..ImageOptions::default() };
-            let image = Qcow2::open(storage(path, false, Access::ReadOnly), options).await.unwrap();
-            Some(node(Driver::Qcow2(image), true))
-        }
-    };
-    let data_file = scene.data_file.as_ref().map(|path| storage(path, false, access));
-    let options = ImageOptions { read_only, backing, data_file, cache: Some(0) };
-    let image = Qcow2::open(storage(&scene.path, scene.direct, access), options).await.unwrap();
-    node(Driver::Qcow2(image), read_only)
-}
+use images::scene::{Scene, node, random_range, storage, text};
+use images::{CLUSTER_BITS, Maker, PREALLOCATIONS, REFCOUNT_BITS, Random, Wish, map};
 
 #[derive(Clone, Debug)]
 enum Operation {
@@ -301,11 +102,10 @@ async fn settle_discard(node: &Arc<Node>, range: ByteRange, model: &mut [u8]) {
 }
 
 async fn play(random: &mut Random, scene: &mut Scene) {
-    let node = open_image(scene, false).await;
-    let may_resize = scene.snapshot.is_none() && scene.data_file.is_none();
+    let node = scene.open(false).await;
     for _ in 0..random.below(40) {
-        if may_resize && random.chance(5) {
-            resize(random, &node, &mut scene.model).await;
+        if scene.wish.may_grow() && random.chance(7) {
+            resize(random, &node, scene).await;
         }
         let size = node.size();
         let batch = batch(random, size);
@@ -332,10 +132,10 @@ async fn play(random: &mut Random, scene: &mut Scene) {
 }
 
 /// Makes the disk longer, or sometimes shorter.
-async fn resize(random: &mut Random, node: &Arc<Node>, model: &mut Vec<u8>) {
+async fn resize(random: &mut Random, node: &Arc<Node>, scene: &mut Scene) {
     let old = node.size() & !511;
     let new = match random.below(3) {
-        0 => 512 * (1 + random.below(old / 512)),
+        0 if scene.wish.may_shrink() => 512 * (1 + random.below(old / 512)),
         1 => old + 512 * random.below(1000),
         _ => old + (1 + random.below(6)) * (1 << 20),
     };
@@ -348,7 +148,7 @@ async fn resize(random: &mut Random, node: &Arc<Node>, model: &mut Vec<u8>) {
     ]);
     node.resize(new, how).await.unwrap();
     assert_eq!(node.size(), new);
-    model.resize(usize_from(new), 0);
+    scene.model.resize(usize_from(new), 0);
 }
 
 async fn verify(node: &Arc<Node>, model: &[u8]) {
@@ -368,18 +168,43 @@ fn judge(scene: &Scene) {
         let old = scene.folder.path().join("snapshot");
         let arguments = ["convert", "-l", "before", "-O", "raw", text(&scene.path), text(&old)];
         run("qemu-img", &arguments).unwrap();
-        assert!(std::fs::read(&old).unwrap() == *snapshot, "the snapshot has changed");
+        // It is as long as the disk is now.
+        let old = std::fs::read(&old).unwrap();
+        assert!(old.starts_with(snapshot), "the snapshot has changed");
     }
 }
 
+/// Both say the same of where the bytes are.
+async fn compare_maps(scene: &Scene) {
+    let mut difference = None;
+    // What a file system says of holes beside fresh data changes when it writes that back.
+    for _ in 0..3 {
+        std::fs::File::open(&scene.path).unwrap().sync_all().unwrap();
+        let node = scene.open(true).await;
+        let (mut ours, mut theirs) = (map::ours(&node).await, map::qemu(&scene.path));
+        if !scene.direct {
+            // A file in memory has pages that are neither data nor a hole; ours does not look for them.
+            [&mut ours, &mut theirs].into_iter().for_each(map::forget_holes);
+        }
+        difference = map::difference(&ours, &theirs);
+        if difference.is_none() {
+            return;
+        }
+    }
+    panic!("the maps differ {}", difference.unwrap_or_default());
+}
+
 fn case(seed: u64, direct: bool) {
-    let mut random = Random(seed);
-    let mut scene = scene(&mut random, direct);
-    eprintln!("seed {seed}: {} {:?}", scene.options, scene.backing);
+    let wish = Wish::draw(seed);
+    eprintln!("seed {seed}: {wish:?}");
+    let mut random = Random(seed ^ 0x5eed);
+    let folder = if direct { disk_directory() } else { memory_directory().unwrap() };
+    let mut scene = Scene::make(wish, folder, direct);
     block_on(async {
+        compare_maps(&scene).await;
         play(&mut random, &mut scene).await;
-        let again = open_image(&scene, true).await;
-        verify(&again, &scene.model).await;
+        verify(&scene.open(true).await, &scene.model).await;
+        compare_maps(&scene).await;
     })
     .unwrap();
     judge(&scene);
@@ -395,12 +220,47 @@ fn has_tools() -> bool {
 
 /// How many images each test makes; `HELIOSTAT_CASES` makes it more.
 fn cases() -> u64 {
-    std::env::var("HELIOSTAT_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(60)
+    std::env::var("HELIOSTAT_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(78)
 }
 
 /// The first seed; `HELIOSTAT_SEED` makes it another.
 fn first_seed() -> u64 {
     std::env::var("HELIOSTAT_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+#[test]
+fn every_option_is_drawn_for_images_of_both() {
+    let mut wanted: BTreeSet<String> = [
+        "version 2",
+        "version 3",
+        "lazy refcounts",
+        "extended L2",
+        "compressed with deflate",
+        "compressed with zstd",
+        "external data file",
+        "raw external data file",
+        "snapshot",
+        "bitmaps",
+        "resized with preallocation",
+        "resized with bitmaps",
+        "resized with a backing file",
+        "resized with an external data file",
+        "chain of three",
+        "shorter raw below",
+        "longer raw below",
+        "shorter qcow2 below",
+        "longer qcow2 below",
+    ]
+    .map(str::to_owned)
+    .into();
+    wanted.extend(CLUSTER_BITS.map(|bits| format!("cluster size {}", 1 << bits)));
+    wanted.extend(REFCOUNT_BITS.map(|bits| format!("refcount bits {bits}")));
+    wanted.extend(PREALLOCATIONS.map(|how| format!("preallocation {how}")));
+    for maker in [Maker::Ours, Maker::Qemu] {
+        let drawn = (1..=78).map(Wish::draw).filter(|wish| wish.maker == maker);
+        let drawn: BTreeSet<String> = drawn.flat_map(|wish| wish.features()).collect();
+        assert_eq!(wanted.difference(&drawn).collect::<Vec<_>>(), Vec::<&String>::new(), "by {maker:?}");
+    }
 }
 
 #[test]
@@ -442,4 +302,33 @@ fn an_external_data_file_that_is_a_raw_image_stays_as_long_as_the_disk() {
     })
     .unwrap();
     assert_eq!(data.metadata().unwrap().len(), longer);
+}
+
+#[test]
+fn clusters_that_were_set_aside_and_never_written_are_zeroes_to_a_mirror() {
+    if !has_tools() {
+        return;
+    }
+    let folder = memory_directory().unwrap();
+    let path = folder.path().join("image.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", text(&path), "64G"])
+        .unwrap();
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 5G 1M", text(&path)]).unwrap();
+    block_on(async {
+        let image = ImageOptions { read_only: true, ..ImageOptions::default() };
+        let image = Qcow2::open(storage(&path, false, Access::ReadOnly), image).await.unwrap();
+        let tracked = node(Driver::Qcow2(image), true).enter().await;
+        let (mut at, size) = (0, 64 << 30);
+        let mut data = Vec::new();
+        while at < size {
+            for extent in tracked.extents(ByteRange::from_bounds(at, size)).await.unwrap() {
+                at = extent.range.end();
+                if extent.status == ExtentStatus::Data {
+                    data.push(extent.range);
+                }
+            }
+        }
+        assert_eq!(data, [ByteRange::from_bounds(5 << 30, (5 << 30) + (1 << 20))]);
+    })
+    .unwrap();
 }

@@ -114,12 +114,15 @@ impl Search {
         if let Some(all) = &self.image {
             let seen = *all.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             println!(
-                "{} guests' requests, {} dropped, {} failed; {} crash images, {} written on; {} closed; {} leaks",
+                "{} guests' requests, {} dropped, {} failed; {} resizes; {} crash images, {} written on; {} repaired on \
+                 opening; {} closed; {} leaks",
                 seen.requests,
                 seen.dropped,
                 seen.errors,
+                seen.resized,
                 seen.crashes,
                 seen.reopened,
+                seen.repaired,
                 seen.closed,
                 seen.leaks
             );

@@ -28,7 +28,13 @@ pub(crate) struct Wish {
 
 impl Wish {
     pub(crate) fn draw(random: &mut Random) -> Self {
-        let modes = [BitmapMode::OnSuccess, BitmapMode::OnSuccess, BitmapMode::Always, BitmapMode::Never];
+        let modes = [
+            BitmapMode::OnSuccess,
+            BitmapMode::OnSuccess,
+            BitmapMode::Always,
+            BitmapMode::Always,
+            BitmapMode::Never,
+        ];
         Self { mode: random.pick(&modes), by_bitmap: random.chance(800) }
     }
 }
@@ -168,7 +174,8 @@ pub(crate) fn draw_wishes(errands: &mut Vec<Errand>, random: &mut Random) {
             errand.impulse = None;
         }
         if errand.goal == Goal::Cancel && random.chance(500) {
-            errand.impulse = Some((JobStatus::Ready, Verb::Cancel(Force::Hard)));
+            let moment = random.pick(&[JobStatus::Running, JobStatus::Running, JobStatus::Ready]);
+            errand.impulse = Some((moment, Verb::Cancel(Force::Hard)));
         }
     }
 }

@@ -7,7 +7,9 @@
 //! The same is kept a second time for the disk as a crash would leave it, where a write takes another's place
 //! only when it is surely durable.
 
-use std::collections::BTreeMap;
+mod resize;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use heliostat_block::buffer::is_zero;
@@ -66,6 +68,9 @@ pub(crate) struct Oracle {
     segments: BTreeMap<u64, Segment>,
     readings: BTreeMap<u64, Reading>,
     size: u64,
+    /// The sizes that a crash may leave.
+    crash_sizes: BTreeSet<u64>,
+    size_min: u64,
     failures_known: u64,
 }
 
@@ -83,6 +88,8 @@ impl Oracle {
             segments: BTreeMap::new(),
             readings: BTreeMap::new(),
             size,
+            crash_sizes: [size].into(),
+            size_min: size,
             failures_known: 0,
         };
         oracle.settle(image);
@@ -311,6 +318,7 @@ impl Oracle {
     /// # Errors
     /// The first byte that nothing explains.
     pub(crate) fn check_image(&self, image: &[u8]) -> Result<(), String> {
+        self.check_size(u64_from(image.len()), false)?;
         let range = ByteRange::from_bounds(0, self.size);
         self.explain(&self.possible(range, |segment| &segment.visible), range, image)
     }
@@ -330,11 +338,12 @@ impl Oracle {
     /// # Errors
     /// The first byte that nothing explains.
     pub(crate) fn check_crash_of_image(&self, image: &[u8]) -> Result<(), String> {
+        self.check_size(u64_from(image.len()), true)?;
         for (start, segment) in &self.segments {
-            let range = ByteRange::from_bounds(*start, segment.end);
+            let range = ByteRange::from_bounds(*start, segment.end.min(u64_from(image.len())));
             let is_doubtful =
                 segment.crash.len() > 1 && segment.crash.iter().any(|write| self.writes[write.0].doubtful);
-            if !is_doubtful {
+            if !is_doubtful && !range.is_empty() {
                 let bytes = &image[usize_from(range.offset())..usize_from(range.end())];
                 self.explain(&[(range, segment.crash.clone())], range, bytes)?;
             }

@@ -72,3 +72,23 @@ fn a_failed_commit_whose_tables_are_forgotten_is_found() {
 fn a_write_in_place_into_a_snapshots_cluster_is_found() {
     is_found(Bug::SharedInPlace);
 }
+
+#[test]
+fn a_size_in_the_header_before_what_is_gained_reads_as_zero_is_found() {
+    is_found(Bug::SizeBeforeZeroes);
+}
+
+#[test]
+fn an_image_that_is_called_clean_before_its_counts_are_right_is_found() {
+    is_found(Bug::CleanBeforeCounts);
+}
+
+#[test]
+fn a_bitmap_that_is_believed_after_a_crash_is_found() {
+    is_found(Bug::BitmapsBelieved);
+}
+
+#[test]
+fn a_mapping_that_is_durable_before_the_data_file_is_found() {
+    is_found(Bug::MappingBeforeDataFile);
+}

@@ -129,11 +129,11 @@ fn loops_and_endless_chains_end() {
     scene.image("one", "two", Some("qcow2"));
     scene.image("two", "./one", Some("qcow2"));
     scene.refused("one", "infinite loop");
-    for number in 0..80 {
+    for number in 0..216 {
         scene.image(&format!("deep{number}"), &format!("deep{}", number + 1), Some("qcow2"));
     }
-    fs::copy(scene.at("images/plain"), scene.at("images/deep80")).unwrap();
-    scene.refused("deep0", "is below 64 images");
+    fs::copy(scene.at("images/plain"), scene.at("images/deep216")).unwrap();
+    scene.refused("deep0", "is below 200 images");
     scene.open("deep17").unwrap();
     scene.close();
 }

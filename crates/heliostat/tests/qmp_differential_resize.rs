@@ -174,18 +174,56 @@ fn nodes_of_a_mirror_are_not_resized_in_the_same_words() {
     compare(&script);
 }
 
+fn export(id: &str, node: &str, writable: bool) -> Step {
+    let options = json!({ "type": "nbd", "id": id, "name": id, "node-name": node, "writable": writable });
+    Do("block-export-add", options)
+}
+
+/// An export is gone when its event is there.
+fn unexport(id: &'static str) -> [Step; 2] {
+    [Do("block-export-del", json!({ "id": id })), Await("BLOCK_EXPORT_DELETED", id)]
+}
+
 #[test]
-fn exports_of_a_resized_node_go_on_where_qemu_refuses() {
+fn exported_nodes_are_not_made_shorter_in_the_same_words_and_may_grow_where_qemu_refuses() {
     let why = "clients go on, and see the new size when they connect again";
-    let script = vec![
+    let grow =
+        |node: &str, size: i64| Differs("block_resize", json!({ "node-name": node, "size": size }), why);
+    let mut script = vec![
         file("a", "a"),
+        add(json!({
+            "driver": "qcow2", "node-name": "q",
+            "file": { "driver": "file", "filename": "DIR/q.qcow2" },
+        })),
         Do("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } })),
-        Do(
-            "block-export-add",
-            json!({ "type": "nbd", "id": "e", "name": "e", "node-name": "a", "writable": true }),
-        ),
-        Differs("block_resize", json!({ "node-name": "a", "size": 2 * MIB }), why),
     ];
+    for writable in [true, false] {
+        for node in ["a", "q"] {
+            script.extend([
+                export("e", node, writable),
+                resize(node, MIB / 2),
+                resize(node, MIB),
+                resize(node, 1000),
+                resize(node, -1),
+            ]);
+            script.extend(unexport("e"));
+        }
+    }
+    script.extend([
+        add(json!({ "driver": "raw", "node-name": "r", "file": "a" })),
+        export("e", "a", false),
+        resize("r", MIB / 2),
+        grow("r", 2 * MIB),
+    ]);
+    script.extend(unexport("e"));
+    script.extend([
+        resize("r", 3 * MIB),
+        delete("r"),
+        export("e", "a", true),
+        export("f", "q", true),
+        grow("a", 4 * MIB),
+        grow("q", 4 * MIB),
+    ]);
     compare(&script);
 }
 

@@ -3,9 +3,13 @@
 //! A driver maps a node's bytes onto a storage. It knows nothing of clients, bitmaps or jobs; the node calls
 //! it with ranges that lie inside and are aligned to its block size.
 
+pub mod copy_on_read;
+pub mod fault;
+pub mod filter;
 pub mod null;
 pub mod qcow2;
 pub mod raw;
+pub mod throttle;
 
 use std::io;
 use std::sync::Arc;
@@ -14,11 +18,15 @@ use bytes::Bytes;
 
 use crate::blocks::Below;
 use crate::buffer::Buffer;
+use crate::clock::LocalFuture;
+use crate::debug_event::DebugEvent;
 use crate::named_bitmap::NamedBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
-use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace};
+use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace, pass};
+use crate::throttle::Hurry;
 
+pub use filter::Filter;
 pub use qcow2::{Preallocation, Qcow2};
 pub use raw::Raw;
 
@@ -28,6 +36,8 @@ pub enum Driver {
     Raw(Raw),
     /// In clusters that are allocated as they are written, on top of another node.
     Qcow2(Arc<Qcow2>),
+    /// In another node, to which requests are passed on.
+    Filter(Filter),
 }
 
 impl Driver {
@@ -36,6 +46,7 @@ impl Driver {
         match self {
             Self::Raw(raw) => raw.traits(),
             Self::Qcow2(qcow2) => qcow2.traits(),
+            Self::Filter(filter) => filter.storage().traits(),
         }
     }
 
@@ -44,6 +55,7 @@ impl Driver {
         match self {
             Self::Raw(raw) => raw.size(),
             Self::Qcow2(qcow2) => qcow2.size(),
+            Self::Filter(filter) => filter.storage().size(),
         }
     }
 
@@ -52,6 +64,7 @@ impl Driver {
         match self {
             Self::Raw(raw) => raw.allocated_size(),
             Self::Qcow2(qcow2) => qcow2.allocated_size(),
+            Self::Filter(filter) => filter.storage().allocated_size(),
         }
     }
 
@@ -60,6 +73,7 @@ impl Driver {
         match self {
             Self::Raw(_) => None,
             Self::Qcow2(qcow2) => qcow2.backing(),
+            Self::Filter(filter) => filter.child().backing(),
         }
     }
 
@@ -77,13 +91,24 @@ impl Driver {
                 }
             }
             Self::Qcow2(qcow2) => Ok(qcow2.resize(size, preallocation).await?),
+            Self::Filter(filter) => {
+                let old = self.size();
+                filter.storage().set_size(size).await?;
+                match ByteRange::from_bounds(old.min(size), size) {
+                    gained if preallocation == Preallocation::Off || gained.is_empty() => Ok(()),
+                    gained => {
+                        let (effort, durability) = (ZeroEffort::Any, Durability::Cached);
+                        filter.storage().write_zeroes(gained, ZeroSpace::Keep, effort, durability).await
+                    }
+                }
+            }
         }
     }
 
     /// Bitmaps that it keeps.
     pub(crate) fn bitmaps(&self) -> Vec<NamedBitmap> {
         match self {
-            Self::Raw(_) => Vec::new(),
+            Self::Raw(_) | Self::Filter(_) => Vec::new(),
             Self::Qcow2(qcow2) => qcow2.named_bitmaps(),
         }
     }
@@ -91,7 +116,7 @@ impl Driver {
     /// Leaves everything in order. Nobody may use it any more.
     pub(crate) async fn close(&self) -> io::Result<()> {
         match self {
-            Self::Raw(raw) => raw.flush().await,
+            Self::Raw(_) | Self::Filter(_) => self.flush().await,
             Self::Qcow2(qcow2) => qcow2.close().await,
         }
     }
@@ -100,7 +125,11 @@ impl Driver {
     pub(crate) fn flush(&self) -> IoFuture<'_, ()> {
         match self {
             Self::Raw(raw) => raw.flush(),
-            Self::Qcow2(qcow2) => IoFuture::pending(qcow2.flush()),
+            Self::Qcow2(qcow2) => IoFuture::pending(async move {
+                pass(&**qcow2.storage(), DebugEvent::FlushToOs).await;
+                qcow2.flush().await
+            }),
+            Self::Filter(filter) => filter.flush(),
         }
     }
 
@@ -109,6 +138,7 @@ impl Driver {
         match self {
             Self::Raw(raw) => raw.extents(range),
             Self::Qcow2(qcow2) => qcow2.extents(range),
+            Self::Filter(filter) => filter.storage().extents(range),
         }
     }
 
@@ -117,6 +147,31 @@ impl Driver {
         match self {
             Self::Raw(raw) => raw.start_writeback(range),
             Self::Qcow2(qcow2) => qcow2.start_writeback(range),
+            Self::Filter(filter) => filter.storage().start_writeback(range),
+        }
+    }
+}
+
+impl Driver {
+    /// See [`Storage::raise`]: what a driver on top does concerns this one alone.
+    pub(crate) fn raise(&self, event: DebugEvent) -> Option<LocalFuture<'static, ()>> {
+        match self {
+            Self::Filter(filter) => filter.storage().raise(event),
+            Self::Raw(_) | Self::Qcow2(_) => None,
+        }
+    }
+
+    /// See [`Storage::hurry`]; for everything that it stands on.
+    pub(crate) fn hurry(&self, hurry: &mut Hurry) {
+        match self {
+            Self::Raw(raw) => raw.storage().hurry(hurry),
+            Self::Qcow2(qcow2) => {
+                qcow2.storages().for_each(|below| below.hurry(hurry));
+                if let Some(backing) = qcow2.backing() {
+                    backing.driver().hurry(hurry);
+                }
+            }
+            Self::Filter(filter) => filter.storage().hurry(hurry),
         }
     }
 }
@@ -130,6 +185,7 @@ impl Below for Driver {
         match self {
             Self::Raw(raw) => raw.end(),
             Self::Qcow2(qcow2) => qcow2.size(),
+            Self::Filter(filter) => filter.storage().size(),
         }
     }
 
@@ -137,6 +193,7 @@ impl Below for Driver {
         match self {
             Self::Raw(raw) => raw.read(offset, buffer),
             Self::Qcow2(qcow2) => qcow2.read(offset, buffer),
+            Self::Filter(filter) => filter.storage().read(offset, buffer),
         }
     }
 
@@ -144,6 +201,7 @@ impl Below for Driver {
         match self {
             Self::Raw(raw) => raw.write(offset, data, durability),
             Self::Qcow2(qcow2) => qcow2.write(offset, data, durability),
+            Self::Filter(filter) => filter.storage().write(offset, data, durability),
         }
     }
 
@@ -157,6 +215,7 @@ impl Below for Driver {
         match self {
             Self::Raw(raw) => raw.write_zeroes(range, space, effort, durability),
             Self::Qcow2(qcow2) => qcow2.write_zeroes(range, space, durability),
+            Self::Filter(filter) => filter.storage().write_zeroes(range, space, effort, durability),
         }
     }
 
@@ -164,6 +223,11 @@ impl Below for Driver {
         match self {
             Self::Raw(raw) => raw.discard(range),
             Self::Qcow2(qcow2) => qcow2.discard(range),
+            Self::Filter(filter) => filter.storage().discard(range),
         }
+    }
+
+    fn raise(&self, event: DebugEvent) -> Option<LocalFuture<'static, ()>> {
+        Self::raise(self, event)
     }
 }

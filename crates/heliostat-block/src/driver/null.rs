@@ -2,19 +2,22 @@
 //!
 //! For measuring everything but the disk, and for trying out commands (`null-co` in QMP).
 
-use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::buffer::Buffer;
+use crate::clock::Clock;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
 
 /// A storage that keeps nothing.
-#[derive(Clone, Copy, Debug)]
 pub struct NullStorage {
     size: u64,
     reads_zero: ReadsZero,
+    /// How long each request takes; `None`: no time.
+    latency: Option<(Arc<dyn Clock>, Duration)>,
 }
 
 /// Whether a [`NullStorage`] promises what it does: that it reads as zero.
@@ -30,7 +33,24 @@ impl NullStorage {
     /// Makes one of `size` bytes.
     #[must_use]
     pub const fn new(size: u64, reads_zero: ReadsZero) -> Self {
-        Self { size, reads_zero }
+        Self { size, reads_zero, latency: None }
+    }
+
+    /// The same, but reads, writes, zeroes and flushes take `latency` by `clock`.
+    #[must_use]
+    pub fn with_latency(self, latency: Duration, clock: Arc<dyn Clock>) -> Self {
+        let latency = (!latency.is_zero()).then_some((clock, latency));
+        Self { latency, ..self }
+    }
+
+    /// Answers when the time has passed.
+    fn later<'a, T: 'a>(&'a self, answer: T) -> IoFuture<'a, T> {
+        let Some((clock, latency)) = &self.latency else { return IoFuture::ready(Ok(answer)) };
+        let over = clock.sleep_until(clock.now() + *latency);
+        IoFuture::pending(async move {
+            over.await;
+            Ok(answer)
+        })
     }
 }
 
@@ -58,11 +78,11 @@ impl Storage for NullStorage {
     // Zeroes in both cases: a buffer may hold what another guest has read.
     fn read(&self, _offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
         buffer.fill(0);
-        IoFuture::ready(Ok(buffer))
+        self.later(buffer)
     }
 
     fn write(&self, _offset: u64, _data: Bytes, _durability: Durability) -> IoFuture<'_, ()> {
-        done()
+        self.later(())
     }
 
     fn write_zeroes(
@@ -72,15 +92,15 @@ impl Storage for NullStorage {
         _effort: ZeroEffort,
         _durability: Durability,
     ) -> IoFuture<'_, ()> {
-        done()
+        self.later(())
     }
 
     fn discard(&self, _range: ByteRange) -> IoFuture<'_, ()> {
-        done()
+        self.later(())
     }
 
     fn flush(&self) -> IoFuture<'_, ()> {
-        done()
+        self.later(())
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
@@ -90,8 +110,4 @@ impl Storage for NullStorage {
         };
         IoFuture::ready(Ok(vec![Extent { range, status }]))
     }
-}
-
-fn done() -> IoFuture<'static, ()> {
-    IoFuture::ready(io::Result::Ok(()))
 }

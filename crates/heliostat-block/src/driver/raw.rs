@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::buffer::Buffer;
+use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
 
@@ -94,6 +95,11 @@ impl Raw {
         ByteRange::from_bounds(self.start + range.offset(), self.start + range.end())
     }
 
+    /// What it stands on.
+    pub(crate) fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
     pub(crate) fn traits(&self) -> Traits {
         self.storage.traits()
     }
@@ -146,14 +152,26 @@ impl Raw {
     }
 
     pub(crate) fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
-        self.storage.read(self.start + offset, buffer)
+        match self.storage.raise(DebugEvent::ReadAio) {
+            None => self.storage.read(self.start + offset, buffer),
+            Some(held_up) => IoFuture::pending(async move {
+                held_up.await;
+                self.storage.read(self.start + offset, buffer).await
+            }),
+        }
     }
 
     pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
         if self.is_guarded && forges(offset, &data) {
             return IoFuture::ready(Err(io::Error::from_raw_os_error(EPERM)));
         }
-        self.storage.write(self.start + offset, data, durability)
+        match self.storage.raise(DebugEvent::WriteAio) {
+            None => self.storage.write(self.start + offset, data, durability),
+            Some(held_up) => IoFuture::pending(async move {
+                held_up.await;
+                self.storage.write(self.start + offset, data, durability).await
+            }),
+        }
     }
 
     pub(crate) fn write_zeroes(
@@ -171,7 +189,16 @@ impl Raw {
     }
 
     pub(crate) fn flush(&self) -> IoFuture<'_, ()> {
-        self.storage.flush()
+        let held_up = [DebugEvent::FlushToOs, DebugEvent::FlushToDisk].map(|event| self.storage.raise(event));
+        if held_up.iter().all(Option::is_none) {
+            return self.storage.flush();
+        }
+        IoFuture::pending(async move {
+            for held_up in held_up.into_iter().flatten() {
+                held_up.await;
+            }
+            self.storage.flush().await
+        })
     }
 
     pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {

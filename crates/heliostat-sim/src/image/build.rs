@@ -2,82 +2,17 @@
 //!
 //! Snapshots that share tables and clusters, compressed clusters that share host clusters, zero clusters with and
 //! without space, subclusters of all kinds in one cluster, free clusters between used ones, and clusters that are
-//! counted and not used.
+//! counted and not used; dirty bitmaps; data in another file; images that were not closed, whose counts are wrong.
 
 use heliostat_block::convert::{u64_from, usize_from};
 
-use super::format::{COMPRESSED, COPIED, ZERO, pack};
+use super::bitmaps::{AUTO, IN_USE};
+use super::format::{
+    BITMAPS, COMPRESSED, COMPRESSION, COPIED, DIRTY, EXTENDED_L2, EXTERNAL_DATA, Files, RAW_DATA, ZERO, pack,
+    pack_zstd,
+};
+use super::shape::{DataFile, Shape};
 use crate::random::Random;
-
-/// What an image is like.
-#[derive(Clone, Debug)]
-pub(crate) struct Shape {
-    pub(crate) version: u32,
-    pub(crate) cluster_bits: u32,
-    pub(crate) refcount_order: u32,
-    pub(crate) extended: bool,
-    pub(crate) size: u64,
-    /// How many guest clusters have something, per mille.
-    pub(crate) filled: u64,
-    /// How many of these are compressed, per mille.
-    pub(crate) compressed: u64,
-    pub(crate) snapshot: bool,
-    /// Bytes in clusters that are counted and not used, before everything else.
-    pub(crate) leaked: u64,
-    /// Clusters behind the file's end that are counted.
-    pub(crate) leaked_behind: u64,
-}
-
-impl Shape {
-    pub(crate) fn draw(random: &mut Random) -> Self {
-        let extended = random.chance(250);
-        let cluster_bits = match extended {
-            true => random.pick(&[14, 15, 16]),
-            false => random.pick(&[9, 9, 9, 10, 11, 12, 12, 14, 16]),
-        };
-        let version = if !extended && random.chance(200) { 2 } else { 3 };
-        let refcount_order = if version == 2 { 4 } else { random.pick(&[0, 1, 2, 3, 4, 4, 5, 6, 6]) };
-        let cluster = 1_u64 << cluster_bits;
-        let clusters = match cluster_bits {
-            // So many tables that not all fit into the smallest cache.
-            9 if random.chance(200) => 4000,
-            9..=11 => random.pick(&[3, 20, 70, 200, 500]),
-            12 => random.pick(&[3, 20, 70, 600]),
-            _ => random.pick(&[1, 3, 9, 20]),
-        };
-        let tail = if random.chance(300) { 512 * random.below(cluster / 512) } else { 0 };
-        // Almost as much as the smallest refcount table can count.
-        let is_leaky = cluster_bits == 9 && refcount_order == 6 && random.chance(500);
-        Self {
-            version,
-            cluster_bits,
-            refcount_order,
-            extended,
-            size: clusters * cluster + tail,
-            filled: random.pick(&[0, 0, 100, 500, 900]),
-            compressed: if refcount_order >= 3 { random.pick(&[0, 0, 200]) } else { 0 },
-            snapshot: refcount_order >= 1 && random.chance(400),
-            leaked: if is_leaky { 2000 << 10 } else { 0 },
-            leaked_behind: if is_leaky || random.chance(50) { random.below(20) } else { 0 },
-        }
-    }
-
-    fn cluster(&self) -> u64 {
-        1 << self.cluster_bits
-    }
-
-    fn entries(&self) -> u64 {
-        self.cluster() / if self.extended { 16 } else { 8 }
-    }
-
-    fn tables(&self) -> u64 {
-        self.size.div_ceil(self.entries() * self.cluster())
-    }
-
-    fn guest_clusters(&self) -> u64 {
-        self.size.div_ceil(self.cluster())
-    }
-}
 
 /// What one guest cluster is: its descriptor without the flag `COPIED`, and its bitmap.
 #[derive(Clone, Copy, Default)]
@@ -95,18 +30,33 @@ struct Builder<'a> {
     counts: Vec<u64>,
     /// Where the next compressed cluster may begin, and where that room ends.
     packing: (u64, u64),
+    /// The external data file.
+    data: Vec<u8>,
+    /// The guest cluster that is made up next.
+    guest: u64,
 }
 
-/// The bytes of an image of that shape.
-pub(crate) fn build(shape: &Shape, random: &mut Random) -> Vec<u8> {
-    let mut builder = Builder { shape, random, bytes: Vec::new(), counts: Vec::new(), packing: (0, 0) };
+/// The files of an image of that shape.
+pub(crate) fn build(shape: &Shape, random: &mut Random) -> Files {
+    let data = shape.data_file.map_or(0, |_| usize_from(shape.size));
+    let mut builder = Builder {
+        shape,
+        random,
+        bytes: Vec::new(),
+        counts: Vec::new(),
+        packing: (0, 0),
+        data: vec![0; data],
+        guest: 0,
+    };
     builder.take(1);
     builder.leak();
     let l1 = builder.take_bytes(shape.tables() * 8);
     let snapshot = builder.tables(l1);
+    let bitmaps = builder.bitmaps();
     let blocks = builder.refcounts();
     builder.header(l1, blocks, snapshot);
-    builder.bytes
+    builder.extensions(bitmaps);
+    Files { image: builder.bytes, data: shape.data_file.map(|_| builder.data) }
 }
 
 impl Builder<'_> {
@@ -154,6 +104,11 @@ impl Builder<'_> {
 
     /// Makes up what one guest cluster is.
     fn cluster(&mut self) -> Mapped {
+        let guest = self.guest;
+        self.guest += self.shape.cluster();
+        if let Some(file) = self.shape.data_file {
+            return self.external(guest, file);
+        }
         if !self.random.chance(self.shape.filled) {
             return Mapped::default();
         }
@@ -171,6 +126,31 @@ impl Builder<'_> {
         self.noise(host, self.shape.cluster());
         let zero = if kind == 3 { ZERO } else { 0 };
         Mapped { descriptor: host | zero, bitmap: 0, owned: true }
+    }
+
+    /// A guest cluster whose data is in the external data file, if it has any.
+    fn external(&mut self, guest: u64, file: DataFile) -> Mapped {
+        let is_filled = self.random.chance(self.shape.filled);
+        let mapped = match file {
+            // As it is made: all of it is mapped, so that both sides show the same whatever a crash leaves.
+            DataFile::Raw => Mapped { descriptor: guest, bitmap: 0xffff_ffff, owned: true },
+            DataFile::Plain if !is_filled => Mapped::default(),
+            DataFile::Plain if self.shape.extended => {
+                let data = self.random.next() & 0xffff_ffff;
+                let zero = self.random.next() & 0xffff_ffff & !data;
+                Mapped { descriptor: guest, bitmap: data | zero << 32, owned: true }
+            }
+            DataFile::Plain if self.random.chance(200) => Mapped { descriptor: ZERO, ..Mapped::default() },
+            DataFile::Plain => Mapped { descriptor: guest, bitmap: 0, owned: true },
+        };
+        // What is not mapped may be anything, where the image alone says what the disk holds.
+        if is_filled || file == DataFile::Plain {
+            let end = usize_from((guest + self.shape.cluster()).min(self.shape.size));
+            for word in self.data[usize_from(guest)..end].chunks_mut(8) {
+                word.copy_from_slice(&self.random.next().to_le_bytes());
+            }
+        }
+        mapped
     }
 
     fn extended(&mut self) -> Mapped {
@@ -194,7 +174,7 @@ impl Builder<'_> {
     fn compressed(&mut self) -> Mapped {
         let cluster = self.shape.cluster();
         let content: Vec<_> = (0..cluster / 8).flat_map(|_| self.random.next().to_le_bytes()).collect();
-        let packed = pack(&content);
+        let packed = if self.shape.zstd { pack_zstd(&content) } else { pack(&content) };
         let len = u64_from(packed.len());
         let (mut at, mut end) = self.packing;
         if (at % 512 + len).div_ceil(512) > 1 << (self.shape.cluster_bits - 8) {
@@ -293,6 +273,42 @@ impl Builder<'_> {
         self.put(l1_entry, &(own | COPIED).to_be_bytes());
     }
 
+    /// Makes the bitmaps. Returns where their directory is, and how long.
+    fn bitmaps(&mut self) -> Option<(u64, u64)> {
+        let mut directory = Vec::new();
+        for number in 0..self.shape.bitmaps {
+            let granularity_bits = self.random.pick(&[9_u8, 12, 16]);
+            let granules = self.shape.size.div_ceil(1 << granularity_bits);
+            let entries = granules.div_ceil(8).div_ceil(self.shape.cluster());
+            let table = self.take_bytes(entries * 8);
+            for index in 0..entries {
+                let entry = match self.random.below(3) {
+                    0 => 0,
+                    1 => 1,
+                    _ => {
+                        let bits = self.take(1);
+                        self.noise(bits, self.shape.cluster());
+                        bits
+                    }
+                };
+                self.put(table + index * 8, &entry.to_be_bytes());
+            }
+            let auto = if self.random.chance(800) { AUTO } else { 0 };
+            let flags = auto | if self.random.chance(100) { IN_USE } else { 0 };
+            directory.extend(table.to_be_bytes());
+            directory.extend(&entries.to_be_bytes()[4..]);
+            directory.extend(&flags.to_be_bytes()[4..]);
+            directory.extend([1, granularity_bits, 0, 4, 0, 0, 0, 0]);
+            directory.extend([b'b', b'i', b't', if number == 0 { b'0' } else { b'1' }, 0, 0, 0, 0]);
+        }
+        if directory.is_empty() {
+            return None;
+        }
+        let at = self.take_bytes(u64_from(directory.len()));
+        self.put(at, &directory);
+        Some((at, u64_from(directory.len())))
+    }
+
     fn snapshot_table(&mut self, l1: u64) -> u64 {
         let mut entry = l1.to_be_bytes().to_vec();
         entry.extend(u32::try_from(self.shape.tables()).expect("a small table").to_be_bytes());
@@ -332,6 +348,9 @@ impl Builder<'_> {
             self.put(table + block * 8, &at.to_be_bytes());
         }
         let first = table + table_clusters * cluster;
+        if self.shape.dirty {
+            self.spoil_counts();
+        }
         for (number, count) in (0..).zip(self.counts.clone()) {
             let bit = number * bits;
             let at = usize_from(first + bit / 8);
@@ -343,6 +362,17 @@ impl Builder<'_> {
             }
         }
         (table, table_clusters)
+    }
+
+    /// As whoever brings counts up to date later has left them, and worse.
+    fn spoil_counts(&mut self) {
+        let share = self.random.pick(&[0, 50, 500, 1000]);
+        let most = self.shape.refcount_max().min(3);
+        for count in &mut self.counts {
+            if self.random.chance(share) {
+                *count = if self.random.chance(700) { 0 } else { self.random.between(0, most) };
+            }
+        }
     }
 
     fn header(&mut self, l1: u64, (table, table_clusters): (u64, u64), snapshot: Option<u64>) {
@@ -360,10 +390,40 @@ impl Builder<'_> {
             self.put(64, &snapshot.to_be_bytes());
         }
         if self.shape.version >= 3 {
-            let features = if self.shape.extended { 16_u64 } else { 0 };
+            let bit = |is_set: bool, bit: u64| if is_set { bit } else { 0 };
+            let features = bit(self.shape.extended, EXTENDED_L2)
+                | bit(self.shape.dirty, DIRTY)
+                | bit(self.shape.zstd, COMPRESSION)
+                | bit(self.shape.data_file.is_some(), EXTERNAL_DATA);
+            let autoclear =
+                bit(self.shape.bitmaps > 0, 1) | bit(self.shape.data_file == Some(DataFile::Raw), RAW_DATA);
             self.put(72, &features.to_be_bytes());
+            self.put(80, &u64::from(self.shape.lazy).to_be_bytes());
+            self.put(88, &autoclear.to_be_bytes());
             self.put(96, &self.shape.refcount_order.to_be_bytes());
             self.put(100, &short(112));
+            self.put(104, &[u8::from(self.shape.zstd)]);
+        }
+    }
+
+    /// Header extensions: where the bitmaps are, and how the data file is called.
+    fn extensions(&mut self, bitmaps: Option<(u64, u64)>) {
+        let mut extensions = Vec::new();
+        let mut put = |kind: u64, data: &[u8]| {
+            extensions.extend(&kind.to_be_bytes()[4..]);
+            extensions.extend(&u64_from(data.len()).to_be_bytes()[4..]);
+            extensions.extend(data);
+            extensions.resize(extensions.len().next_multiple_of(8), 0);
+        };
+        if self.shape.data_file.is_some() {
+            put(0x4441_5441, b"data");
+        }
+        if let Some((at, len)) = bitmaps {
+            let count = self.shape.bitmaps << 32;
+            put(BITMAPS, &[count.to_be_bytes(), len.to_be_bytes(), at.to_be_bytes()].concat());
+        }
+        if !extensions.is_empty() {
+            self.put(112, &extensions);
         }
     }
 }
@@ -379,12 +439,17 @@ mod tests {
         for seed in 0..300 {
             let mut random = Random::new(seed);
             let shape = Shape::draw(&mut random);
-            let bytes = build(&shape, &mut random);
-            let image = Image::new(&bytes).unwrap();
+            let files = build(&shape, &mut random);
+            let image = Image::new(&files).unwrap();
+            if shape.dirty {
+                continue;
+            }
             let leaks = check(&image).unwrap_or_else(|wrong| panic!("seed {seed}: {shape:?}: {wrong}"));
             let planned = shape.leaked >> shape.cluster_bits;
             assert!((planned..=planned + shape.leaked_behind).contains(&leaks), "seed {seed}: {shape:?}");
-            assert_eq!(u64_from(image.content(image.l1, &[7; 1000]).unwrap().len()), shape.size);
+            let content = image.content(&[7; 1000]).unwrap();
+            assert_eq!(u64_from(content.len()), shape.size);
+            assert!(image.raw_content().is_none_or(|alone| alone == content), "seed {seed}: {shape:?}");
         }
     }
 }

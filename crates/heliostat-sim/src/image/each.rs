@@ -8,13 +8,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use heliostat_block::convert::u64_from;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, ZeroSpace};
 
-use super::bench::{Backing, Bench, Seen, Storages};
-use super::build::{Shape, build};
-use super::guest::{Client, Request};
+use super::bench::{Bench, Storages};
+use super::build::build;
+use super::format::Files;
+use super::guest::{Client, Request, new_size};
 use super::life::{close, read_all};
+use super::record::{Backing, Record, Seen};
+use super::shape::{DataFile, Shape};
 use super::{Settings, backing, profile};
 use crate::faults::{EIO, ENOSPC, Profile};
 use crate::random::{Random, mix};
@@ -35,9 +39,11 @@ enum Fate {
 
 /// An image, what was done to it before, and the change that is looked at.
 struct Case {
-    bytes: Vec<u8>,
+    files: Files,
     backing: Option<Backing>,
     profile: Profile,
+    /// The requests of the external data file are what fails.
+    fails_data: bool,
     quirks: Quirks,
     before: Vec<Request>,
     change: Vec<Request>,
@@ -88,19 +94,25 @@ fn draw(seed: u64, drops: bool, random: &mut Random) -> Result<Case, String> {
     let shape = Shape { size: shape.size.min(40 << shape.cluster_bits), ..shape };
     let settings =
         Settings { delay_max: Duration::from_micros(50), step_cost: Duration::ZERO, faulty: false, drops };
-    let backing = random.chance(400).then(|| backing(shape.size, random)).transpose()?;
-    let bytes = build(&shape, random);
-    let size_max =
-        Some((u64::try_from(bytes.len()).unwrap_or(u64::MAX) + 8 * shape.size + (1 << 20)) & !4095);
+    let may_have_backing = shape.data_file != Some(DataFile::Raw);
+    let has_backing = random.chance(400) && may_have_backing;
+    let backing = has_backing.then(|| backing(shape.size, random)).transpose()?;
+    let files = build(&shape, random);
+    let size_max = Some((u64_from(files.image.len()) + 8 * shape.size + (4 << 20)) & !4095);
     let before = (0..random.below(12)).map(|_| request(&shape, random)).collect();
-    let mut change = vec![request(&shape, random)];
+    let can_resize = shape.bitmaps == 0 && (shape.version > 2 || !shape.snapshot);
+    let mut change = vec![match random.chance(200) && can_resize && !drops {
+        true => new_size(shape.size, shape.snapshot, random),
+        false => request(&shape, random),
+    }];
     if random.chance(600) {
         change.push(Request::Flush);
     }
     let beside = request(&shape, random);
     Ok(Case {
-        bytes,
+        files,
         backing,
+        fails_data: shape.data_file.is_some() && random.chance(500),
         profile: Profile { writeback: 0, ..profile(&settings, random) },
         quirks: Quirks {
             fails: None,
@@ -138,16 +150,19 @@ impl Case {
         let mut random = Random::new(self.seed);
         let running = Running { world: World::new(false), executor: Executor::new(random.fork()) };
         let Running { world, executor } = &running;
-        let make = |name, bytes: &[u8], random: &mut Random| {
-            SimStorage::new(name, bytes.to_vec(), self.profile.clone(), Arc::clone(world), random.fork())
+        let mut make = |name, bytes: &[u8], quirks| {
+            let (profile, world) = (self.profile.clone(), Arc::clone(world));
+            let storage = SimStorage::new(name, bytes.to_vec(), profile, world, random.fork());
+            storage.set_quirks(quirks);
+            storage
         };
-        let image = make("image", &self.bytes, &mut random);
-        image.set_quirks(self.quirks);
-        let below = self.backing.as_ref().map(|backing| make("below", &backing.bytes, &mut random));
-        if let Some(below) = &below {
-            below.set_quirks(Quirks { may_be_dropped: self.quirks.may_be_dropped, ..Quirks::default() });
-        }
-        let storages = Storages { image, backing: below };
+        let below = Quirks { may_be_dropped: self.quirks.may_be_dropped, ..Quirks::default() };
+        let storages = Storages {
+            image: make("image", &self.files.image, self.quirks),
+            data: self.files.data.as_ref().map(|data| make("data", data, self.quirks)),
+            backing: self.backing.as_ref().map(|backing| make("below", &backing.bytes, below)),
+        };
+        let record = Arc::new(Record::new(&self.files, self.backing.clone(), false)?);
         let ended = Rc::new(RefCell::new(None));
         let work = Work {
             before: self.before.clone(),
@@ -156,11 +171,12 @@ impl Case {
             quirks: self.quirks,
             backing: self.backing.clone(),
             fate,
+            fails_data: self.fails_data,
             executor: executor.clone(),
         };
         let (telling, world_of_work) = (Rc::clone(&ended), Arc::clone(world));
         executor.spawn("case", async move {
-            let done = work.carry_out(&world_of_work, storages).await;
+            let done = work.carry_out(&world_of_work, storages, record).await;
             match done {
                 Ok(done) => *telling.borrow_mut() = Some(done),
                 Err(wrong) => world_of_work.fail(wrong),
@@ -187,21 +203,29 @@ struct Work {
     quirks: Quirks,
     backing: Option<Backing>,
     fate: Fate,
+    fails_data: bool,
     executor: Executor,
 }
 
 impl Work {
-    async fn carry_out(self, world: &Arc<World>, storages: Storages) -> Result<(bool, Seen), String> {
-        let image = Arc::clone(&storages.image);
+    async fn carry_out(
+        self,
+        world: &Arc<World>,
+        storages: Storages,
+        record: Arc<Record>,
+    ) -> Result<(bool, Seen), String> {
+        let failing = storages.data.as_ref().filter(|_| self.fails_data).unwrap_or(&storages.image);
+        let failing = Arc::clone(failing);
         let keeps = self.quirks.keeps_after_flush;
-        let bench = Bench::open(Arc::clone(world), storages, self.backing.clone(), Some(0), keeps).await?;
+        let known = (Arc::clone(&record), self.backing.clone());
+        let bench = Bench::open(Arc::clone(world), storages.clone(), known, Some(0), keeps).await?;
         let client = Client { bench: Arc::clone(&bench), name: "client".into() };
         for request in &self.before {
             client.ask_for(*request, None).await;
         }
         let polls = match self.fate {
             Fate::Fails(number, errno) => {
-                image.set_quirks(Quirks { fails: Some((number, errno)), ..self.quirks });
+                failing.set_quirks(Quirks { fails: Some((number, errno)), ..self.quirks });
                 None
             }
             Fate::Dropped(polls) => {
@@ -215,12 +239,12 @@ impl Work {
             let is_last = Some(request) == self.change.last();
             dropped = client.ask_for(*request, polls.filter(|_| is_last)).await.is_none();
         }
-        let happened = dropped || (matches!(self.fate, Fate::Fails(..)) && !image.has_fault_left());
-        image.set_quirks(self.quirks);
+        let happened = dropped || (matches!(self.fate, Fate::Fails(..)) && !failing.has_fault_left());
+        storages.set_quirks(self.quirks);
         while bench.guests.load(Ordering::SeqCst) > 0 {
             bench.clock.sleep(Duration::from_micros(50)).await;
         }
-        bench.judge_crash(&image.crash()).map_err(|wrong| format!("a crash leaves: {wrong}"))?;
+        record.judge_crash(&storages.crash()).map_err(|wrong| format!("a crash leaves: {wrong}"))?;
         self.go_on(&client).await?;
         Ok((happened, *bench.seen()))
     }
@@ -240,21 +264,24 @@ impl Work {
         let bench = &client.bench;
         let may_refuse = bench.may_be_adrift();
         for request in self.change.iter().chain([&Request::Flush]).chain(&self.before) {
+            if request.end() > bench.node.size() {
+                // It was made shorter.
+                continue;
+            }
             if client.ask_for(*request, None).await == Some(false) && !may_refuse {
                 return Err(format!("{request:?} fails when no fault is there any more"));
             }
         }
         read_all(bench).await;
-        bench
-            .judge_crash(&bench.storage.crash())
-            .map_err(|wrong| format!("later, a crash leaves: {wrong}"))?;
+        let left = bench.storages.crash();
+        bench.record.judge_crash(&left).map_err(|wrong| format!("later, a crash leaves: {wrong}"))?;
         if close(bench).await {
             // What was dropped may still be on its way.
-            while bench.storage.in_flight() > 0 {
+            while bench.storages.in_flight() > 0 {
                 bench.clock.sleep(Duration::from_micros(50)).await;
             }
-            let bytes = bench.storage.visible();
-            bench.judge_closed(&bytes).map_err(|wrong| format!("closed, it is wrong: {wrong}"))?;
+            let files = bench.storages.visible();
+            bench.record.judge_closed(&files).map_err(|wrong| format!("closed, it is wrong: {wrong}"))?;
         }
         Ok(())
     }

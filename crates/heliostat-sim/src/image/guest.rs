@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use heliostat_block::buffer::Buffer;
 use heliostat_block::convert::usize_from;
+use heliostat_block::driver::Preallocation;
 use heliostat_block::error::BlockError;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, ExtentStatus, ZeroEffort, ZeroSpace};
@@ -47,6 +48,22 @@ pub(crate) enum Request {
     Zero(ByteRange, ZeroSpace, Durability),
     Discard(ByteRange),
     Flush,
+    /// Makes the disk so long.
+    Resize(u64, Preallocation),
+}
+
+impl Request {
+    /// Where it reaches; nowhere where it is about no range.
+    pub(crate) const fn end(self) -> u64 {
+        match self {
+            Self::Read(range)
+            | Self::Extents(range)
+            | Self::Write(range, _)
+            | Self::Zero(range, ..)
+            | Self::Discard(range) => range.end(),
+            Self::Flush | Self::Resize(..) => 0,
+        }
+    }
 }
 
 /// Somebody who asks for something and tells the oracle.
@@ -150,12 +167,13 @@ impl Client {
     pub(crate) async fn ask_for(&self, request: Request, polls: Option<u64>) -> Option<bool> {
         let bench = &self.bench;
         bench.seen().requests += 1;
-        let errors = bench.errors();
+        let (errors, resizes) = (bench.errors(), bench.resizes.load(Ordering::SeqCst));
         bench.world.trace(|| format!("{}: {request:?}", self.name));
         let answer = match request {
             Request::Read(range) => self.read(range, polls).await,
             Request::Flush => self.flush(polls).await,
             Request::Extents(range) => self.extents(range, polls).await,
+            Request::Resize(size, how) => Some(self.resize(size, how).await),
             _ => self.change(request, polls).await,
         };
         bench.world.trace(|| format!("{} is told {:?}", self.name, answer.as_ref().map(Result::is_ok)));
@@ -165,6 +183,8 @@ impl Client {
                 bench.seen().dropped += 1;
             }
             Some(Ok(())) => {}
+            // It was made shorter meanwhile.
+            Some(Err(_)) if request.end() > 0 && resizes != bench.resizes.load(Ordering::SeqCst) => {}
             // There may be no other commit after one.
             Some(Err(error)) if errors == bench.errors() && !bench.may_be_adrift() => {
                 self.fail(&format!("was told of an error that no storage gave: {error}"));
@@ -217,7 +237,9 @@ impl Client {
             Request::Write(range, fua) => (range, Put::Pattern, fua),
             Request::Zero(range, _, fua) => (range, Put::Zeroes, fua),
             Request::Discard(range) => (range, Put::Discard, Durability::Cached),
-            Request::Read(_) | Request::Extents(_) | Request::Flush => return Some(Ok(())),
+            Request::Read(_) | Request::Extents(_) | Request::Flush | Request::Resize(..) => {
+                return Some(Ok(()));
+            }
         };
         let (id, data) = {
             let mut oracle = bench.oracle();
@@ -249,4 +271,57 @@ impl Client {
         bench.oracle().end_flush(&id, matches!(flushed, Some(Ok(()))));
         flushed
     }
+
+    /// Never dropped: whoever asks for it waits for its end.
+    async fn resize(&self, size: u64, how: Preallocation) -> Result<(), BlockError> {
+        let bench = &self.bench;
+        bench.oracle().begin_resize(size);
+        bench.resizes.fetch_add(1, Ordering::SeqCst);
+        let resized = bench.node.resize(size, how).await;
+        bench.tell_failures();
+        bench.resizes.fetch_add(1, Ordering::SeqCst);
+        bench.oracle().end_resize(size, resized.is_ok());
+        match resized {
+            Ok(()) => bench.seen().resized += 1,
+            Err(_) => bench.has_failed_resize.store(true, Ordering::SeqCst),
+        }
+        resized
+    }
+}
+
+/// Makes the disk longer and shorter.
+pub(crate) struct Resizer {
+    pub(crate) client: Client,
+    pub(crate) times: u64,
+    pub(crate) gap: Duration,
+    pub(crate) random: Random,
+}
+
+impl Resizer {
+    pub(crate) async fn run(mut self) {
+        for _ in 0..self.times {
+            let gap = self.random.time(self.gap);
+            self.client.bench.clock.sleep(gap).await;
+            let request = new_size(
+                self.client.bench.node.size(),
+                self.client.bench.record.grows_only(),
+                &mut self.random,
+            );
+            self.client.ask_for(request, None).await;
+        }
+        self.client.bench.guest_ends();
+    }
+}
+
+/// A disk of `size` bytes made longer or shorter: by a little, or by much.
+pub(crate) fn new_size(size: u64, grows_only: bool, random: &mut Random) -> Request {
+    let by = match random.below(4) {
+        0 => 512 * random.between(1, 8),
+        1 => (1 << random.between(9, 18)) * random.between(1, 3),
+        _ => random.below(size.min(512 << 10)),
+    };
+    let shorter = random.chance(500) && !grows_only;
+    let size = if shorter { size.saturating_sub(by).max(512) } else { size + by.min(1 << 20) };
+    let how = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+    Request::Resize(size.next_multiple_of(512), if random.chance(500) { how[0] } else { random.pick(&how) })
 }

@@ -11,8 +11,10 @@ use heliostat_block::convert::usize_from;
 use heliostat_block::range::ByteRange;
 
 use super::Kept;
-use super::bench::{Backing, Bench, Seen, Storages};
-use super::guest::{Client, Guest, Workload};
+use super::bench::{Bench, Storages};
+use super::format::Files;
+use super::guest::{Client, Guest, Resizer, Workload};
+use super::record::{Backing, Record, Seen};
 use crate::faults::Profile;
 use crate::random::Random;
 use crate::storage::{Quirks, SimStorage};
@@ -26,13 +28,16 @@ const TRIES_MAX: u64 = 10_000;
 
 /// What one life is like.
 pub(crate) struct Life {
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) files: Files,
     pub(crate) backing: Option<Backing>,
     pub(crate) profile: Profile,
     pub(crate) quirks: Quirks,
     pub(crate) cache: Option<u64>,
     pub(crate) workload: Workload,
     pub(crate) guests: u64,
+    /// How often the disk is made longer or shorter, and how long after each other.
+    pub(crate) resizes: u64,
+    pub(crate) resize_gap: Duration,
     /// When the power fails, if it does.
     pub(crate) cut_at: Option<Duration>,
     /// How many images that a crash would leave are looked at, and how long after each other.
@@ -40,23 +45,21 @@ pub(crate) struct Life {
     pub(crate) look_gap: Duration,
     pub(crate) step_cost: Duration,
     pub(crate) tracing: bool,
-    /// Whether somebody wants the images that are judged.
-    pub(crate) keep: bool,
 }
 
 /// How a life ended: what the next begins with.
 pub(crate) struct Ended {
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) files: Files,
     pub(crate) seen: Seen,
 }
 
 /// What is found out while everything runs.
 #[derive(Default)]
 struct Outcome {
-    bench: Option<Arc<Bench>>,
-    /// What the power cut has left.
-    left: Option<Vec<u8>>,
+    /// The power has failed, and left this.
+    left: Option<Files>,
     closed: bool,
+    has_dropped: bool,
 }
 
 impl Life {
@@ -64,70 +67,75 @@ impl Life {
     ///
     /// # Errors
     /// What went wrong first.
-    pub(crate) fn live(mut self, random: &mut Random, kept: &mut Kept) -> Result<Ended, String> {
-        self.keep = kept.is_some();
+    pub(crate) fn live(self, random: &mut Random, kept: &mut Kept) -> Result<Ended, String> {
         let running = Running { world: World::new(self.tracing), executor: Executor::new(random.fork()) };
         let Running { world, executor } = &running;
+        let record = Arc::new(Record::new(&self.files, self.backing.clone(), kept.is_some())?);
         let outcome = Rc::new(RefCell::new(Outcome::default()));
         let storages = self.storages(world, random);
-        let image = Arc::clone(&storages.image);
         let mut steps = random.fork();
         let step_cost = self.step_cost;
         if let Some(at) = self.cut_at {
-            let (outcome, world, image) = (Rc::clone(&outcome), Arc::clone(world), Arc::clone(&image));
+            let (outcome, world, storages) = (Rc::clone(&outcome), Arc::clone(world), storages.clone());
             executor.spawn("power", async move {
                 SimClock(Arc::clone(&world)).sleep(at).await;
                 world.trace(|| "the power fails".into());
-                outcome.borrow_mut().left = Some(image.crash());
+                outcome.borrow_mut().left = Some(storages.crash());
                 world.end();
             });
         }
-        let main =
-            self.main(Arc::clone(world), executor.clone(), storages, random.fork(), Rc::clone(&outcome));
-        executor.spawn("life", main);
-        executor.run(world, &mut steps, step_cost);
-        let failure = world.failure();
-        if let (Some(bench), Some(kept)) = (&outcome.borrow().bench, kept) {
-            kept.append(&mut bench.kept());
-        }
-        let ended = match failure {
-            Some(failure) => Err(failure),
-            None => judge(&outcome.borrow(), &image),
+        let looks = Looks {
+            times: self.looks,
+            gap: self.look_gap,
+            world: Arc::clone(world),
+            storages: storages.clone(),
+            record: Arc::clone(&record),
         };
-        // It holds the world.
-        outcome.borrow_mut().bench = None;
-        ended
+        executor.spawn("looks", looks.look(random.fork()));
+        let parts = (Arc::clone(world), storages.clone(), Arc::clone(&record));
+        executor.spawn("life", self.main(parts, executor.clone(), random.fork(), Rc::clone(&outcome)));
+        executor.run(world, &mut steps, step_cost);
+        if let Some(kept) = kept {
+            kept.append(&mut record.kept());
+        }
+        match world.failure() {
+            Some(failure) => Err(failure),
+            None => judge(&outcome.take(), &record, &storages),
+        }
     }
 
     fn storages(&self, world: &Arc<World>, random: &mut Random) -> Storages {
-        let make = |name, bytes: Vec<u8>, random: &mut Random| {
-            SimStorage::new(name, bytes, self.profile.clone(), Arc::clone(world), random.fork())
+        let mut make = |name, bytes: Vec<u8>, quirks| {
+            let (profile, world) = (self.profile.clone(), Arc::clone(world));
+            let storage = SimStorage::new(name, bytes, profile, world, random.fork());
+            storage.set_quirks(quirks);
+            storage
         };
-        let image = make("image", self.bytes.clone(), random);
-        image.set_quirks(self.quirks);
-        let backing = self.backing.as_ref().map(|backing| make("below", backing.bytes.to_vec(), random));
-        if let Some(backing) = &backing {
-            backing.set_quirks(Quirks { may_be_dropped: self.quirks.may_be_dropped, ..Quirks::default() });
+        // Whoever opens a file anew does not hear of a flush that has failed before.
+        let opening = Quirks { keeps_after_flush: true, ..self.quirks };
+        let below = Quirks { may_be_dropped: self.quirks.may_be_dropped, ..Quirks::default() };
+        Storages {
+            image: make("image", self.files.image.clone(), opening),
+            data: self.files.data.clone().map(|data| make("data", data, opening)),
+            backing: self.backing.as_ref().map(|backing| make("below", backing.bytes.to_vec(), below)),
         }
-        Storages { image, backing }
     }
 
     async fn main(
         self,
-        world: Arc<World>,
+        (world, storages, record): (Arc<World>, Storages, Arc<Record>),
         executor: Executor,
-        storages: Storages,
         mut random: Random,
         outcome: Rc<RefCell<Outcome>>,
     ) {
         let keeps = self.quirks.keeps_after_flush;
-        let opened = Bench::open(Arc::clone(&world), storages, self.backing.clone(), self.cache, keeps).await;
+        let known = (record, self.backing.clone());
+        let opened = Bench::open(Arc::clone(&world), storages.clone(), known, self.cache, keeps).await;
         let bench = match opened {
             Ok(bench) => bench,
             Err(wrong) => return world.fail(wrong),
         };
-        bench.keep.store(self.keep, Ordering::SeqCst);
-        outcome.borrow_mut().bench = Some(Arc::clone(&bench));
+        storages.set_quirks(self.quirks);
         read_all(&bench).await;
         bench.guests.store(self.guests, Ordering::SeqCst);
         for number in 0..self.guests {
@@ -136,12 +144,20 @@ impl Life {
             let client = Client { bench, name: name.clone() };
             executor.spawn(name, Guest { client, workload, random }.run());
         }
-        executor.spawn("looks", look(Arc::clone(&bench), self.looks, self.look_gap, random.fork()));
+        if self.resizes > 0 && bench.record.can_resize() {
+            bench.guests.fetch_add(1, Ordering::SeqCst);
+            let client = Client { bench: Arc::clone(&bench), name: "operator".into() };
+            let (times, gap) = (self.resizes, self.resize_gap);
+            executor.spawn("operator", Resizer { client, times, gap, random: random.fork() }.run());
+        }
         while bench.guests.load(Ordering::SeqCst) > 0 {
             bench.clock.sleep(self.profile.delay_max).await;
         }
         read_all(&bench).await;
-        outcome.borrow_mut().closed = close(&bench).await;
+        let closed = close(&bench).await;
+        let mut outcome = outcome.borrow_mut();
+        outcome.closed = closed;
+        outcome.has_dropped = bench.has_dropped.load(Ordering::SeqCst);
     }
 }
 
@@ -167,18 +183,29 @@ pub(crate) async fn read_all(bench: &Arc<Bench>) {
 }
 
 /// Looks now and then at what a crash would leave.
-async fn look(bench: Arc<Bench>, times: u64, gap: Duration, mut random: Random) {
-    for _ in 0..times {
-        bench.clock.sleep(random.time(gap)).await;
-        if let Err(wrong) = bench.judge_crash(&bench.storage.crash()) {
-            bench.world.fail(format!("a crash leaves: {wrong}"));
+struct Looks {
+    times: u64,
+    gap: Duration,
+    world: Arc<World>,
+    storages: Storages,
+    record: Arc<Record>,
+}
+
+impl Looks {
+    async fn look(self, mut random: Random) {
+        for _ in 0..self.times {
+            SimClock(Arc::clone(&self.world)).sleep(random.time(self.gap)).await;
+            if let Err(wrong) = self.record.judge_crash(&self.storages.crash()) {
+                self.world.fail(format!("a crash leaves: {wrong}"));
+            }
         }
     }
 }
 
 /// Closes the image. Says whether it came to that.
 pub(crate) async fn close(bench: &Arc<Bench>) -> bool {
-    for _ in 0..TRIES_MAX {
+    let tries = if bench.record.has_bitmaps() { TRIES_MAX / 50 } else { TRIES_MAX };
+    for _ in 0..tries {
         let errors = bench.errors();
         let id = bench.oracle().begin_flush();
         match bench.node.close().await {
@@ -190,38 +217,36 @@ pub(crate) async fn close(bench: &Arc<Bench>) -> bool {
             Err(_) if errors != bench.errors() => {}
             // There is no other commit after one that was dropped, or a flush that has lost what was copied.
             Err(_) if bench.may_be_adrift() => return false,
+            // Nor after a header that could not be written.
+            Err(_) if bench.record.has_bitmaps() && bench.errors() > 0 => return false,
             Err(error) => {
                 bench.world.fail(format!("it cannot be closed: {error}"));
                 return false;
             }
         }
     }
-    bench.world.fail("it cannot be closed, ever");
+    // There may be no room for bitmaps.
+    if !bench.record.has_bitmaps() {
+        bench.world.fail("it cannot be closed, ever");
+    }
     false
 }
 
-fn judge(outcome: &Outcome, image: &SimStorage) -> Result<Ended, String> {
-    let Some(bench) = &outcome.bench else {
-        // The power failed before it was open.
-        let bytes = outcome.left.clone().unwrap_or_else(|| image.visible());
-        return Ok(Ended { bytes, seen: Seen::default() });
-    };
+fn judge(outcome: &Outcome, record: &Record, storages: &Storages) -> Result<Ended, String> {
     if outcome.closed && outcome.left.is_none() {
-        let bytes = image.visible();
-        let leaks = bench.judge_closed(&bytes).map_err(|wrong| format!("closed, it is wrong: {wrong}"))?;
-        let before = bench.leaks_before();
-        let is_quiet = image.errors() == 0 && !bench.has_dropped.load(Ordering::SeqCst);
+        let files = storages.visible();
+        let leaks = record.judge_closed(&files).map_err(|wrong| format!("closed, it is wrong: {wrong}"))?;
+        let before = record.leaks_before();
+        let is_quiet = storages.errors() == 0 && !outcome.has_dropped;
         if is_quiet && leaks > before {
             return Err(format!("closed after a life without faults, it has {leaks} leaks, not {before}"));
         }
-        bench
-            .judge_crash(&image.crash())
-            .map_err(|wrong| format!("after a close, a crash leaves: {wrong}"))?;
-        let seen = *bench.seen();
-        return Ok(Ended { bytes, seen });
+        let left = storages.crash();
+        record.judge_crash(&left).map_err(|wrong| format!("after a close, a crash leaves: {wrong}"))?;
+        return Ok(Ended { files, seen: *record.seen() });
     }
-    let bytes = outcome.left.clone().unwrap_or_else(|| image.crash());
-    bench.judge_crash(&bytes).map_err(|wrong| format!("the crash left: {wrong}"))?;
-    let seen = Seen { reopened: 1, ..*bench.seen() };
-    Ok(Ended { bytes, seen })
+    let files = outcome.left.clone().unwrap_or_else(|| storages.crash());
+    record.judge_crash(&files).map_err(|wrong| format!("the crash left: {wrong}"))?;
+    let seen = Seen { reopened: 1, ..*record.seen() };
+    Ok(Ended { files, seen })
 }

@@ -6,12 +6,15 @@
 //! judged by a reader that shares no code with the driver: sound but for leaks, everything there that was flushed.
 
 mod bench;
+mod bitmaps;
 mod build;
 mod each;
 mod format;
 mod guest;
 mod judge;
 mod life;
+mod record;
+mod shape;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,18 +22,19 @@ use std::time::Duration;
 use heliostat_block::convert::u64_from;
 use heliostat_block::range::ByteRange;
 
-pub use bench::Seen;
 pub use each::{drop_each, fail_each};
+pub use record::Seen;
 
 use crate::Trace;
 use crate::faults::Profile;
 use crate::random::{Random, mix};
 use crate::storage::Quirks;
-use bench::Backing;
-use build::{Shape, build};
-use format::Image;
+use build::build;
+use format::{Files, Image};
 use guest::Workload;
 use life::Life;
+use record::Backing;
+use shape::{DataFile, Shape};
 
 /// Makes the seeds of images others than those of mirrors.
 const IMAGES: u64 = 0x0071_c077;
@@ -76,14 +80,16 @@ fn lives(seed: u64, tracing: bool, kept: &mut Kept) -> Result<Seen, String> {
         drops,
     };
     let shape = Shape::draw(&mut random);
-    let backing = random.chance(400).then(|| backing(shape.size, &mut random)).transpose()?;
-    let mut bytes = build(&shape, &mut random);
+    let may_have_backing = shape.data_file != Some(DataFile::Raw);
+    let has_backing = random.chance(400) && may_have_backing;
+    let backing = has_backing.then(|| backing(shape.size, &mut random)).transpose()?;
+    let mut files = build(&shape, &mut random);
     let mut seen = Seen::default();
     for number in 0..random.pick(&[1, 1, 2, 4]) {
-        let life = draw(&settings, &shape, bytes, backing.clone(), tracing, &mut random);
+        let life = draw(&settings, &shape, files, backing.clone(), tracing, &mut random);
         let ended = life.live(&mut random, kept).map_err(|wrong| format!("life {number}: {wrong}"))?;
         seen.add(&ended.seen);
-        bytes = ended.bytes;
+        files = ended.files;
     }
     Ok(seen)
 }
@@ -91,12 +97,10 @@ fn lives(seed: u64, tracing: bool, kept: &mut Kept) -> Result<Seen, String> {
 fn backing(size: u64, random: &mut Random) -> Result<Backing, String> {
     let size = (size * random.pick(&[250, 1000, 1000, 1500]) / 1000) & !511;
     if random.chance(500) {
-        let shape =
-            Shape { size: size.max(512), snapshot: false, leaked: 0, filled: 500, ..Shape::draw(random) };
-        let bytes = build(&shape, random);
-        let image = Image::new(&bytes)?;
-        let content = Arc::new(image.content(image.l1, &[])?);
-        return Ok(Backing { bytes: Arc::new(bytes), is_image: true, content });
+        let shape = Shape { size: size.max(512), filled: 500, ..Shape::draw(random).below() };
+        let files = build(&shape, random);
+        let content = Arc::new(Image::new(&files)?.content(&[])?);
+        return Ok(Backing { bytes: Arc::new(files.image), is_image: true, content });
     }
     let content: Arc<Vec<u8>> = Arc::new((0..size / 8).flat_map(|_| random.next().to_le_bytes()).collect());
     Ok(Backing { bytes: Arc::clone(&content), is_image: false, content })
@@ -105,12 +109,12 @@ fn backing(size: u64, random: &mut Random) -> Result<Backing, String> {
 fn draw(
     settings: &Settings,
     shape: &Shape,
-    bytes: Vec<u8>,
+    files: Files,
     backing: Option<Backing>,
     tracing: bool,
     random: &mut Random,
 ) -> Life {
-    let len = u64_from(bytes.len());
+    let len = u64_from(files.image.len());
     let has_little_room = settings.faulty && random.chance(200);
     let room =
         if has_little_room { random.below(shape.size + (64 << 10)) } else { 2 * shape.size + (256 << 10) };
@@ -118,8 +122,11 @@ fn draw(
     let size_max = if random.chance(50) { None } else { Some((len + room).next_multiple_of(4096)) };
     let delay_max = settings.delay_max;
     let life_max = delay_max * random.pick(&[50, 500, 2000]);
+    // It is repaired first, and that is what is looked at.
+    let opens_slowly = shape.dirty && random.chance(500);
+    let can_resize = shape.version > 2 || !shape.snapshot;
     Life {
-        bytes,
+        files,
         backing,
         profile: profile(settings, random),
         quirks: Quirks {
@@ -132,12 +139,13 @@ fn draw(
         cache: if random.chance(700) { Some(0) } else { None },
         workload: workload(settings, shape, random),
         guests: random.pick(&[1, 3, 6, 10]),
+        resizes: if can_resize { random.pick(&[0, 0, 1, 3, 8]) } else { 0 },
+        resize_gap: delay_max * random.pick(&[1, 20, 100]),
         cut_at: random.chance(600).then(|| random.time(life_max)),
-        looks: random.pick(&[0, 5, 10]),
-        look_gap: delay_max * random.pick(&[5, 50]),
+        looks: if opens_slowly { 10 } else { random.pick(&[0, 5, 10]) },
+        look_gap: if opens_slowly { delay_max } else { delay_max * random.pick(&[5, 50]) },
         step_cost: settings.step_cost,
         tracing,
-        keep: false,
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures_util::future::{Either, select};
-use heliostat_host::runtime::block_on;
+use heliostat_host::runtime::{STACK, block_on};
 use heliostat_host::signal::{Signal, Signals};
 
 use super::output::{Outcome, say};
@@ -67,6 +67,7 @@ pub fn end(daemon: &Arc<Daemon>, signals: &mut Signals) -> Result<Outcome> {
     let ending = Arc::clone(daemon);
     std::thread::Builder::new()
         .name("end".to_owned())
+        .stack_size(STACK)
         .spawn(move || done.send(ending.shutdown()))
         .context("cannot start a thread to end in order")?;
     let mut asked = false;

@@ -64,13 +64,13 @@ async fn all_of(disk: &Disk) -> Result<Vec<Mapping>> {
 }
 
 fn to_json(mapping: &Mapping) -> Value {
-    let is_data = matches!(mapping.content, Content::Data | Content::Compressed);
+    let is_data = matches!(mapping.content, Content::Data | Content::Hollow | Content::Compressed);
     let mut value = json!({
         "start": mapping.range.offset(),
         "length": mapping.range.len(),
         "depth": mapping.depth,
         "present": mapping.content != Content::Hole,
-        "zero": !is_data,
+        "zero": !is_data || mapping.content == Content::Hollow,
         "data": is_data,
         "compressed": mapping.content == Content::Compressed,
     });
@@ -104,7 +104,7 @@ fn table(mappings: &[Mapping], files: &[String]) -> String {
         let place = match (mapping.content, mapping.offset) {
             (Content::Data, Some(offset)) => hex(offset),
             (Content::Data | Content::Compressed, _) => "compressed".to_owned(),
-            (Content::Zero | Content::Hole, _) => continue,
+            (Content::Hollow | Content::Zero | Content::Hole, _) => continue,
         };
         let file = files.get(mapping.depth).map_or("", String::as_str);
         let (start, len) = (hex(mapping.range.offset()), hex(mapping.range.len()));

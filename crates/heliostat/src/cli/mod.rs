@@ -23,9 +23,11 @@ mod progress;
 mod resize;
 mod serve;
 mod session;
+mod storage_daemon;
 mod target;
 mod units;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -58,6 +60,18 @@ enum Verb {
     Check(check::Check),
     Compare(compare::Compare),
     Completions(completions::Completions),
+    StorageDaemon(StorageDaemon),
+}
+
+/// Takes the options of qemu-storage-daemon, and does what they say
+///
+/// Try `heliostat storage-daemon --help`.
+#[derive(Debug, clap::Args)]
+#[command(disable_help_flag = true)]
+struct StorageDaemon {
+    /// The options, in their order
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+    options: Vec<String>,
 }
 
 impl Verb {
@@ -74,6 +88,11 @@ impl Verb {
             Self::Check(check) => check.run(form),
             Self::Compare(compare) => compare.run(form),
             Self::Completions(completions) => completions.run(),
+            Self::StorageDaemon(StorageDaemon { options }) => {
+                let before = ["storage-daemon".to_owned()];
+                let code = storage_daemon::main("heliostat storage-daemon", &before, options);
+                Ok(if code == ExitCode::SUCCESS { Outcome::Done } else { Outcome::Status(1) })
+            }
         }
     }
 
@@ -90,6 +109,12 @@ impl Verb {
 /// Runs the program: reads its arguments, does what they say, explains what went wrong.
 #[must_use]
 pub fn main() -> ExitCode {
+    let mut arguments = std::env::args();
+    let name = arguments.next().unwrap_or_default();
+    if Path::new(&name).file_name().is_some_and(|name| name == storage_daemon::QEMU_NAME) {
+        let arguments: Vec<_> = arguments.collect();
+        return storage_daemon::main(storage_daemon::QEMU_NAME, &["storage-daemon".to_owned()], &arguments);
+    }
     let cli = Cli::parse();
     let form = if cli.json { Form::Json } else { Form::Text };
     match cli.verb.run(form) {

@@ -9,7 +9,7 @@ use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
 use super::address::{Endpoint, Reach, nbd_uri};
-use crate::control::ControlServer;
+use crate::control::{ControlServer, ControlSettings, Peer, Peers};
 use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
 
 /// The name of the node that clients see, and of the export unless another was given.
@@ -25,6 +25,9 @@ pub struct Offer {
     /// Take QMP commands on this Unix socket (`heliostat job` speaks to it)
     #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
     control: Option<PathBuf>,
+    /// Let this user or group give orders there, beside whoever runs this; may be given again
+    #[arg(long, value_name = "user:NAME|group:NAME", requires = "control")]
+    control_allow: Vec<Peer>,
     /// The name that NBD clients ask for; they get it for the empty name too
     #[arg(long, value_name = "EXPORT", default_value = NODE)]
     name: String,
@@ -48,6 +51,7 @@ pub fn socket_path(text: &str) -> Result<PathBuf, String> {
 pub struct Offered {
     nbd: Option<Address>,
     control: Option<PathBuf>,
+    peers: Peers,
     export: String,
     server: Option<ControlServer>,
 }
@@ -89,7 +93,8 @@ impl Offer {
             None => None,
             Some(address) => Some(self.open_nbd(daemon, address, writable)?),
         };
-        Ok(Offered { nbd, control: self.control.clone(), export: self.name.clone(), server: None })
+        let peers = Peers::new(self.control_allow.clone());
+        Ok(Offered { nbd, control: self.control.clone(), peers, export: self.name.clone(), server: None })
     }
 
     fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
@@ -128,7 +133,8 @@ impl Offered {
     /// When the socket is in use, or the host refuses it.
     pub fn take_orders(&mut self, daemon: &Arc<Daemon>) -> Result<()> {
         if let Some(path) = &self.control {
-            self.server = Some(ControlServer::start(path, Arc::clone(daemon)).context("--control")?);
+            let settings = ControlSettings { peers: self.peers.clone(), ..ControlSettings::unix(path) };
+            self.server = Some(ControlServer::start(settings, Arc::clone(daemon)).context("--control")?);
         }
         Ok(())
     }

@@ -71,18 +71,23 @@ impl<'a> Arguments<'a> {
         self.0.get(name)?.as_object().map(Self)
     }
 
+    /// The objects of a list; none where it is not there.
+    pub fn objects(&self, name: &str) -> impl Iterator<Item = Self> + use<'a> {
+        let list = self.0.get(name).and_then(Value::as_array);
+        list.into_iter().flatten().filter_map(Value::as_object).map(Self)
+    }
+
+    /// A value of any kind.
+    #[must_use]
+    pub fn value(&self, name: &str) -> Option<&'a Value> {
+        self.0.get(name)
+    }
+
     /// The first text of a list; of an object there, its name.
     #[must_use]
     pub fn first_of(&self, name: &str) -> Option<&'a str> {
         let first = self.0.get(name)?.as_array()?.first()?;
         first.as_str().or_else(|| first.get("name")?.as_str())
-    }
-
-    /// A list of objects.
-    #[must_use]
-    pub fn objects(&self, name: &str) -> Vec<Self> {
-        let list = self.0.get(name).and_then(Value::as_array).into_iter().flatten();
-        list.filter_map(Value::as_object).map(Self).collect()
     }
 
     /// A list of names, each alone or as `name` beside a `node`: that node, and the name.

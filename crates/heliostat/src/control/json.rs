@@ -26,6 +26,32 @@ pub fn parse(text: &[u8]) -> Result<Value, ParseError> {
     if parser.rest.is_empty() { Ok(value) } else { Err(error("expecting end of input")) }
 }
 
+/// How messages are laid out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Style {
+    /// On one line.
+    #[default]
+    Line,
+    /// For people: a line for each member, as QEMU does it with `pretty=on`.
+    Pretty,
+}
+
+/// Writes `value` as QEMU does, nothing but ASCII.
+#[must_use]
+pub fn write_in(value: &Value, style: Style) -> String {
+    match style {
+        Style::Line => write(value),
+        Style::Pretty => {
+            let mut bytes = Vec::new();
+            let mut serializer = Serializer::with_formatter(&mut bytes, QemuPretty { depth: 0 });
+            value
+                .serialize(&mut serializer)
+                .expect("a Value has only string keys, and a Vec takes everything");
+            String::from_utf8(bytes).expect("the formatter writes ASCII only")
+        }
+    }
+}
+
 /// Writes `value` on one line as QEMU does: a space after each comma and colon, nothing but ASCII.
 #[must_use]
 pub fn write(value: &Value) -> String {
@@ -328,6 +354,83 @@ impl Formatter for QemuStyle {
             }
         }
         Ok(())
+    }
+}
+
+/// How QEMU lays JSON out for people.
+struct QemuPretty {
+    depth: usize,
+}
+
+impl QemuPretty {
+    fn line<W: ?Sized + io::Write>(&self, writer: &mut W) -> io::Result<()> {
+        write!(writer, "\r\n{:1$}", "", self.depth * 4)
+    }
+
+    fn open<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth += 1;
+        writer.write_all(bracket)
+    }
+
+    fn close<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth -= 1;
+        self.line(writer)?;
+        writer.write_all(bracket)
+    }
+
+    fn next<W: ?Sized + io::Write>(&self, writer: &mut W, first: bool) -> io::Result<()> {
+        writer.write_all(if first { b"" } else { b"," })?;
+        self.line(writer)
+    }
+}
+
+impl Formatter for QemuPretty {
+    fn begin_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.open(writer, b"[")
+    }
+
+    fn end_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.close(writer, b"]")
+    }
+
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        self.next(writer, first)
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.open(writer, b"{")
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.close(writer, b"}")
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        self.next(writer, first)
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        QemuStyle.begin_object_value(writer)
+    }
+
+    fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        QemuStyle.write_f64(writer, value)
+    }
+
+    fn write_char_escape<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        escape: CharEscape,
+    ) -> io::Result<()> {
+        QemuStyle.write_char_escape(writer, escape)
+    }
+
+    fn write_string_fragment<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        QemuStyle.write_string_fragment(writer, fragment)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Control: QMP on a Unix socket, for any number of operators at once.
+//! Control: QMP on a Unix socket or this host's loopback, for any number of operators at once.
 //!
 //! One thread takes connections; each client has one that reads and obeys and one that sends. Commands may
 //! block, so a client that waits for one holds nobody else up. Bounded everywhere: clients, message length,
@@ -9,38 +9,42 @@ mod commands;
 mod events;
 pub mod json;
 mod outbox;
+mod peers;
+mod qemu_io;
 mod refusal;
 pub mod schema;
 mod session;
 mod socket;
 pub mod splitter;
+mod stream;
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::net::{Shutdown, SocketAddr};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use heliostat_host::runtime::STACK;
+use serde_json::{Map, Value};
 
-pub use commands::{Depth, image_info};
+pub use arguments::Arguments;
+pub use commands::{Depth, image_info, qemu_version};
+pub use json::Style;
+pub use peers::{Peer, Peers};
+pub use refusal::Refusal;
 
 use crate::daemon::{Daemon, Watch};
 use outbox::{Outbox, Overflow};
 use session::Session;
-use socket::ControlSocket;
+use socket::{ControlSocket, Doors};
 use splitter::Splitter;
+use stream::Stream;
 
 /// Clients at once. Each costs two threads; more is a client that forgets to close its connections.
 pub const CLIENTS_MAX: usize = 64;
-
-/// What a client's commands have to nest in: a chain of images is opened one inside the other. As much as a program's
-/// first thread has.
-const STACK: usize = 8 << 20;
 
 /// How long the end waits for clients to read what was said last.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
@@ -54,7 +58,80 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How much is read at once: a few dozen commands.
 const READ_LEN: usize = 16 << 10;
 
-/// QMP on a Unix socket. Ends when it is stopped or dropped.
+/// Where operators connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControlAddress {
+    /// At a Unix socket.
+    Unix(PathBuf),
+    /// At an address of this host's loopback.
+    Tcp(SocketAddr),
+}
+
+/// How operators are served.
+#[derive(Clone, Debug)]
+pub struct ControlSettings {
+    /// Where they connect.
+    pub address: ControlAddress,
+    /// Who may, beside whoever runs the daemon. With nobody named, the mode of the socket's file decides.
+    pub peers: Peers,
+    /// How messages are laid out.
+    pub style: Style,
+}
+
+impl ControlSettings {
+    /// At a Unix socket, for whoever runs the daemon.
+    #[must_use]
+    pub fn unix(path: impl Into<PathBuf>) -> Self {
+        let address = ControlAddress::Unix(path.into());
+        Self { address, peers: Peers::none(), style: Style::Line }
+    }
+}
+
+/// Carries a command out, as if a client had sent it.
+///
+/// # Errors
+/// [`Refusal`], as a client sees it.
+pub fn execute(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> Result<Value, Refusal> {
+    commands::run(daemon, name, arguments)
+}
+
+/// Where operators may connect already, and wait to be greeted.
+pub struct ControlListener {
+    socket: ControlSocket,
+    peers: Peers,
+    style: Style,
+}
+
+impl ControlListener {
+    /// Listens. A socket's file is its owner's alone, unless others were named who may give orders.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody listens there already; `PermissionDenied` where other hosts could reach it; any
+    /// other of the host's. The message names the path.
+    pub fn bind(settings: ControlSettings) -> io::Result<Self> {
+        let ControlSettings { address, peers, style } = settings;
+        let doors = if peers.is_none() { Doors::Owner } else { Doors::Everybody };
+        let socket = match &address {
+            ControlAddress::Unix(path) => ControlSocket::bind(path, doors)?,
+            ControlAddress::Tcp(address) => ControlSocket::bind_tcp(*address)?,
+        };
+        Ok(Self { socket, peers, style })
+    }
+
+    /// The same, with messages laid out so.
+    #[must_use]
+    pub fn with_style(self, style: Style) -> Self {
+        Self { style, ..self }
+    }
+
+    /// Where it listens, where that is no path: with the port, where none was said.
+    #[must_use]
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        self.socket.tcp_address()
+    }
+}
+
+/// QMP for operators. Ends when it is stopped or dropped.
 pub struct ControlServer {
     shared: Arc<Shared>,
     _watch: Watch,
@@ -64,6 +141,8 @@ pub struct ControlServer {
 struct Shared {
     daemon: Arc<Daemon>,
     socket: ControlSocket,
+    peers: Peers,
+    style: Style,
     stopping: AtomicBool,
     clients: Mutex<Clients>,
     /// A client has gone.
@@ -77,20 +156,31 @@ struct Clients {
 }
 
 struct Client {
-    stream: UnixStream,
+    stream: Stream,
     outbox: Outbox,
+    style: Style,
 }
 
 impl ControlServer {
-    /// Listens at `path` and takes commands for `daemon` from now on. The file is its owner's alone.
+    /// Listens and takes commands for `daemon` from now on.
     ///
     /// # Errors
-    /// `AddrInUse` when somebody listens there already; any other of the host's. The message names the path.
-    pub fn start(path: &Path, daemon: Arc<Daemon>) -> io::Result<Self> {
-        let socket = ControlSocket::bind(path)?;
+    /// As [`ControlListener::bind`].
+    pub fn start(settings: ControlSettings, daemon: Arc<Daemon>) -> io::Result<Self> {
+        Self::serve(ControlListener::bind(settings)?, daemon)
+    }
+
+    /// Takes commands for `daemon` from now on.
+    ///
+    /// # Errors
+    /// The host's, where it has no thread for it.
+    pub fn serve(listener: ControlListener, daemon: Arc<Daemon>) -> io::Result<Self> {
+        let ControlListener { socket, peers, style } = listener;
         let shared = Arc::new(Shared {
             daemon: Arc::clone(&daemon),
             socket,
+            peers,
+            style,
             stopping: AtomicBool::new(false),
             clients: Mutex::default(),
             fewer: Condvar::new(),
@@ -98,7 +188,7 @@ impl ControlServer {
         let listeners = Arc::downgrade(&shared);
         let watch = daemon.watch(move |event| {
             if let Some(shared) = Weak::upgrade(&listeners) {
-                shared.tell(&line(&events::message(event)));
+                shared.tell(&line(&events::message(event), shared.style));
             }
         });
         let accepting = Arc::clone(&shared);
@@ -150,14 +240,18 @@ impl Shared {
         }
     }
 
-    fn take_on(self: &Arc<Self>, stream: UnixStream) {
-        let Ok(ours) = stream.try_clone() else { return };
-        let client = Arc::new(Client { stream: ours, outbox: Outbox::default() });
+    fn take_on(self: &Arc<Self>, stream: Stream) {
+        if let Err(text) = self.peers.check(&stream) {
+            turn_away(&stream, text);
+            return;
+        }
+        let client = Arc::new(Client { stream, outbox: Outbox::default(), style: self.style });
         let number = {
             let mut clients = self.lock();
             if clients.list.len() >= CLIENTS_MAX {
                 drop(clients);
-                turn_away(stream);
+                let text = format!("there are {CLIENTS_MAX} clients already, which is the most");
+                turn_away(&client.stream, text);
                 return;
             }
             clients.next += 1;
@@ -165,7 +259,7 @@ impl Shared {
             clients.list.insert(number, Arc::clone(&client));
             number
         };
-        client.outbox.send(line(&session::greeting()));
+        client.outbox.send(line(&session::greeting(), self.style));
         let (sender, shared) = (Arc::clone(&client), Arc::clone(self));
         let sending = thread::Builder::new().name(format!("qmp-out-{number}"));
         let reading = thread::Builder::new().name(format!("qmp-{number}")).stack_size(STACK);
@@ -244,7 +338,13 @@ impl Client {
                 if session.wants_events() {
                     self.outbox.want_events();
                 }
-                self.outbox.reply(line(&reply));
+                let reply = line(&reply, self.style);
+                if rest.is_empty() {
+                    // It waits for this one.
+                    self.outbox.reply_at_once(reply, |batch| self.stream.send_now(batch));
+                } else {
+                    self.outbox.reply(reply);
+                }
             }
         }
         self.outbox.finish();
@@ -259,6 +359,7 @@ impl Client {
             if (&self.stream).write_all(&batch).is_err() {
                 self.outbox.break_off();
             }
+            self.outbox.sent();
         }
         self.hang_up();
     }
@@ -269,22 +370,23 @@ impl Client {
     }
 }
 
-fn line(message: &Value) -> Arc<[u8]> {
-    let mut text = json::write(message);
+fn line(message: &Value, style: Style) -> Arc<[u8]> {
+    let mut text = json::write_in(message, style);
     text.push_str("\r\n");
     text.into_bytes().into()
 }
 
-/// Tells one client too many why it is not served.
-fn turn_away(mut stream: UnixStream) {
-    let text = format!("there are {CLIENTS_MAX} clients already, which is the most");
+/// Tells who is not served why not.
+fn turn_away(mut stream: &Stream, text: String) {
     let refusal = refusal::Refusal::new(text).to_json();
     // A fresh connection takes so little at once; who cannot be told is turned away all the same.
-    let _ = stream.write_all(&line(&serde_json::json!({ "error": refusal })));
+    let _ = stream.write_all(&line(&serde_json::json!({ "error": refusal }), Style::Line));
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     #[test]
@@ -293,7 +395,9 @@ mod tests {
         let path = folder.path().join("control");
         let shared = Arc::new(Shared {
             daemon: Daemon::new(),
-            socket: ControlSocket::bind(&path).unwrap(),
+            socket: ControlSocket::bind(&path, Doors::Owner).unwrap(),
+            peers: Peers::none(),
+            style: Style::Line,
             stopping: AtomicBool::new(true),
             clients: Mutex::default(),
             fewer: Condvar::new(),

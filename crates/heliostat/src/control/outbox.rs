@@ -31,7 +31,7 @@ struct State {
     held: VecDeque<Arc<[u8]>>,
     /// Bytes queued, held and being sent.
     bytes: usize,
-    /// Bytes being sent.
+    /// Bytes being sent, by whoever took them out; nobody else takes any out meanwhile.
     sending: usize,
     /// The client has negotiated: it gets events.
     wants_events: bool,
@@ -74,6 +74,32 @@ impl Outbox {
         state.push(line);
         state.carrying_out = None;
         state.release();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// [`Outbox::reply`], and `send` is called with all that is to be sent, if nobody is sending: a client that waits
+    /// for each reply is answered without waking another thread. `send` must not block, and answers how much it sent.
+    pub(super) fn reply_at_once(&self, line: Arc<[u8]>, send: impl FnOnce(&[u8]) -> usize) {
+        let mut state = self.lock();
+        state.push(line);
+        state.carrying_out = None;
+        state.release();
+        if state.sending > 0 || state.end == End::Broken {
+            drop(state);
+            self.changed.notify_all();
+            return;
+        }
+        let batch = state.take_batch();
+        drop(state);
+        let sent = send(&batch).min(batch.len());
+        let mut state = self.lock();
+        state.sending = 0;
+        state.bytes -= sent;
+        if sent < batch.len() {
+            state.queue.push_front(batch[sent..].into());
+        }
+        // Somebody may have put something in meanwhile, or wait for the end.
         drop(state);
         self.changed.notify_all();
     }
@@ -144,22 +170,27 @@ impl Outbox {
         self.changed.notify_all();
     }
 
-    /// Takes out what is to be sent next, and waits for it; what was taken before counts as sent. `None` when
+    /// What was taken out has been sent.
+    pub(super) fn sent(&self) {
+        let mut state = self.lock();
+        state.bytes -= std::mem::take(&mut state.sending);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Takes out what is to be sent next, and waits for it; [`Outbox::sent`] says that it has been. `None` when
     /// there will be nothing more.
     pub(super) fn take(&self) -> Option<Vec<u8>> {
         let mut state = self.lock();
-        state.bytes -= std::mem::take(&mut state.sending);
-        self.changed.notify_all();
         loop {
             if state.end == End::Broken {
                 return None;
             }
-            if !state.queue.is_empty() {
-                let batch: Vec<u8> = state.queue.drain(..).flat_map(|line| line.to_vec()).collect();
-                state.sending = batch.len();
-                return Some(batch);
+            // What somebody else is sending may come back in part, and goes first.
+            if state.sending == 0 && !state.queue.is_empty() {
+                return Some(state.take_batch());
             }
-            if state.end == End::Finishing {
+            if state.sending == 0 && state.end == End::Finishing {
                 return None;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -180,6 +211,12 @@ impl State {
     fn hold(&mut self, line: Arc<[u8]>) {
         self.bytes += line.len();
         self.held.push_back(line);
+    }
+
+    fn take_batch(&mut self) -> Vec<u8> {
+        let batch: Vec<u8> = self.queue.drain(..).flat_map(|line| line.to_vec()).collect();
+        self.sending = batch.len();
+        batch
     }
 
     fn release(&mut self) {
@@ -211,6 +248,31 @@ mod tests {
         outbox.reply(line("reply "));
         from_another_thread(&outbox, "later");
         assert_eq!(outbox.take().unwrap(), b"created reply ready later");
+    }
+
+    #[test]
+    fn what_does_not_go_at_once_is_sent_first_by_the_sender() {
+        let outbox = Outbox::default();
+        outbox.want_events();
+        outbox.begin_command();
+        from_another_thread(&outbox, "ready ");
+        outbox.reply_at_once(line("reply "), |batch| {
+            assert_eq!(batch, b"reply ready ");
+            from_another_thread(&outbox, "later ");
+            2
+        });
+        outbox.reply_at_once(line("second"), |batch| {
+            assert_eq!(batch, b"ply ready later second");
+            0
+        });
+        assert_eq!(outbox.take().unwrap(), b"ply ready later second");
+        outbox.reply_at_once(line("third"), |_| unreachable!("the sender is at it"));
+        outbox.sent();
+        assert_eq!(outbox.take().unwrap(), b"third");
+        outbox.sent();
+        outbox.finish();
+        assert_eq!(outbox.take(), None);
+        outbox.wait_until_sent(Duration::from_secs(30));
     }
 
     #[test]
@@ -252,6 +314,7 @@ mod tests {
         outbox.send(line("greeting"));
         outbox.finish();
         assert_eq!(outbox.take().unwrap(), b"greeting");
+        outbox.sent();
         assert_eq!(outbox.take(), None);
     }
 }

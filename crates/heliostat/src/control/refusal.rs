@@ -14,6 +14,8 @@ pub enum Class {
     CommandNotFound,
     /// There is no such job.
     DeviceNotActive,
+    /// There is no such object.
+    DeviceNotFound,
 }
 
 /// Why a command is refused.
@@ -70,6 +72,7 @@ impl Refusal {
             Class::Generic => "GenericError",
             Class::CommandNotFound => "CommandNotFound",
             Class::DeviceNotActive => "DeviceNotActive",
+            Class::DeviceNotFound => "DeviceNotFound",
         };
         json!({ "class": class, "desc": self.text })
     }

@@ -5,10 +5,13 @@
 
 mod bitmaps;
 mod create;
+mod exports;
+pub mod filters;
 mod introspect;
 mod mirror;
 mod returns;
 
+pub use exports::NBD_SERVER_OPTIONS;
 pub use introspect::schema;
 pub use returns::{EVENTS, EventType};
 
@@ -228,7 +231,7 @@ const QCOW2: &[Member] = &[
 
 const NULL: &[Member] = &[
     optional("size", Kind::Int, "how long it is in bytes; default 1 GiB"),
-    optional("latency-ns", Kind::Uint64, "accepted, of no effect"),
+    optional("latency-ns", Kind::Uint64, "how long each request takes; default 0"),
     optional("read-zeroes", Kind::Flag, "say that it reads as zero; default false"),
 ];
 
@@ -237,7 +240,17 @@ pub static NODE: Record = Record {
     members: &[
         required(
             "driver",
-            Kind::Word(&["file", "host_device", "null-co", "qcow2", "raw"]),
+            Kind::Word(&[
+                "blkdebug",
+                "copy-on-read",
+                "file",
+                "host_device",
+                "null-aio",
+                "null-co",
+                "qcow2",
+                "raw",
+                "throttle",
+            ]),
             "how the node keeps its bytes",
         ),
         optional("node-name", Kind::Text, "its name; required but for a node below another"),
@@ -264,63 +277,18 @@ pub static NODE: Record = Record {
     ],
     cases: Some(Cases {
         tag: "driver",
-        by_word: &[("file", FILE), ("host_device", FILE), ("null-co", NULL), ("qcow2", QCOW2), ("raw", RAW)],
-    }),
-};
-
-static UNIX: Record = record(&[
-    required("path", Kind::Text, "the socket's path"),
-    optional("abstract", Kind::Flag, "only false"),
-    optional("tight", Kind::Flag, "accepted, of no effect"),
-]);
-
-static INET: Record = record(&[
-    required("host", Kind::Text, "a name or an address of this host"),
-    required("port", Kind::Text, "a port's number or name; 0 lets the host choose"),
-    optional("numeric", Kind::Flag, "accepted, of no effect"),
-    optional("to", Kind::Int, "not supported"),
-    optional("ipv4", Kind::Flag, "whether IPv4 addresses may be used"),
-    optional("ipv6", Kind::Flag, "whether IPv6 addresses may be used"),
-    optional("keep-alive", Kind::Flag, "accepted, always on"),
-    optional("mptcp", Kind::Flag, "only false"),
-]);
-
-static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported")]);
-static VSOCK: Record =
-    record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
-
-static SOCKET_ADDRESS: Record = Record {
-    members: &[required("type", Kind::Word(&["inet", "unix", "vsock", "fd"]), "what kind of address")],
-    cases: Some(Cases {
-        tag: "type",
         by_word: &[
-            ("inet", &[required("data", Kind::Object(&INET), "the address")]),
-            ("unix", &[required("data", Kind::Object(&UNIX), "the address")]),
-            ("vsock", &[required("data", Kind::Object(&VSOCK), "not supported")]),
-            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "not supported")]),
+            ("blkdebug", filters::BLKDEBUG),
+            ("copy-on-read", filters::COPY_ON_READ),
+            ("file", FILE),
+            ("host_device", FILE),
+            ("null-aio", NULL),
+            ("null-co", NULL),
+            ("qcow2", QCOW2),
+            ("raw", RAW),
+            ("throttle", filters::THROTTLE),
         ],
     }),
-};
-
-const NBD_EXPORT: &[Member] = &[
-    optional("name", Kind::Text, "what clients ask for; default: the node's name"),
-    optional("description", Kind::Text, "a text for clients"),
-    optional("bitmaps", Kind::List(&bitmaps::NAMED), "not supported yet"),
-    optional("allocation-depth", Kind::Flag, "only false"),
-];
-
-static EXPORT: Record = Record {
-    members: &[
-        required("type", Kind::Word(&["nbd"]), "the front end"),
-        required("id", Kind::Text, "the export's id"),
-        optional("fixed-iothread", Kind::Flag, "only false"),
-        optional("iothread", Kind::Text, "not supported"),
-        required("node-name", Kind::Text, "the node to offer"),
-        optional("writable", Kind::Flag, "whether clients may write; default false"),
-        optional("writethrough", Kind::Flag, "only false"),
-        optional("allow-inactive", Kind::Flag, "accepted, of no effect"),
-    ],
-    cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
 
 static BY_DEVICE: Record = record(&[required("device", Kind::Text, "the job's id")]);
@@ -402,11 +370,11 @@ pub static COMMANDS: &[Command] = &[
             optional("tls-creds", Kind::Text, "not supported yet"),
             optional("tls-authz", Kind::Text, "not supported yet"),
             optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
-            required("addr", Kind::Object(&SOCKET_ADDRESS), "where it listens"),
+            required("addr", Kind::Object(&exports::SOCKET_ADDRESS), "where it listens"),
         ]),
     ),
     command("nbd-server-stop", "Stops the NBD server and removes its exports.", &NOTHING),
-    command("block-export-add", "Offers a node to clients.", &EXPORT),
+    command("block-export-add", "Offers a node to clients.", &exports::EXPORT),
     command(
         "block-export-del",
         "Removes an export.",
@@ -425,12 +393,10 @@ pub static COMMANDS: &[Command] = &[
         "Makes an image, as a job that is dismissed when it has concluded.",
         &create::CREATE,
     ),
+    command("blockdev-snapshot", "Puts an open overlay in a node's place, on top of it.", &mirror::SNAPSHOT),
+    command("blockdev-snapshot-sync", "The same, with one that it makes or opens.", &mirror::SNAPSHOT_SYNC),
     command("blockdev-mirror", "Starts a mirror.", &mirror::MIRROR),
-    command(
-        "drive-mirror",
-        "Starts a mirror to a file that is made or opened for it.",
-        &mirror::DRIVE_MIRROR,
-    ),
+    command("drive-mirror", "Starts a mirror to a file that it makes or opens.", &mirror::DRIVE_MIRROR),
     command("block-job-pause", "Stops a job's copying for a while.", &BY_DEVICE),
     command("block-job-resume", "Lets a paused job go on.", &BY_DEVICE),
     command(
@@ -479,6 +445,20 @@ pub static COMMANDS: &[Command] = &[
         &returns::BLOCK_JOBS,
     ),
     query("query-jobs", "Lists the jobs, newest first.", &NOTHING, &returns::JOBS),
+    command("object-add", "Makes an object.", &filters::OBJECT),
+    command(
+        "object-del",
+        "Forgets an object that nobody uses.",
+        &record(&[required("id", Kind::Text, "the object's id")]),
+    ),
+    query("qom-get", "Says what a property of an object is.", &filters::PROPERTY, &Kind::Any),
+    command("qom-set", "Changes a property of an object.", &filters::NEW_PROPERTY),
+    query(
+        "human-monitor-command",
+        "Carries out a command of QEMU's human monitor and answers its text; only qemu-io.",
+        &filters::HUMAN,
+        &Kind::Text,
+    ),
     command("transaction", "Does several things, or none of them.", &bitmaps::TRANSACTION),
     command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
     command(

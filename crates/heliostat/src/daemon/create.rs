@@ -13,6 +13,7 @@ use heliostat_block::graph::{Place, Role};
 use heliostat_block::job::{Job, JobEvent, JobOptions, Observer, errand};
 use heliostat_block::name::is_wellformed_id;
 use heliostat_block::node::Node;
+use heliostat_block::node_storage::NodeStorage;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Storage, ZeroSpace};
 use heliostat_host::file::FileStorage;
@@ -147,7 +148,7 @@ impl Daemon {
         let storage = entry.storage.clone().filter(|storage| {
             entry.node.image().is_none() && !entry.is_window && entry.node.size() == storage.size()
         });
-        let storage = storage.ok_or_else(|| DaemonError::NotAFile(entry.node.name().clone()))?;
+        let storage = storage.unwrap_or_else(|| NodeStorage::new(Arc::clone(&entry.node)));
         Ok(Found { storage, path: entry.path.clone(), node: Some(Arc::clone(&entry.node)) })
     }
 
@@ -179,7 +180,13 @@ fn open_new(spec: &NodeSpec) -> Result<Found, DaemonError> {
     let (file, driver) = match &spec.driver {
         DriverSpec::File(file) => (file, "file"),
         DriverSpec::HostDevice(file) => (file, "host_device"),
-        DriverSpec::Raw { .. } | DriverSpec::Qcow2(_) | DriverSpec::NullCo { .. } => {
+        DriverSpec::Raw { .. }
+        | DriverSpec::Qcow2(_)
+        | DriverSpec::NullCo { .. }
+        | DriverSpec::Null(_)
+        | DriverSpec::Faults(_)
+        | DriverSpec::Throttle { .. }
+        | DriverSpec::CopyOnRead { .. } => {
             return Err(DaemonError::Create(
                 "only a file or a block device can be opened for this".to_owned(),
             ));

@@ -72,30 +72,30 @@ const CLUSTER: u32 = 64 << 10;
 
 /// A format, as QEMU's names have it: with nothing on top of the file, or with something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Layer {
+pub(super) enum Layer {
     None,
     Format(Format),
 }
 
 impl Layer {
-    const fn wanted(self) -> Wanted {
+    pub(super) const fn wanted(self) -> Wanted {
         match self {
             Self::None => Wanted::AsBelow,
             Self::Format(format) => Wanted::Said(format),
         }
     }
 
-    const fn is_image(self) -> bool {
+    pub(super) const fn is_image(self) -> bool {
         matches!(self, Self::Format(Format::Qcow2))
     }
 }
 
 /// A target that is to be made.
-struct New {
-    path: PathBuf,
-    layer: Layer,
-    beneath: Beneath,
-    image: Option<CreateOptions>,
+pub(super) struct New {
+    pub(super) path: PathBuf,
+    pub(super) layer: Layer,
+    pub(super) beneath: Beneath,
+    pub(super) image: Option<CreateOptions>,
 }
 
 impl Daemon {
@@ -234,10 +234,10 @@ const fn whole_of(sync: SyncMode) -> SyncMode {
 }
 
 /// A file that was made for a mirror: gone again when that does not start, if nothing was there before.
-struct Made<'a>(Option<&'a Path>);
+pub(super) struct Made<'a>(Option<&'a Path>);
 
 impl<'a> Made<'a> {
-    fn new(new: &'a New, source: &NodeEntry) -> Result<Self, DaemonError> {
+    pub(super) fn new(new: &'a New, source: &NodeEntry) -> Result<Self, DaemonError> {
         let path = &new.path;
         let is_device = is_device(path);
         let was_there = path.symlink_metadata().is_ok();
@@ -259,7 +259,12 @@ impl<'a> Made<'a> {
         Ok(made)
     }
 
-    fn keep(mut self) {
+    /// Nothing that would have to go.
+    pub(super) const fn nothing() -> Self {
+        Self(None)
+    }
+
+    pub(super) fn keep(mut self) {
         self.0 = None;
     }
 }
@@ -314,7 +319,7 @@ fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Re
     Ok(New { path, layer, beneath, image })
 }
 
-fn image_of(source: &NodeEntry, below: Option<&NodeEntry>) -> Result<CreateOptions, DaemonError> {
+pub(super) fn image_of(source: &NodeEntry, below: Option<&NodeEntry>) -> Result<CreateOptions, DaemonError> {
     let size = source.node.size();
     if !size.is_multiple_of(512) {
         let text = "The source is no multiple of 512 bytes long, which a qcow2 image is; say format=raw";
@@ -340,7 +345,7 @@ fn image_of(source: &NodeEntry, below: Option<&NodeEntry>) -> Result<CreateOptio
     Ok(image)
 }
 
-fn layer(name: &str) -> Option<Layer> {
+pub(super) fn layer(name: &str) -> Option<Layer> {
     match name {
         "file" | "host_device" => Some(Layer::None),
         "raw" => Some(Layer::Format(Format::Raw)),
@@ -359,7 +364,7 @@ const fn is_of(driver: &DriverSpec, layer: Layer) -> bool {
 }
 
 /// The file at `path`, used as that of the source is.
-fn file_spec(path: &Path, source: &NodeEntry) -> NodeSpec {
+pub(super) fn file_spec(path: &Path, source: &NodeEntry) -> NodeSpec {
     let discard = match source.node.options().discard {
         Discard::Unmap => Discard::Unmap,
         Discard::Ignore | Discard::ZeroesOnly => Discard::ZeroesOnly,
@@ -370,7 +375,11 @@ fn file_spec(path: &Path, source: &NodeEntry) -> NodeSpec {
 
 /// Refuses a file that could not be made, as far as that can be known before; and one that a node of ours is in, also
 /// where no locks say so.
-fn check_creatable(path: &Path, source: &NodeEntry, in_use: &[Identity]) -> Result<(), DaemonError> {
+pub(super) fn check_creatable(
+    path: &Path,
+    source: &NodeEntry,
+    in_use: &[Identity],
+) -> Result<(), DaemonError> {
     let refused = |errno| {
         Err(DaemonError::Create(format!("Could not create '{}': {}", path.display(), strerror(errno))))
     };

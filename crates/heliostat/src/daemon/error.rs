@@ -8,6 +8,7 @@ use heliostat_block::driver::raw::WindowError;
 use heliostat_block::error::{BlockError, InvalidGranularity};
 use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
+use heliostat_block::throttle::InvalidLimits;
 use heliostat_host::open::OpenError;
 
 use super::bitmaps::BitmapError;
@@ -51,12 +52,21 @@ pub enum DaemonError {
         /// The overlay.
         of: NodeName,
     },
-    /// The node's bytes are no file's: another cannot be put on top of them.
-    #[error(
-        "Node '{0}' is not all of a file, a block device or a raw disk, and nothing else can hold an image or be seen \
-         through a window yet"
-    )]
-    NotAFile(NodeName),
+    /// A node that passes requests on is not to be had. The text is QEMU's.
+    #[error("{0}")]
+    Filter(String),
+    /// Limits that make no sense.
+    #[error(transparent)]
+    ThrottleLimits(#[from] InvalidLimits),
+    /// An object of that id is there.
+    #[error("attempt to add duplicate property '{0}' to object (type 'container')")]
+    ObjectExists(String),
+    /// There is no such object.
+    #[error("object '{0}' not found")]
+    ObjectNotFound(String),
+    /// The object has users.
+    #[error("object '{0}' is in use, can not be deleted")]
+    ObjectInUse(String),
     /// The image cannot be used.
     #[error(transparent)]
     Format(#[from] FormatError),
@@ -88,6 +98,12 @@ pub enum DaemonError {
         /// What it names.
         name: String,
     },
+    /// A node cannot be the overlay of another. The text is QEMU's.
+    #[error("{0}")]
+    Snapshot(String),
+    /// What clients have written cannot be made durable before they leave it.
+    #[error("cannot make durable what was written: {0}")]
+    Unflushed(BlockError),
     /// There is no such driver.
     #[error("Unknown driver '{0}'")]
     UnknownDriver(String),
@@ -350,7 +366,8 @@ pub(super) fn open_text(error: &OpenError) -> String {
 }
 
 /// The host's words for an error number, without the number that the standard library adds.
-pub(super) fn strerror(errno: rustix::io::Errno) -> String {
+#[must_use]
+pub fn strerror(errno: rustix::io::Errno) -> String {
     let text = std::io::Error::from(errno).to_string();
     match text.rfind(" (os error ") {
         Some(end) => text[..end].to_owned(),

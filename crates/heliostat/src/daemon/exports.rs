@@ -14,6 +14,7 @@ use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::name::is_wellformed_id;
 use heliostat_block::nbd::Access;
 use heliostat_block::node::Node;
+use heliostat_host::runtime::STACK;
 use heliostat_host::socket::Address;
 
 use super::events::Happening;
@@ -256,7 +257,7 @@ impl Daemon {
             Removal::Safe => waiting(),
             Removal::Hard => {
                 // Bounded by the number of exports.
-                let thread = std::thread::Builder::new().name("export-end".to_owned());
+                let thread = std::thread::Builder::new().name("export-end".to_owned()).stack_size(STACK);
                 // Without a thread it stays listed as leaving until the server is stopped.
                 let _ = thread.spawn(waiting);
             }

@@ -17,21 +17,25 @@ mod mirror;
 mod mirror_bitmap;
 mod nodes;
 mod open;
+mod poke;
 mod resize;
 mod shutdown;
+mod snapshot;
 mod transaction;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use heliostat_block::clock::Clock;
 use heliostat_block::graph::Graph;
+use heliostat_block::throttle::ThrottleGroup;
 use heliostat_host::clock::RealClock;
 
 pub use bitmaps::{BitmapAction, BitmapError, BitmapSpec};
 pub use create::ImageSpec;
 pub use drive_mirror::{DriveMirrorSpec, TargetMode, TargetName};
-pub use error::DaemonError;
+pub use error::{DaemonError, strerror};
 pub use events::{Event, Happening, Subscription, Watch};
 pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
 pub use gate::{Gate, Probing, resolved};
@@ -39,10 +43,12 @@ pub use jobs::{JobEntry, JobKind};
 pub use mirror::MirrorSpec;
 pub use mirror_bitmap::{BitmapUse, BitmapUseError};
 pub use nodes::{
-    BackingSpec, Beneath, CacheUse, Child, DriverSpec, FileSpec, NodeEntry, NodeSpec, Qcow2Spec, Sharing,
-    TableCache,
+    BackingSpec, Beneath, CacheUse, Child, DriverSpec, FaultLimits, FaultSpec, FileSpec, FilterEntry,
+    NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache, errno,
 };
+pub use poke::{Poke, Poked};
 pub use shutdown::ShutdownError;
+pub use snapshot::SnapshotSpec;
 pub use transaction::{Action, TransactionError};
 
 use events::Events;
@@ -50,7 +56,11 @@ use exports::Serving;
 use jobs::Jobs;
 use lanes::LaneThreads;
 use nodes::Nodes;
+use poke::Pokes;
 use shutdown::Quit;
+
+/// Throttle groups by id.
+type ThrottleGroups = BTreeMap<String, Arc<ThrottleGroup>>;
 
 /// The nodes, exports and jobs of one process. Used from any thread.
 pub struct Daemon {
@@ -65,6 +75,8 @@ pub struct Daemon {
     /// For what runs on jobs' threads, which keep no daemon alive.
     myself: Weak<Daemon>,
     nodes: Mutex<Nodes>,
+    throttle_groups: Mutex<ThrottleGroups>,
+    pokes: Arc<Pokes>,
     jobs: Mutex<Jobs>,
     lanes: LaneThreads,
     serving: Mutex<Serving>,
@@ -91,6 +103,8 @@ impl Daemon {
             events: Arc::default(),
             changes: Mutex::default(),
             nodes: Mutex::default(),
+            throttle_groups: Mutex::default(),
+            pokes: Arc::default(),
             jobs: Mutex::default(),
             lanes: LaneThreads::default(),
             serving: Mutex::default(),

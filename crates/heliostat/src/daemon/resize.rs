@@ -1,7 +1,8 @@
 //! Making a node longer or shorter while it is in use.
 //!
-//! Refused where somebody relies on the size: a mirror, an overlay, a node above. Exports go on: their clients are told
-//! the size when they connect, and requests beyond the new end are refused like any that lies outside.
+//! Refused where somebody relies on the size: a mirror, an overlay, a node above, and, unless it becomes longer, an
+//! export: its clients are told the size when they connect, and what they know of is not taken from them. QEMU refuses
+//! an exported node in any case; to grow a disk there means to cut its guest off.
 
 use std::sync::Arc;
 
@@ -35,11 +36,18 @@ impl Daemon {
         let entry = entry
             .ok_or_else(|| DaemonError::NoDeviceNorNode { device: String::new(), node: name.to_owned() })?;
         let size = u64::try_from(size).map_err(|_| DaemonError::ResizeSize)?;
-        self.check_resizable(&entry.node)?;
+        self.check_resizable(&entry.node, size)?;
         if size > SIZE_MAX {
             return Err(DaemonError::ResizeTooLarge(size));
         }
         let below = lower(&nodes, entry);
+        if entry.node.image().is_none() && size <= entry.node.size() {
+            let exported = below.clone().find(|lower| self.is_exported(&lower.node));
+            if let Some(lower) = exported {
+                let user = format!("node '{name}' (uses node '{}' as 'file' child)", lower.node.name());
+                return Err(conflict(&lower.node, user, root(&lower.node)));
+            }
+        }
         if entry.node.image().is_none() && std::iter::once(entry).chain(below.clone()).any(|it| it.is_fixed) {
             return Err(DaemonError::ResizeFixed);
         }
@@ -57,8 +65,8 @@ impl Daemon {
         runtime::block_on(work).map_err(DaemonError::Engine)?.map_err(refusal)
     }
 
-    /// Refuses where a user of the node relies on its size.
-    fn check_resizable(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
+    /// Refuses where a user of the node relies on its size, or on that it is not less than it is.
+    fn check_resizable(&self, node: &Arc<Node>, size: u64) -> Result<(), DaemonError> {
         let roles = self.graph.roles(node);
         let name = || node.name().clone();
         for role in &roles {
@@ -76,19 +84,29 @@ impl Daemon {
             Role::Child { of } => Some(of),
             _ => None,
         });
-        above.map_or(Ok(()), |of| Err(conflict(node, of.as_str())))
+        if let Some(of) = above {
+            let above = format!("node '{of}' (uses node '{}' as 'file' child)", node.name());
+            return Err(conflict(node, root(node), above));
+        }
+        if size <= node.size() && self.is_exported(node) {
+            return Err(conflict(node, root(node), root(node)));
+        }
+        Ok(())
+    }
+
+    fn is_exported(&self, node: &Arc<Node>) -> bool {
+        self.graph.roles(node).iter().any(|role| matches!(role, Role::Export { .. }))
     }
 }
 
-/// QEMU's words where the node above has not agreed.
-fn conflict(node: &Node, above: &str) -> DaemonError {
-    let node = node.name().clone();
-    DaemonError::PermissionConflict {
-        user: format!("an unnamed block device (uses node '{node}' as 'root' child)"),
-        other: format!("node '{above}' (uses node '{node}' as 'file' child)"),
-        permissions: "resize",
-        node,
-    }
+/// QEMU's words for whoever uses a node and has no name: its command, an export.
+fn root(node: &Node) -> String {
+    format!("an unnamed block device (uses node '{}' as 'root' child)", node.name())
+}
+
+/// QEMU's words where `other` has not agreed.
+fn conflict(node: &Node, user: String, other: String) -> DaemonError {
+    DaemonError::PermissionConflict { user, other, permissions: "resize", node: node.name().clone() }
 }
 
 /// The nodes through which the bytes of `entry` go.

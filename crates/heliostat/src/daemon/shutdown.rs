@@ -64,11 +64,13 @@ impl Daemon {
         self.closing.store(true, std::sync::atomic::Ordering::Release);
         // Whoever is in the middle of a change ends it first.
         drop(self.changes.lock().unwrap_or_else(PoisonError::into_inner));
+        self.release_held_up();
         self.enter(Stage::Jobs);
         self.end_jobs();
         self.lanes.end();
         self.enter(Stage::Clients);
         self.end_serving();
+        self.end_pokes();
         self.enter(Stage::Flush);
         let flushed = flush(&self.graph.nodes());
         let closed = self.close_nodes();

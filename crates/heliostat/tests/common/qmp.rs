@@ -102,6 +102,45 @@ impl Qmp {
         }
     }
 
+    /// Executes a command without arguments `count` times, sending on without waiting for answers, and reads those.
+    ///
+    /// # Errors
+    /// The connection's; `TimedOut` when they are not all there after `limit`.
+    pub fn pipeline(&mut self, command: &str, count: u32, limit: Duration) -> io::Result<()> {
+        let text = format!("{{\"execute\": \"{command}\"}}\n");
+        let mut sending = self.stream.try_clone()?;
+        sending.set_write_timeout(Some(limit))?;
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(move || {
+                let batch = text.repeat(50);
+                let whole = (0..count / 50).try_for_each(|_| sending.write_all(batch.as_bytes()));
+                let rest = usize::try_from(count % 50).expect("less than 50");
+                whole.and_then(|()| sending.write_all(text.repeat(rest).as_bytes()))
+            });
+            let deadline = Instant::now() + limit;
+            let mut answers = 0;
+            let mut read = 0;
+            while answers < count {
+                // Counted, not read: the client is not what is measured.
+                let mut piece = [0; 65536];
+                self.stream.set_read_timeout(Some(left(deadline).max(Duration::from_millis(1))))?;
+                match self.stream.read(&mut piece) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(len) => {
+                        read += len;
+                        let ends = piece[..len].iter().filter(|byte| **byte == b'\n').count();
+                        answers += u32::try_from(ends).expect("fewer than bytes");
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => {
+                        return Err(io::Error::new(error.kind(), format!("after {read} bytes: {error}")));
+                    }
+                }
+            }
+            sender.join().expect("sending does not panic")
+        })
+    }
+
     /// Sends a text as it stands and a line's end: for tests of what is no proper command.
     ///
     /// # Errors

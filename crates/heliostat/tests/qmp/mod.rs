@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test file is a program of its own and uses only its part of this")]
 
 pub mod faults;
+pub mod steps;
 pub mod transcript;
 pub mod wire;
 
@@ -83,6 +84,13 @@ impl Peer {
     pub fn ends_well(mut self) -> bool {
         let daemon = self.daemon.take().expect("taken by nobody yet");
         daemon.wait().expect("it ends").success()
+    }
+
+    /// Waits until it ends by itself, content, and looks at what it has left.
+    pub fn ends_well_but(mut self, look: impl FnOnce(&Path)) {
+        let daemon = self.daemon.take().expect("taken by nobody yet");
+        assert!(daemon.wait().expect("it ends").success());
+        look(self.folder.path());
     }
 
     /// Makes an image full of data in its folder: then both daemons have the same to copy, as QEMU counts holes.

@@ -1,5 +1,6 @@
 //! The rows: which work, who does it, what is promised about it. Each file is one kind of work.
 
+mod control;
 mod copy;
 mod guest;
 mod mirror;
@@ -33,6 +34,8 @@ pub fn all() -> Vec<Row> {
         mirror::DIRECT,
         mirror::SPARSE,
         serve::RANDOM,
+        control::JOBS_AT_ONCE,
+        control::COMMANDS,
         guest::QUIET,
         guest::BUSY,
         copy::FILES,

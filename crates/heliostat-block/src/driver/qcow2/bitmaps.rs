@@ -14,6 +14,7 @@ use super::error::FormatError;
 use super::file::ImageFile;
 use super::header::{BitmapsExtension, Header, Table, autoclear};
 use super::layout::Layout;
+use super::refcount::Run;
 use super::state::{read_numbers, write_numbers};
 use crate::convert::{u64_from, usize_from};
 use crate::dirty_bitmap::DirtyBitmap;
@@ -267,36 +268,36 @@ impl Qcow2 {
 
     /// Writes the bitmaps, in new clusters, and says that they mean what they say. Nobody may mark them meanwhile.
     pub(super) async fn store_bitmaps(&self) -> Result<(), FormatError> {
-        let (header, bitmaps) = (self.header(), self.all_bitmaps());
+        let bitmaps = self.all_bitmaps();
         if !bitmaps.iter().any(|bitmap| bitmap.bits.is_some() || bitmap.is_removed) {
             return Ok(());
         }
-        let mut freed = Vec::new();
-        if let Some(old) = header.bitmaps {
-            freed.push(old.directory()?);
-        }
-        let mut entries = Vec::new();
-        for bitmap in &bitmaps {
-            if let (Some(bits), false) = (&bitmap.bits, bitmap.is_removed) {
-                let table = self.store_bits(bits, &bitmap.entry).await?;
-                entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
-            } else if !bitmap.is_removed {
-                entries.push(bitmap.entry.clone());
-                continue;
+        let mut taken = Vec::new();
+        let header = match self.write_bitmaps(&bitmaps, &mut taken).await {
+            Ok(header) => header,
+            Err(error) => {
+                for run in taken {
+                    self.give_back(run).await;
+                }
+                return Err(error);
             }
-            freed.extend(self.places_of_old(bitmap).await?);
+        };
+        let mut gone = Vec::new();
+        for bitmap in bitmaps.iter().filter(|bitmap| bitmap.is_removed && bitmap.bits.is_none()) {
+            // What cannot be read is lost space, until a check gives it back.
+            gone.extend(self.places_of_unusable(bitmap).await.unwrap_or_default());
         }
-        let new = self.store_directory(&entries).await?;
-        self.flush().await?;
         // The directory is durable before the header names it.
-        let flag = if new.is_some() { autoclear::BITMAPS } else { 0 };
-        let autoclear = header.autoclear & !autoclear::BITMAPS | flag;
-        let header = Header { bitmaps: new, autoclear, ..header };
-        self.file.write(0, Bytes::from(header.encode()?)).await?;
-        self.flush().await?;
+        self.write_header(0, Bytes::from(header.encode()?)).await?;
+        self.set_bitmaps(bitmaps.into_iter().filter(|bitmap| !bitmap.is_removed).collect());
+        let bits = self.layout.cluster_bits;
+        let range = |run: Run| ByteRange::from_bounds(run.first << bits, (run.first + run.count) << bits);
         let mut state = self.lock();
         state.header = header;
-        for range in freed {
+        let new: Vec<_> = taken.into_iter().map(range).collect();
+        new.iter().for_each(|range| state.protect(*range, "bitmap"));
+        let old = std::mem::replace(&mut state.bitmap_places, new);
+        for range in old.into_iter().chain(gone) {
             state.unprotect(range);
             let first = self.layout.cluster_index(range.offset());
             state.drop_later(first..first + self.layout.clusters_for(range.len()), false);
@@ -304,44 +305,60 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes a directory into new clusters; says where it is, unless there is nothing to say.
-    async fn store_directory(
+    /// Writes all that stay and their directory, durably, into clusters that are entered in `taken`; returns the header
+    /// that will name them.
+    async fn write_bitmaps(
         &self,
-        entries: &[BitmapEntry],
-    ) -> Result<Option<BitmapsExtension>, FormatError> {
-        if entries.is_empty() {
-            return Ok(None);
+        bitmaps: &[StoredBitmap],
+        taken: &mut Vec<Run>,
+    ) -> Result<Header, FormatError> {
+        let mut entries = Vec::new();
+        for bitmap in bitmaps.iter().filter(|bitmap| !bitmap.is_removed) {
+            let table = match &bitmap.bits {
+                Some(bits) => self.store_bits(bits, &bitmap.entry, taken).await?,
+                None => bitmap.entry.table,
+            };
+            entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
         }
-        let directory = encode_directory(entries);
-        Ok(Some(BitmapsExtension {
-            count: u32::try_from(entries.len()).unwrap_or(u32::MAX),
-            directory_size: u64_from(directory.len()),
-            directory_offset: self.store_new(directory).await?,
-        }))
+        let mut new = None;
+        if !entries.is_empty() {
+            let directory = encode_directory(&entries);
+            new = Some(BitmapsExtension {
+                count: u32::try_from(entries.len()).unwrap_or(u32::MAX),
+                directory_size: u64_from(directory.len()),
+                directory_offset: self.store_new(directory, taken).await?,
+            });
+        }
+        self.flush().await?;
+        let header = self.header();
+        let flag = if new.is_some() { autoclear::BITMAPS } else { 0 };
+        let autoclear = header.autoclear & !autoclear::BITMAPS | flag;
+        Ok(Header { bitmaps: new, autoclear, ..header })
     }
 
-    /// Where a bitmap stands in the image that goes, or gets new clusters. The table of one that was not saved is only
-    /// looked at now.
-    async fn places_of_old(&self, bitmap: &StoredBitmap) -> Result<Vec<ByteRange>, FormatError> {
-        if bitmap.entry.table.len == 0 {
+    /// Where a bitmap stands in the image whose table nobody has looked at, because it was not saved.
+    async fn places_of_unusable(&self, bitmap: &StoredBitmap) -> Result<Vec<ByteRange>, FormatError> {
+        let range = bitmap.entry.table_range();
+        if range.is_empty() || range.end() > self.file.size() {
             return Ok(Vec::new());
         }
-        let mut bitmap = bitmap.clone();
-        let range = bitmap.entry.table_range();
-        if bitmap.table.is_empty() && range.end() <= self.file.size() {
-            let table = read_numbers(&self.file.read(range).await?);
-            // What makes no sense is left alone: it may be anybody's.
-            let is_sound = table.iter().all(|entry| match Bits::decode(*entry, self.layout) {
-                Some(Bits::At(start)) => start + self.layout.cluster_size() <= self.file.size(),
-                other => other.is_some(),
-            });
-            bitmap.table = if is_sound { table } else { Vec::new() };
-        }
+        let table = read_numbers(&self.file.read(range).await?);
+        // What makes no sense is left alone: it may be anybody's.
+        let is_sound = table.iter().all(|entry| match Bits::decode(*entry, self.layout) {
+            Some(Bits::At(start)) => start + self.layout.cluster_size() <= self.file.size(),
+            other => other.is_some(),
+        });
+        let bitmap = StoredBitmap { table: if is_sound { table } else { Vec::new() }, ..bitmap.clone() };
         Ok(bitmap.places(self.layout).into_iter().map(|(range, _)| range).collect())
     }
 
     /// Writes the bits of one bitmap; says where its table is.
-    async fn store_bits(&self, bits: &DirtyBitmap, entry: &BitmapEntry) -> Result<Table, FormatError> {
+    async fn store_bits(
+        &self,
+        bits: &DirtyBitmap,
+        entry: &BitmapEntry,
+        taken: &mut Vec<Run>,
+    ) -> Result<Table, FormatError> {
         let layout = self.layout;
         let each = layout.cluster_size() * 8 * entry.granularity();
         let mut table = Vec::new();
@@ -350,23 +367,33 @@ impl Qcow2 {
                 ByteRange::from_bounds(index * each, (index + 1).saturating_mul(each).min(self.size()));
             let cluster = serialize(bits, part, entry.granularity(), layout);
             table.push(match cluster {
-                Some(cluster) => self.store_new(cluster).await?,
+                Some(cluster) => self.store_new(cluster, taken).await?,
                 None => 0,
             });
         }
         let len = u32::try_from(table.len()).unwrap_or(u32::MAX);
-        Ok(Table { offset: self.store_new(write_numbers(table)).await?, len })
+        Ok(Table { offset: self.store_new(write_numbers(table), taken).await?, len })
     }
 
     /// Writes something into new clusters; says where.
-    async fn store_new(&self, mut bytes: Vec<u8>) -> Result<u64, FormatError> {
+    async fn store_new(&self, mut bytes: Vec<u8>, taken: &mut Vec<Run>) -> Result<u64, FormatError> {
         let clusters = self.layout.clusters_for(u64_from(bytes.len()));
         let run = self.attempt(|state| state.allocate_all(clusters)).await?;
+        taken.push(run);
         bytes.resize(usize_from(clusters << self.layout.cluster_bits), 0);
         let offset = run.first << self.layout.cluster_bits;
         self.file.write(offset, Bytes::from(bytes)).await?;
         Ok(offset)
     }
+}
+
+/// What the bitmaps take that will be written anew: the directory, and tables and bits of those that can be used.
+pub(super) fn places(bitmaps: &[StoredBitmap], header: &Header) -> Vec<ByteRange> {
+    let usable: Vec<_> = bitmaps.iter().filter(|bitmap| bitmap.bits.is_some()).collect();
+    let directory = header.bitmaps.filter(|_| !usable.is_empty());
+    let directory = directory.and_then(|extension| extension.directory().ok());
+    let own = usable.iter().flat_map(|bitmap| bitmap.places(header.layout)).map(|(range, _)| range);
+    directory.into_iter().chain(own).collect()
 }
 
 /// The cluster that holds the bits of `part`; `None` where none is set.

@@ -24,6 +24,7 @@ use super::file::ImageFile;
 use super::slices::Kind;
 use super::state::{Limbo, State, numbers_len, write_numbers};
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
@@ -120,11 +121,6 @@ impl State {
         self.commits.copies[0] |= self.has_blocks || allocation.writes_around();
     }
 
-    /// What the medium holds is not known any more.
-    pub(super) fn set_adrift(&mut self) {
-        self.commits.is_adrift = true;
-    }
-
     /// Takes note of how a commit ended.
     fn end_batch(&mut self, batch: Batch, is_durable: bool) {
         self.commits.is_running = false;
@@ -156,10 +152,15 @@ impl State {
 }
 
 /// Tables that are being written. Dropped before [`Tables::end`], they are adrift.
-struct Tables<'a>(Option<&'a Qcow2>);
+pub(super) struct Tables<'a>(Option<&'a Qcow2>);
 
-impl Tables<'_> {
-    fn end(mut self) {
+impl<'a> Tables<'a> {
+    pub(super) const fn of(driver: &'a Qcow2) -> Self {
+        Self(Some(driver))
+    }
+
+    /// They are written, or have not been and will be.
+    pub(super) fn end(mut self) {
         self.0 = None;
     }
 }
@@ -243,36 +244,50 @@ impl Qcow2 {
     }
 
     async fn write_batch(&self, batch: &Batch) -> io::Result<()> {
-        self.write_all(&batch.refcounts).await?;
+        self.write_all(&batch.refcounts, DebugEvent::RefblockUpdatePart).await?;
         if !batch.refcount_table.is_empty() {
             self.flush_file(&self.file).await?;
-            self.write_all(&batch.refcount_table).await?;
+            let table = match batch.moved {
+                Some(_) => DebugEvent::RefblockAllocWriteTable,
+                None => DebugEvent::RefblockAllocHookup,
+            };
+            self.write_all(&batch.refcount_table, table).await?;
             if let Some(words) = &batch.moved {
                 self.flush_file(&self.file).await?;
-                self.write_all(&[(REFCOUNT_TABLE_WORDS, words.clone())]).await?;
+                let switch = DebugEvent::RefblockAllocSwitchTable;
+                self.write_all(&[(REFCOUNT_TABLE_WORDS, words.clone())], switch).await?;
             }
         }
         let data_is_last = is_planted(Bug::MappingBeforeDataFile);
         if let Some(data) = self.data_file.as_ref().filter(|_| !data_is_last) {
             self.flush_file(data).await?;
         }
+        let is_last = batch.l2.is_empty() && batch.l1.is_empty();
         if !is_planted(Bug::TablesBeforeCounts) {
-            self.flush_file(&self.file).await?;
+            self.flush_image(is_last).await?;
         }
         if !batch.l2.is_empty() {
-            self.write_all(&batch.l2).await?;
+            self.write_all(&batch.l2, DebugEvent::L2Update).await?;
             if !is_planted(Bug::LinksBeforeTables) {
-                self.flush_file(&self.file).await?;
+                self.flush_image(batch.l1.is_empty()).await?;
             }
         }
         if !batch.l1.is_empty() {
-            self.write_all(&batch.l1).await?;
-            self.flush_file(&self.file).await?;
+            self.write_all(&batch.l1, DebugEvent::L1Update).await?;
+            self.flush_image(true).await?;
         }
         if let Some(data) = self.data_file.as_ref().filter(|_| data_is_last) {
             self.flush_file(data).await?;
         }
         Ok(())
+    }
+
+    /// Makes the image file durable; says so before the last time.
+    async fn flush_image(&self, is_last: bool) -> io::Result<()> {
+        if is_last {
+            self.raise(DebugEvent::FlushToDisk).await;
+        }
+        self.flush_file(&self.file).await
     }
 
     /// Makes one file durable. Where that fails, what was written to it since the last time may be gone, and later
@@ -289,8 +304,11 @@ impl Qcow2 {
     }
 
     /// Writes pieces of the image file, neighbours together, several at once.
-    async fn write_all(&self, pieces: &[(u64, Bytes)]) -> io::Result<()> {
-        let tables = Tables(Some(self));
+    async fn write_all(&self, pieces: &[(u64, Bytes)], event: DebugEvent) -> io::Result<()> {
+        if !pieces.is_empty() {
+            self.raise(event).await;
+        }
+        let tables = Tables::of(self);
         let mut writes = stream::iter(joined(pieces).into_iter().map(|(at, data)| self.file.write(at, data)))
             .buffer_unordered(WRITES_AT_ONCE);
         let mut failed = Ok(());
@@ -313,6 +331,7 @@ impl Qcow2 {
                     let range = self.lock().clusters(cluster, 1);
                     self.file.discard(range).await;
                 }
+                self.raise(DebugEvent::ClusterFree).await;
                 let _ = self.attempt(|state| state.drop_reference(cluster)).await;
             }
         }

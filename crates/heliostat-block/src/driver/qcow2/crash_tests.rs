@@ -32,6 +32,8 @@ type Journal = Arc<Mutex<Vec<(usize, Change)>>>;
 struct Memory {
     number: usize,
     bytes: Mutex<Vec<u8>>,
+    /// It becomes no longer than this.
+    size_max: AtomicU64,
     journal: Journal,
 }
 
@@ -52,6 +54,11 @@ fn apply(bytes: &mut Vec<u8>, change: &Change) {
 }
 
 impl Memory {
+    fn new(number: usize, bytes: Vec<u8>, journal: &Journal) -> Arc<Self> {
+        let size_max = AtomicU64::new(SIZE_MAX);
+        Arc::new(Self { number, bytes: Mutex::new(bytes), size_max, journal: Arc::clone(journal) })
+    }
+
     fn change(&self, change: Change) -> IoFuture<'_, ()> {
         apply(&mut lock(&self.bytes), &change);
         lock(&self.journal).push((self.number, change));
@@ -77,7 +84,7 @@ impl Storage for Memory {
     }
 
     fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
-        if size > SIZE_MAX {
+        if size > self.size_max.load(Ordering::SeqCst) {
             return IoFuture::ready(Err(io::ErrorKind::StorageFull.into()));
         }
         self.change(Change::Size(size))
@@ -141,9 +148,7 @@ struct Files {
 impl Files {
     fn open(&self) -> Result<Opened, FormatError> {
         let journal = Journal::default();
-        let memory = |(number, bytes): (usize, &Vec<u8>)| {
-            Arc::new(Memory { number, bytes: Mutex::new(bytes.clone()), journal: Arc::clone(&journal) })
-        };
+        let memory = |(number, bytes): (usize, &Vec<u8>)| Memory::new(number, bytes.clone(), &journal);
         let files: Vec<_> = self.bytes.iter().enumerate().map(memory).collect();
         let below = self.below.as_ref().map(|bytes| {
             let driver = Driver::Raw(Raw::whole(memory((9, bytes))));
@@ -151,7 +156,7 @@ impl Files {
         });
         let options = OpenOptions {
             backing: below,
-            data_file: files.get(1).map(|file| Arc::<Memory>::clone(file) as Arc<dyn Storage>),
+            data_file: files.get(1).map(|file| -> Arc<dyn Storage> { Arc::<Memory>::clone(file) }),
             ..OpenOptions::default()
         };
         let image = now(Qcow2::open(Arc::<Memory>::clone(&files[0]), options))?;
@@ -223,7 +228,7 @@ impl Opened {
 }
 
 fn make(options: &CreateOptions, below: Option<Vec<u8>>) -> Files {
-    let memory = |number| Arc::new(Memory { number, bytes: Mutex::default(), journal: Journal::default() });
+    let memory = |number| Memory::new(number, Vec::new(), &Journal::default());
     let (image, data) = (memory(0), memory(1));
     let data_file = options.data_file.as_ref().map(|_| ImageFile::new(Arc::<Memory>::clone(&data)));
     now(create(&ImageFile::new(Arc::<Memory>::clone(&image)), data_file.as_ref(), options)).unwrap();
@@ -233,9 +238,8 @@ fn make(options: &CreateOptions, below: Option<Vec<u8>>) -> Files {
 }
 
 fn is_sound(files: &Files, what: &str) {
-    let memory = Memory { number: 0, bytes: Mutex::new(files.bytes[0].clone()), journal: Journal::default() };
-    let report =
-        now(check::check(&ImageFile::new(Arc::new(memory)), check::CheckOptions::default())).unwrap();
+    let memory = Memory::new(0, files.bytes[0].clone(), &Journal::default());
+    let report = now(check::check(&ImageFile::new(memory), check::CheckOptions::default())).unwrap();
     assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}: {report:?}");
 }
 
@@ -463,15 +467,103 @@ fn an_image_whose_counts_stand_where_its_tables_do_is_not_repaired_on_opening() 
     let to_table = |bytes: &mut Vec<u8>| put(bytes, L1, u64_from(TABLE) | entry::COPIED);
     let to_block = |bytes: &mut Vec<u8>| put(bytes, L1, u64_from(BLOCK) | entry::COPIED);
     let block_at_l1 = |bytes: &mut Vec<u8>| put(bytes, TABLE, u64_from(L1));
-    let damages: [&dyn Fn(&mut Vec<u8>); 3] = [&to_table, &to_block, &block_at_l1];
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [Damage; 3] = [to_table, to_block, block_at_l1];
     for damage in damages {
         let mut files = not_closed();
         damage(&mut files.bytes[0]);
         let journal = Journal::default();
-        let bytes = Mutex::new(files.bytes[0].clone());
-        let memory = Arc::new(Memory { number: 0, bytes, journal: Arc::clone(&journal) });
+        let memory = Memory::new(0, files.bytes[0].clone(), &journal);
         let refused = now(Qcow2::open(memory, OpenOptions::default()));
         assert!(matches!(refused, Err(FormatError::Invalid(_))));
         assert!(lock(&journal).is_empty(), "nothing has been written");
     }
+}
+
+/// An image with a dirty bitmap, and the same opened.
+fn with_bitmap() -> (Files, Opened) {
+    let mut files =
+        make(&CreateOptions { size: 64 << 10, cluster_bits: 12, ..CreateOptions::default() }, None);
+    let bytes = &mut files.bytes[0];
+    let header = Header::decode(bytes).unwrap();
+    // Behind what is there: the directory, and a table that names no bits. Both are counted.
+    let directory = u64_from(bytes.len());
+    let layout = header.layout;
+    let entry = bitmap_directory::BitmapEntry {
+        name: b"b".to_vec(),
+        table: header::Table { offset: directory + layout.cluster_size(), len: 1 },
+        flags: bitmap_directory::AUTO,
+        granularity_bits: 12,
+        extra: Vec::new(),
+    };
+    let entry = bitmap_directory::encode_directory(&[entry]);
+    bytes.extend_from_slice(&entry);
+    bytes.resize(usize_from(directory + 2 * layout.cluster_size()), 0);
+    for cluster in [directory, directory + layout.cluster_size()] {
+        bytes[BLOCK + usize_from(layout.cluster_index(cluster)) * 2 + 1] = 1;
+    }
+    let bitmaps = header::BitmapsExtension {
+        count: 1,
+        directory_size: u64_from(entry.len()),
+        directory_offset: directory,
+    };
+    let autoclear = header::autoclear::BITMAPS;
+    let new = Header { bitmaps: Some(bitmaps), autoclear, ..header }.encode().unwrap();
+    bytes[..new.len()].copy_from_slice(&new);
+    is_sound(&files, "made");
+    let opened = files.open().unwrap();
+    (files, opened)
+}
+
+#[test]
+fn a_close_that_is_tried_again_gives_nothing_back_twice() {
+    let (_, opened) = with_bitmap();
+    opened.write(0, 9000, 7);
+    opened.image.bitmaps()[0].bits.as_ref().unwrap().mark(ByteRange::from_bounds(0, 9000));
+    now(opened.image.close()).unwrap();
+    now(opened.image.close()).unwrap();
+    now(opened.image.close()).unwrap();
+    assert_eq!(opened.image.corruption(), None);
+    let left = opened.files();
+    is_sound(&left, "closed three times");
+    let again = left.open().unwrap();
+    assert_eq!(again.image.bitmaps()[0].bits.as_ref().unwrap().dirty_bytes(), 12 << 10);
+}
+
+#[test]
+fn a_bitmap_that_finds_no_room_takes_nothing_and_guests_data_is_flushed() {
+    let (_, opened) = with_bitmap();
+    opened.write(0, 9000, 7);
+    opened.image.bitmaps()[0].bits.as_ref().unwrap().mark(ByteRange::from_bounds(0, 9000));
+    let used = opened.image.lock().used_end;
+    opened.files[0].size_max.store(opened.files[0].size(), Ordering::SeqCst);
+    lock(&opened.journal).clear();
+    for _ in 0..3 {
+        assert!(now(opened.image.close()).is_err());
+    }
+    assert!(opened.image.lock().used_end <= used + 3, "each try takes what the one before gave back");
+    assert_eq!(opened.files().open().unwrap().content()[..9000], vec![7; 9000]);
+}
+
+#[test]
+fn a_bitmap_is_believed_only_when_it_says_everything() {
+    let (files, opened) = with_bitmap();
+    opened.write(0, 9000, 7);
+    opened.image.bitmaps()[0].bits.as_ref().unwrap().mark(ByteRange::from_bounds(0, 9000));
+    now(opened.image.close()).unwrap();
+    let journal = lock(&opened.journal).clone();
+    let written = journal
+        .iter()
+        .position(|(_, change)| matches!(change, Change::Write(_, data) if data[..] == [7; 9000]));
+    let mut believed = 0;
+    files.crashes(&journal, |left, moment| {
+        let again = left.open().unwrap();
+        is_sound(left, "after a crash");
+        if let Some(bits) = &again.image.bitmaps()[0].bits {
+            let is_untouched = Some(moment) <= written;
+            assert!(is_untouched || bits.dirty_bytes() == 12 << 10, "a crash before request {moment}");
+            believed += 1;
+        }
+    });
+    assert!(believed > 0 && written.is_some());
 }

@@ -2,7 +2,7 @@
 
 use super::read::{Segment, Source};
 use super::state::State;
-use super::{Obstacle, Qcow2};
+use super::{Obstacle, Qcow2, hollow};
 use crate::range::ByteRange;
 use crate::storage::{Extent, ExtentStatus, IoFuture};
 
@@ -10,10 +10,19 @@ use crate::storage::{Extent, ExtentStatus, IoFuture};
 const EXTENTS_MAX: usize = 1024;
 
 /// The most clusters that are looked at for one answer, while the lock is held.
-const LOOKS_MAX: usize = 32 << 10;
+pub(super) const LOOKS_MAX: usize = 32 << 10;
 
 impl Qcow2 {
     pub(crate) fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        if self.hollow.get() != Some(&false) {
+            return IoFuture::pending(async move {
+                if self.is_hollow().await? {
+                    self.extents_with_holes(range).await
+                } else {
+                    self.extents(range).await
+                }
+            });
+        }
         let (found, obstacle) = self.lock().plan_extents(range);
         if !found.is_empty() || range.is_empty() {
             return IoFuture::ready(Ok(found));
@@ -74,10 +83,5 @@ fn append(extents: &mut Vec<Extent>, segment: Segment) {
         Source::Zero => ExtentStatus::Zero,
         Source::Backing => ExtentStatus::Hole,
     };
-    match extents.last_mut() {
-        Some(last) if last.status == status && last.range.end() == segment.range.offset() => {
-            last.range = ByteRange::from_bounds(last.range.offset(), segment.range.end());
-        }
-        _ => extents.push(Extent { range: segment.range, status }),
-    }
+    hollow::append(extents, Extent { range: segment.range, status });
 }

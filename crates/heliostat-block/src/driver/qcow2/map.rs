@@ -19,15 +19,28 @@ impl Qcow2 {
     /// Where the bytes of `range` are in this image, as far as it answers in one go; never empty for a range that is
     /// not.
     pub(crate) async fn map(&self, range: ByteRange) -> io::Result<Vec<Mapping>> {
-        loop {
+        let found = loop {
             let (found, obstacle) = self.lock().plan_map(range);
             if !found.is_empty() || range.is_empty() {
-                return Ok(found);
+                break found;
             }
             if let Some(obstacle) = obstacle {
                 self.overcome(obstacle).await?;
             }
+        };
+        if !self.is_hollow().await? {
+            return Ok(found);
         }
+        let mut split = Vec::new();
+        for mapping in found {
+            for part in self.hollow_mappings(mapping).await? {
+                part.append_to(&mut split);
+            }
+            if split.len() >= MAPPINGS_MAX {
+                break;
+            }
+        }
+        Ok(split)
     }
 }
 

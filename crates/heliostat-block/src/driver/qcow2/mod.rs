@@ -20,6 +20,7 @@ mod extension;
 mod extents;
 pub mod file;
 pub mod header;
+mod hollow;
 mod in_flight;
 pub mod layout;
 mod map;
@@ -47,10 +48,11 @@ use self::slices::Kind;
 use self::state::{Attempt, Obstacle, State};
 use crate::buffer::Buffer;
 use crate::convert::usize_from;
+use crate::debug_event::DebugEvent;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
-use crate::storage::Traits;
+use crate::storage::{Storage, Traits, pass};
 
 pub use bitmaps::StoredBitmap;
 pub use open::{CACHE_MAX, OpenOptions};
@@ -72,6 +74,8 @@ pub struct Qcow2 {
     /// Its persistent dirty bitmaps; empty where it is not written. Held to look which there are, and when the disk gets
     /// another size.
     bitmaps: Mutex<Vec<StoredBitmap>>,
+    /// Whether clusters that it has may be holes of the file; asked once.
+    hollow: OnceLock<bool>,
     /// Held for look-ups and changes, never across I/O.
     state: Mutex<State>,
     /// Slices that are being loaded, by their place.
@@ -245,9 +249,11 @@ impl Qcow2 {
         if self.lock().corrupt.is_some() {
             return self.flush().await;
         }
-        self.store_bitmaps().await?;
-        // What is unmapped is given back once that is durable, and that has to be written, too.
+        let stored = self.store_bitmaps().await;
+        // Whatever came of that: guests' data is worth more than bitmaps. What is unmapped is given back once that is
+        // durable, and that has to be written, too.
         self.flush().await?;
+        stored?;
         if self.lock().is_changed() {
             self.flush().await?;
         }
@@ -259,6 +265,29 @@ impl Qcow2 {
             // Alone it is a raw image as long as the disk; what it was found with is not ours to cut.
             Some(data) => data.cut_to(self.size().max(data.size_found())).await,
             None => Ok(()),
+        }
+    }
+
+    /// What holds the image.
+    pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
+        self.file.storage()
+    }
+
+    /// Everything that holds parts of it.
+    pub(crate) fn storages(&self) -> impl Iterator<Item = &Arc<dyn Storage>> {
+        std::iter::once(&self.file).chain(&self.data_file).map(ImageFile::storage)
+    }
+
+    /// Says to what is below that something happens, and waits where the request is held up there.
+    async fn raise(&self, event: DebugEvent) {
+        pass(&**self.storage(), event).await;
+    }
+
+    /// [`Qcow2::raise`] for what happened under the lock.
+    async fn raise_what_happened(&self) {
+        let raised = std::mem::take(&mut self.lock().raised);
+        for event in raised {
+            self.raise(event).await;
         }
     }
 
@@ -285,7 +314,13 @@ impl Qcow2 {
     async fn attempt<T>(&self, mut what: impl FnMut(&mut State) -> Attempt<T>) -> io::Result<T> {
         let mut pins = Pins { driver: self, starts: Vec::new() };
         loop {
-            let tried = what(&mut self.lock());
+            let (tried, has_raised) = {
+                let mut state = self.lock();
+                (what(&mut state), !state.raised.is_empty())
+            };
+            if has_raised {
+                Box::pin(self.raise_what_happened()).await;
+            }
             match tried {
                 Ok(done) => return Ok(done),
                 Err(Obstacle::Load(start, kind)) => {
@@ -335,6 +370,11 @@ impl Qcow2 {
         if self.lock().slices.contains(start) {
             return Ok(());
         }
+        self.raise(match kind {
+            Kind::L2 => DebugEvent::L2Load,
+            Kind::Refcounts => DebugEvent::RefblockLoad,
+        })
+        .await;
         // Whoever wants to change it waits for this, too: so it cannot be older than what others have.
         let bytes = self.file.read(slice).await?;
         self.lock().slices.insert(start, kind, bytes.to_vec());
@@ -355,10 +395,12 @@ impl Qcow2 {
         let run = Box::pin(self.attempt(|state| state.allocate(1))).await?;
         let host = self.lock().clusters(run.first, 1);
         let content = async {
+            self.raise(DebugEvent::L2AllocWrite).await;
             self.file.grow_to(host.end()).await?;
             match shared {
                 Some(table) => {
                     let from = ByteRange::from_bounds(table, table + layout.cluster_size());
+                    self.raise(DebugEvent::L2AllocCowRead).await;
                     self.file.read(from).await.map(Some)
                 }
                 None if run.fresh => Ok(None),

@@ -103,22 +103,12 @@ impl Qcow2 {
         let mut header = Header::read(&file).await?;
         let layout = header.layout;
         let read_only = options.read_only || file.storage().traits().read_only;
-        if header.incompatible & incompatible::CORRUPT != 0 && !read_only {
-            return Err(FormatError::MarkedCorrupt);
-        }
-        if header.has_external_data() && options.data_file.is_none() {
-            return Err(FormatError::Invalid("'data-file' is required for this image".into()));
-        }
-        if !header.has_external_data() && options.data_file.is_some() {
-            let text = "'data-file' can only be set for images with an external data file";
-            return Err(FormatError::Invalid(text.into()));
-        }
+        check_openable(&header, read_only, options.data_file.is_some())?;
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
         let bitmaps = if read_only {
             stored::look_at(&file, &header).await
         } else {
-            prepare_for_writing(&file, &mut header).await?;
-            stored::take(&file, &header).await?
+            prepare_for_writing(&file, &mut header).await?
         };
         let l1 = read_numbers(&file.read(header.l1_range()).await?).into_iter().map(L1Entry).collect();
         let refcount_table = read_numbers(&file.read(header.refcount_table_range()).await?);
@@ -139,10 +129,12 @@ impl Qcow2 {
             used_end: layout.clusters_for(size),
             file_end: size,
             tables: BTreeMap::new(),
+            bitmap_places: Vec::new(),
             commits: Commits::default(),
             has_blocks: options.data_file.as_ref().unwrap_or(file.storage()).traits().block_size > 1,
             haunted: BTreeMap::new(),
             corrupt: None,
+            raised: Vec::new(),
             header,
         };
         if !read_only {
@@ -162,6 +154,7 @@ impl Qcow2 {
                 node: options.backing,
             }),
             bitmaps: Mutex::new(bitmaps),
+            hollow: OnceLock::new(),
             state: Mutex::new(state),
             loading: RangeLock::default(),
             linking: RangeLock::default(),
@@ -172,8 +165,26 @@ impl Qcow2 {
     }
 }
 
-/// Brings an image that will be written into a state in which that is allowed.
-async fn prepare_for_writing(file: &ImageFile, header: &mut Header) -> Result<(), FormatError> {
+/// Refuses what is marked as corrupt and to be written, and a data file that is missing or not the image's.
+fn check_openable(header: &Header, read_only: bool, has_data_file: bool) -> Result<(), FormatError> {
+    if header.incompatible & incompatible::CORRUPT != 0 && !read_only {
+        return Err(FormatError::MarkedCorrupt);
+    }
+    if header.has_external_data() && !has_data_file {
+        return Err(FormatError::Invalid("'data-file' is required for this image".into()));
+    }
+    if !header.has_external_data() && has_data_file {
+        let text = "'data-file' can only be set for images with an external data file";
+        return Err(FormatError::Invalid(text.into()));
+    }
+    Ok(())
+}
+
+/// Brings an image that will be written into a state in which that is allowed. Returns its bitmaps.
+async fn prepare_for_writing(
+    file: &ImageFile,
+    header: &mut Header,
+) -> Result<Vec<StoredBitmap>, FormatError> {
     if header.incompatible & incompatible::DIRTY != 0 {
         // It was not closed in order, and its counts may be behind. It says so until they are right again.
         check::repair_dirty(file).await?;
@@ -186,7 +197,7 @@ async fn prepare_for_writing(file: &ImageFile, header: &mut Header) -> Result<()
         file.write(AUTOCLEAR_WORD, Bytes::copy_from_slice(&kept.to_be_bytes())).await?;
         file.flush().await?;
     }
-    Ok(())
+    stored::take(file, header).await
 }
 
 /// Bytes that all tables of an image take, within the limit.
@@ -211,6 +222,7 @@ impl State {
         bitmaps: &[StoredBitmap],
     ) -> Result<(), Corruption> {
         let layout = self.layout;
+        self.bitmap_places = stored::places(bitmaps, &self.header);
         self.check_refcount_table()?;
         let mut places = vec![
             (ByteRange::from_bounds(0, layout.cluster_size()), "image header"),

@@ -12,6 +12,7 @@ use super::state::{Attempt, State};
 use super::{Qcow2, Visit};
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
 use crate::storage::IoFuture;
 
@@ -125,6 +126,13 @@ impl Qcow2 {
         };
         let visit = Visit { driver: self, epoch };
         if let [Segment { source: Source::Host(host), .. }] = segments[..] {
+            if let Some(held_up) = self.storage().raise(DebugEvent::ReadAio) {
+                return IoFuture::pending(async move {
+                    let _visit = visit;
+                    held_up.await;
+                    self.data().read_into(host, buffer).await
+                });
+            }
             return match self.data().read_into(host, buffer) {
                 ready @ IoFuture::Ready(_) => ready,
                 IoFuture::Pending(reading) => IoFuture::pending(async move {
@@ -175,13 +183,17 @@ impl Qcow2 {
 
     async fn read_segment(&self, segment: Segment, mut buffer: Buffer) -> io::Result<Buffer> {
         match segment.source {
-            Source::Host(host) => self.data().read_into(host, buffer).await,
+            Source::Host(host) => {
+                self.raise(DebugEvent::ReadAio).await;
+                self.data().read_into(host, buffer).await
+            }
             Source::Zero => {
                 buffer.fill(0);
                 Ok(buffer)
             }
             Source::Backing => self.read_backing(segment.range, buffer).await,
             Source::Compressed(compressed) => {
+                self.raise(DebugEvent::ReadCompressed).await;
                 let data = self
                     .file
                     .read(ByteRange::from_bounds(compressed.offset, compressed.offset + compressed.len))
@@ -201,6 +213,7 @@ impl Qcow2 {
             buffer.fill(0);
             return Ok(buffer);
         };
+        self.raise(DebugEvent::ReadBackingAio).await;
         let inside = ByteRange::from_bounds(range.offset(), range.end().min(backing.size()));
         if inside == range {
             return backing.read_blocks(range.offset(), buffer).await.map_err(io::Error::from);

@@ -8,6 +8,7 @@ use super::error::Corruption;
 use super::slices::Kind;
 use super::state::{Attempt, Obstacle, State};
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
 
 /// Host offsets have 56 bits.
@@ -201,6 +202,7 @@ impl State {
     /// Puts an empty block into the table, in the cluster `at`.
     fn put_refcount_block(&mut self, index: u64, at: u64) {
         let block = self.clusters(at, 1);
+        self.raised.push(DebugEvent::RefblockAllocWrite);
         for slice in (block.offset()..block.end()).step_by(usize_from(self.slices.slice_size())) {
             self.slices.insert_new(slice, Kind::Refcounts);
         }
@@ -214,6 +216,7 @@ impl State {
     /// Gives the refcount table room for the entry `index`, in another place: behind all that is in use, after the
     /// blocks that are needed to count it there. All in memory: a commit writes it.
     fn grow_refcount_table(&mut self, index: u64) -> Attempt<()> {
+        self.raised.push(DebugEvent::ReftableGrow);
         let layout = self.layout;
         let base = self.uncounted_from(self.used_end)?;
         let old = self.header.refcount_table_range();

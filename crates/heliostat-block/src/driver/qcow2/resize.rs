@@ -9,6 +9,7 @@ use std::io;
 use bytes::Bytes;
 
 use super::Qcow2;
+use super::commit::Tables;
 use super::entry::{L1Entry, Standard};
 use super::error::FormatError;
 use super::layout::Layout;
@@ -17,6 +18,7 @@ use super::state::{Attempt, State, write_numbers};
 use super::write::Part;
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::storage::ZeroSpace;
@@ -215,6 +217,7 @@ impl Qcow2 {
             return Ok(());
         }
         let layout = self.layout;
+        self.raise(DebugEvent::L1GrowAllocTable).await;
         let run = self.attempt(|state| state.allocate_all(layout.clusters_for(entries * 8))).await?;
         let host = self.lock().clusters(run.first, run.count);
         // The table's room is a whole number of clusters, and so are its entries.
@@ -225,6 +228,7 @@ impl Qcow2 {
             write_numbers(old.chain(std::iter::repeat(0)).take(usize_from(len)))
         };
         let made = async {
+            self.raise(DebugEvent::L1GrowWriteTable).await;
             self.file.write(host.offset(), Bytes::from(table)).await?;
             // The new table's reference counts and contents are durable before the header names it.
             self.flush().await
@@ -233,6 +237,7 @@ impl Qcow2 {
             self.give_back(run).await;
             return Err(error.into());
         }
+        self.raise(DebugEvent::L1GrowActivateTable).await;
         let words = [&u32_be(len)[..], &host.offset().to_be_bytes()[..]].concat();
         self.write_header(L1_WORDS, Bytes::from(words)).await?;
         let mut state = self.lock();
@@ -246,20 +251,16 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Changes words of the header. Where that fails, which of them the medium holds is not known.
-    async fn write_header(&self, at: u64, words: Bytes) -> io::Result<()> {
-        let written = async {
-            self.file.write(at, words).await?;
-            self.file.flush().await
-        };
-        let written = written.await;
-        if written.is_err() {
-            self.lock().set_adrift();
-        }
-        written
+    /// Changes words of the header. Where that fails, or is dropped, which of them the medium holds is not known.
+    pub(super) async fn write_header(&self, at: u64, words: Bytes) -> io::Result<()> {
+        let written = Tables::of(self);
+        self.file.write(at, words).await?;
+        self.file.flush().await?;
+        written.end();
+        Ok(())
     }
 
-    async fn give_back(&self, run: Run) {
+    pub(super) async fn give_back(&self, run: Run) {
         for cluster in run.first..run.first + run.count {
             // What cannot be given back is counted and not used, until a check finds it.
             let _ = self.attempt(|state| state.drop_reference(cluster)).await;

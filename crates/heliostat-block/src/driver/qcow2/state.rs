@@ -16,6 +16,7 @@ use super::in_flight::{Allocations, Epochs};
 use super::layout::Layout;
 use super::slices::{Kind, Slices};
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
@@ -81,6 +82,8 @@ pub(crate) struct State {
     pub(crate) file_end: u64,
     /// What must not be written by anybody but its owner: clusters of tables, by number.
     pub(crate) tables: BTreeMap<u64, &'static str>,
+    /// What the bitmaps take that are written anew when the image is closed.
+    pub(crate) bitmap_places: Vec<ByteRange>,
     pub(crate) commits: Commits,
     /// Whether what is written has been widened to the file's blocks.
     pub(crate) has_blocks: bool,
@@ -88,6 +91,8 @@ pub(crate) struct State {
     pub(crate) haunted: BTreeMap<u64, u64>,
     /// What was found wrong; from then on nothing is written.
     pub(crate) corrupt: Option<Corruption>,
+    /// What happened under the lock and is to be raised without it; a few at most, taken after each step.
+    pub(crate) raised: Vec<DebugEvent>,
 }
 
 impl State {

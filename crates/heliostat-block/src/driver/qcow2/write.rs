@@ -17,6 +17,7 @@ use super::state::Attempt;
 use super::{Landing, Qcow2, Visit};
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
+use crate::debug_event::DebugEvent;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::storage::{Durability, IoFuture, ZeroSpace};
@@ -73,6 +74,15 @@ impl Qcow2 {
     pub(crate) fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
         let range = ByteRange::from_bounds(offset, offset + u64_from(data.len()));
         if let Some((host, visit)) = self.try_in_place(range, durability) {
+            if let Some(held_up) = self.storage().raise(DebugEvent::WriteAio) {
+                return IoFuture::pending(async move {
+                    let landing = Landing(Some(visit));
+                    held_up.await;
+                    let written = self.data().write_now(host, data, durability).await;
+                    landing.end();
+                    written
+                });
+            }
             return match self.data().write_now(host, data, durability) {
                 ready @ IoFuture::Ready(_) => ready,
                 IoFuture::Pending(writing) => IoFuture::pending(async move {
@@ -154,12 +164,19 @@ impl Qcow2 {
         let mut in_flight = match part {
             Part::InPlace { host, visit, .. } => {
                 let landing = Landing(Some(visit));
+                self.raise(DebugEvent::WriteAio).await;
                 let written = self.data().write_now(host, data, Durability::Cached).await;
                 landing.end();
                 return written;
             }
             Part::Allocate(in_flight) => in_flight,
         };
+        if in_flight.allocation.run.is_some() {
+            self.raise(DebugEvent::ClusterAlloc).await;
+            // QEMU says so whenever it counts a cluster, whether or not that takes a new block.
+            self.raise(DebugEvent::RefblockAlloc).await;
+            self.raise_what_happened().await;
+        }
         in_flight.may_land = true;
         if is_planted(Bug::MappingBeforeData) {
             self.finish_part(&in_flight).await?;
@@ -191,14 +208,17 @@ impl Qcow2 {
         self.lock().note_copy(allocation);
         if !allocation.writes_around() {
             file.grow_to(at(clusters.end())).await?;
+            self.raise(DebugEvent::WriteAio).await;
             return file.write_now(at(write.offset()), data, Durability::Cached).await;
         }
         let gap_len: u64 = gaps.iter().map(|gap| gap.range.len()).sum();
         if is_zero && gap_len > FILLED_FROM_MEMORY {
+            self.raise(DebugEvent::ClusterAllocSpace).await;
             for gap in gaps {
                 let range = ByteRange::from_bounds(at(gap.range.offset()), at(gap.range.end()));
                 file.write_zeroes(range, ZeroSpace::Keep).await?;
             }
+            self.raise(DebugEvent::WriteAio).await;
             return file.write(at(write.offset()), data).await;
         }
         let mut whole = Buffer::zeroed(usize_from(hull.len()));
@@ -212,10 +232,15 @@ impl Qcow2 {
                 gap.first().map_or(0, |first| first.range.offset()),
                 gap.last().map_or(0, |last| last.range.end()),
             );
+            if gap.iter().any(|gap| gap.source != Source::Zero) {
+                self.raise(DebugEvent::CowRead).await;
+            }
             let old = self.read_segments(gap, Buffer::zeroed(usize_from(range.len()))).await?;
             whole[place(range)].copy_from_slice(&old);
         }
         whole[place(*write)].copy_from_slice(&data);
+        self.raise(DebugEvent::WriteAio).await;
+        self.raise(DebugEvent::CowWrite).await;
         file.write(at(hull.offset()), whole.freeze()).await
     }
 }

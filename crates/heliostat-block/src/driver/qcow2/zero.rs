@@ -12,7 +12,7 @@ use super::state::{Attempt, State};
 use crate::buffer::Buffer;
 use crate::convert::usize_from;
 use crate::range::ByteRange;
-use crate::storage::{Durability, IoFuture, ZeroSpace};
+use crate::storage::{Durability, ExtentStatus, IoFuture, ZeroSpace};
 
 /// Clusters that are changed at once, while the lock is held: some tens of microseconds.
 const CLUSTERS_AT_ONCE: u64 = 512;
@@ -46,6 +46,27 @@ impl State {
             }
         }
         Ok(at.min(range.end()))
+    }
+
+    /// Says whether `parts`, all in one cluster, are known to read as zero. What is below does so from `below_end` on.
+    fn is_zero(&mut self, parts: &[ByteRange], below_end: u64) -> Attempt<bool> {
+        let layout = self.layout;
+        for part in parts.iter().copied() {
+            let guest = layout.cluster_start(part.offset());
+            let whole = ByteRange::from_bounds(guest, guest + layout.cluster_size());
+            self.check_free(whole)?;
+            let segments = segments_of(self.cluster(guest)?, layout, part);
+            let is_zero = |at: u64, source: Source| match source {
+                Source::Zero => true,
+                Source::Backing => at >= below_end,
+                Source::Host(_) | Source::Compressed(_) => false,
+            };
+            if !whole.contains(part) || !segments.iter().all(|part| is_zero(part.range.offset(), part.source))
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Changes the mapping of the cluster in which `range` begins; says how far it is dealt with.
@@ -84,16 +105,17 @@ fn changed(old: Cluster, part: ByteRange, change: Change, state: &State, is_belo
         Cluster::Compressed(_) => return is_whole.then_some(nothing),
         Cluster::Standard(standard) => standard,
     };
-    if standard.is_unallocated() && standard.host.is_none() && !is_below {
+    // It has nothing that could be given back, and reads as zero.
+    let is_nothing = standard.is_unallocated() || change == Change::Discard;
+    if is_nothing && standard.host.is_none() && !is_below {
         return None;
     }
-    let keeps = change == Change::Zero(ZeroSpace::Keep) && standard.copied && !state.is_external();
+    let keeps = change == Change::Zero(ZeroSpace::Keep);
     let new = if is_whole && !keeps {
         nothing
     } else {
         Standard { data: standard.data & !bits, zero: standard.zero | bits, ..standard }
     };
-    // A host cluster in an external data file is where the guest's is: nothing is kept by naming it.
     (new != standard).then_some(new)
 }
 
@@ -169,16 +191,20 @@ impl Qcow2 {
     async fn zero_with_entries(&self, range: ByteRange, space: ZeroSpace) -> io::Result<()> {
         let middle = self.whole_units(range, self.layout.unit());
         if middle.offset() >= range.end() {
-            return self.zero_part(range).await;
+            return self.zero_part(range, space).await;
         }
         let head = ByteRange::from_bounds(range.offset(), middle.offset());
         let tail = ByteRange::from_bounds(middle.end(), range.end());
-        for edge in [head, tail] {
-            self.zero_part(edge).await?;
+        // In this order, as QEMU does: a compressed cluster is none any more when part of it has been written.
+        self.zero_part(head, space).await?;
+        if !middle.is_empty() {
+            self.zero_units(middle, space).await?;
         }
-        if middle.is_empty() {
-            return Ok(());
-        }
+        self.zero_part(tail, space).await
+    }
+
+    /// Zeroes whole units of allocation.
+    async fn zero_units(&self, middle: ByteRange, space: ZeroSpace) -> io::Result<()> {
         // Part of a compressed cluster cannot be zero by itself.
         let clusters = self.whole_units(middle, self.layout.cluster_size());
         let edges = if clusters.is_empty() {
@@ -201,31 +227,56 @@ impl Qcow2 {
     }
 
     /// Zeroes a part of a unit of allocation: all of the unit, where the rest of it is zero already.
-    async fn zero_part(&self, range: ByteRange) -> io::Result<()> {
-        if range.is_empty() || self.reads_zero(range).await? {
+    async fn zero_part(&self, range: ByteRange, space: ZeroSpace) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let unit = range.widen(self.layout.unit(), u64::MAX);
+        let end = unit.end().min(self.size());
+        let rest = [
+            ByteRange::from_bounds(unit.offset(), range.offset()),
+            ByteRange::from_bounds(range.end(), end.max(range.end())),
+        ];
+        let rest: Vec<ByteRange> = rest.into_iter().filter(|part| !part.is_empty()).collect();
+        let is_zero_below = self.is_zero_below(&rest).await?;
+        let below_end = if is_zero_below { 0 } else { self.below_end() };
+        let change = Change::Zero(space);
+        // What the rest is now is what it is when the entry changes: a write to it in between would be lost.
+        let is_done = self
+            .attempt(|state| {
+                let is_zero = state.is_zero(&rest, below_end)?;
+                if is_zero {
+                    state.change_cluster(unit, change, self.below_end())?;
+                }
+                Ok(is_zero)
+            })
+            .await?;
+        if is_done || self.reads_zero(range).await? {
             return Ok(());
         }
         self.write_as_zeroes(range).await
     }
 
+    /// Says whether what is below this image reads as zero in all of `parts`.
+    async fn is_zero_below(&self, parts: &[ByteRange]) -> io::Result<bool> {
+        for part in parts {
+            let Some(below) = part.intersection(ByteRange::from_bounds(0, self.below_end())) else {
+                continue;
+            };
+            let Some(backing) = self.backing() else { return Ok(false) };
+            let extents = backing.extents_below(below).await.map_err(io::Error::from)?;
+            let is_all = extents.last().is_some_and(|last| last.range.end() >= below.end());
+            if !is_all || extents.iter().any(|extent| extent.status == ExtentStatus::Data) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Says whether the image knows that `range`, which lies in one cluster, reads as zero.
     async fn reads_zero(&self, range: ByteRange) -> io::Result<bool> {
-        let layout = self.layout;
-        let guest = layout.cluster_start(range.offset());
-        let cluster = self
-            .attempt(|state| {
-                state.check_free(ByteRange::from_bounds(guest, guest + layout.cluster_size()))?;
-                state.cluster(guest)
-            })
-            .await?;
-        let end = (guest + layout.cluster_size()).min(range.end());
-        let segments = segments_of(cluster, layout, ByteRange::from_bounds(range.offset(), end));
-        let is_zero = |at: u64, source: Source| match source {
-            Source::Zero => true,
-            Source::Backing => at >= self.below_end(),
-            Source::Host(_) | Source::Compressed(_) => false,
-        };
-        Ok(end == range.end() && segments.iter().all(|part| is_zero(part.range.offset(), part.source)))
+        let below_end = self.below_end();
+        self.attempt(|state| state.is_zero(&[range], below_end)).await
     }
 
     async fn write_as_zeroes(&self, range: ByteRange) -> io::Result<()> {

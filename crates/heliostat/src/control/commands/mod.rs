@@ -8,10 +8,14 @@ mod create;
 mod describe;
 mod exports;
 mod file_name;
+mod filters;
+mod human;
 mod jobs;
 mod mirror;
 mod nodes;
+mod objects;
 mod resize;
+mod snapshot;
 mod transaction;
 
 use std::sync::Arc;
@@ -27,6 +31,12 @@ use crate::daemon::Daemon;
 
 /// The QEMU whose commands these are (major, minor, micro): the one that they were compared with.
 const QEMU: [u32; 3] = [10, 0, 2];
+
+/// The version of the QEMU as which we behave.
+#[must_use]
+pub fn qemu_version() -> String {
+    QEMU.map(|part| part.to_string()).join(".")
+}
 
 /// Who we are and as whom we behave.
 #[must_use]
@@ -66,9 +76,16 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
         "transaction" => transaction::run(daemon, arguments),
+        "blockdev-snapshot" => snapshot::take(daemon, arguments),
+        "blockdev-snapshot-sync" => snapshot::take_to_file(daemon, arguments),
         "drive-mirror" => mirror::start_drive(daemon, arguments),
         "query-block-jobs" => Ok(jobs::query_block_jobs(daemon)),
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
+        "object-add" => objects::add(daemon, arguments),
+        "object-del" => objects::delete(daemon, arguments),
+        "qom-get" => objects::get(daemon, arguments),
+        "qom-set" => objects::set(daemon, arguments),
+        "human-monitor-command" => Ok(human::run(daemon, arguments)),
         _ => bitmaps::run(daemon, name, arguments)
             .or_else(|| jobs::ask(daemon, name, arguments))
             .unwrap_or_else(|| Err(not_found(name))),

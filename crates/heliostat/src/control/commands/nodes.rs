@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
-use super::not_there;
+use super::{filters, not_there};
 use crate::daemon::{
     BackingSpec, CacheUse, Child, Daemon, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
@@ -82,10 +82,11 @@ fn driver_spec(arguments: Arguments<'_>, own: Inherited) -> Result<DriverSpec, R
     match arguments.required_text("driver") {
         "file" => Ok(DriverSpec::File(file_spec(arguments, own)?)),
         "host_device" => Ok(DriverSpec::HostDevice(file_spec(arguments, own)?)),
-        "null-co" => {
-            let size = bytes(arguments, "size")?.unwrap_or(NULL_SIZE_DEFAULT);
-            Ok(DriverSpec::NullCo { size, read_zeroes: arguments.flag("read-zeroes").unwrap_or(false) })
-        }
+        "null-co" => filters::null(arguments, "null-co"),
+        "null-aio" => filters::null(arguments, "null-aio"),
+        "blkdebug" => filters::faults(arguments, own.passed_on()),
+        "throttle" => filters::throttle(arguments, own.passed_on()),
+        "copy-on-read" => filters::copy_on_read(arguments, own.passed_on()),
         "qcow2" => Ok(DriverSpec::Qcow2(Box::new(qcow2_spec(arguments, own)?))),
         _ => {
             let file = child(arguments, "file", own.passed_on())?;
@@ -100,7 +101,7 @@ fn driver_spec(arguments: Arguments<'_>, own: Inherited) -> Result<DriverSpec, R
     }
 }
 
-fn file_is_missing() -> Refusal {
+pub(super) fn file_is_missing() -> Refusal {
     Refusal::new("Parameter 'file' is missing")
 }
 
@@ -180,7 +181,7 @@ fn file_spec(arguments: Arguments<'_>, own: Inherited) -> Result<FileSpec, Refus
     Ok(FileSpec { path: PathBuf::from(arguments.required_text("filename")), sharing })
 }
 
-fn bytes(arguments: Arguments<'_>, name: &str) -> Result<Option<u64>, Refusal> {
+pub(super) fn bytes(arguments: Arguments<'_>, name: &str) -> Result<Option<u64>, Refusal> {
     let Some(number) = arguments.int(name) else { return Ok(None) };
     let bytes = u64::try_from(number);
     bytes

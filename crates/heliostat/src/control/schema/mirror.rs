@@ -1,4 +1,4 @@
-//! What `drive-mirror` and `blockdev-mirror` take.
+//! What mirrors and snapshots take.
 
 use super::{COPY_MODE, Kind, ON_ERROR, Record, later, optional, ours, record, required};
 
@@ -87,5 +87,23 @@ pub(super) static MIRROR: Record = record(&[
         "bitmap-mode",
         Kind::Word(&["on-success", "never", "always"]),
         "when the bitmap takes note of what was copied",
+    ),
+]);
+
+pub(super) static SNAPSHOT: Record = record(&[
+    required("node", Kind::Text, "the node that clients leave"),
+    required("overlay", Kind::Text, "the node that they go to: an image that stands on nothing"),
+]);
+
+pub(super) static SNAPSHOT_SYNC: Record = record(&[
+    optional("device", Kind::Text, "the id of an export of the node"),
+    optional("node-name", Kind::Text, "the node"),
+    required("snapshot-file", Kind::Text, "the overlay's path"),
+    optional("snapshot-node-name", Kind::Text, "the name of the overlay's node; needed with `node-name`"),
+    optional("format", Kind::Text, "the overlay's format; default qcow2"),
+    optional(
+        "mode",
+        Kind::Word(&["existing", "absolute-paths"]),
+        "existing: use what is there; absolute-paths: make it, whatever is there; default absolute-paths",
     ),
 ]);

@@ -5,14 +5,17 @@
 //! A node whose child it made shares the child's storage: there is one open file, one lock, one path for the
 //! bytes. The child is a node too, so that it can be named and seen, and has a place that keeps it.
 
+mod below;
+mod fault_config;
+mod filters;
 mod qcow2;
 mod spec;
 mod target;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use heliostat_block::driver::null::{NullStorage, ReadsZero};
 use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::{Driver, Raw};
@@ -25,17 +28,22 @@ use heliostat_host::file::FileStorage;
 use heliostat_host::pinned::Identity;
 use heliostat_host::runtime;
 
+use below::window;
+
 use super::open::open_file;
 use super::{Daemon, DaemonError};
 
+pub use fault_config::errno;
+pub use filters::{FaultLimits, FaultSpec, FilterEntry, NullSpec};
 pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
 pub use target::Beneath;
-pub(super) use target::Wanted;
+pub(super) use target::{Named, Wanted};
 
-/// The most nodes in one daemon. Each holds an open file; a host gives a process 1,024 of them by default.
-const NODES_MAX: usize = 512;
+/// The most nodes in one daemon: a mirror of an image to another takes four, and there may be
+/// [`heliostat_block::limits::JOBS_MAX`] of those; and chains. What there are descriptors for is the host's to say.
+const NODES_MAX: usize = 4096;
 
 /// The most nodes on top of each other in one order: more than any chain that makes sense, far less than what
 /// would exhaust a stack.
@@ -71,6 +79,8 @@ pub struct NodeEntry {
     pub is_fixed: bool,
     /// It does not begin where its storage does.
     pub is_window: bool,
+    /// What it is, where it passes requests on to its child.
+    pub filter: Option<FilterEntry>,
     /// Where in the node below it begins, in bytes.
     pub window_start: u64,
 }
@@ -90,6 +100,7 @@ impl NodeEntry {
             cache,
             is_fixed: false,
             is_window: false,
+            filter: None,
             window_start: 0,
         }
     }
@@ -204,14 +215,16 @@ impl Daemon {
             DriverSpec::HostDevice(file) => {
                 self.make_file(name, spec, making, open_file(file, spec, "host_device")?, &file.path)
             }
-            DriverSpec::NullCo { size, .. } if *size > SIZE_MAX => Err(DaemonError::SizeTooLarge),
             DriverSpec::NullCo { size, read_zeroes } => {
-                let reads_zero = if *read_zeroes { ReadsZero::Promised } else { ReadsZero::Unsaid };
-                let storage: Arc<dyn Storage> = Arc::new(NullStorage::new(*size, reads_zero));
-                let node = self.node_of(name, Driver::Raw(Raw::whole(Arc::clone(&storage))), spec);
-                let entry = NodeEntry::new(node, "null-co", PathBuf::from("null-co://"), spec.cache);
-                let entry = NodeEntry { storage: Some(storage), ..entry };
-                self.keep(Below { entry, start: 0, identity: None }, Vec::new(), making)
+                let (driver, latency) = ("null-co", Duration::ZERO);
+                let null = NullSpec { driver, size: Some(*size), read_zeroes: *read_zeroes, latency };
+                self.make_null(name, spec, &null, making)
+            }
+            DriverSpec::Null(null) => self.make_null(name, spec, null, making),
+            DriverSpec::Faults(faults) => self.make_faults(name, spec, faults, making),
+            DriverSpec::Throttle { group, file } => self.make_throttle(name, spec, group, file, making),
+            DriverSpec::CopyOnRead { file, bottom } => {
+                self.make_copy_on_read(name, spec, file, bottom.as_deref(), making)
             }
             DriverSpec::Raw { file, offset, size, is_guess } => {
                 let below = self.child(file, making)?;
@@ -222,7 +235,7 @@ impl Daemon {
                 let node = self.node_of(name, Driver::Raw(raw), spec);
                 let path = below.entry.path.clone();
                 let entry = NodeEntry {
-                    storage: below.entry.storage.clone(),
+                    storage: Some(below.shared()),
                     child: Some(below.entry.node.name().clone()),
                     is_fixed: size.is_some(),
                     is_window: start > 0,
@@ -422,44 +435,6 @@ impl Making {
     const fn below(self) -> Self {
         Self { depth: self.depth - 1, is_owned: false }
     }
-}
-
-impl Below {
-    /// The part of its storage that it shows. An image grows.
-    fn shown(&self) -> ByteRange {
-        let size = if self.entry.node.image().is_some() { u64::MAX } else { self.entry.node.size() };
-        ByteRange::from_bounds(self.start, self.start.saturating_add(size))
-    }
-
-    /// Its bytes as a storage of their own, for what cannot do with a part of one.
-    fn storage(&self) -> Result<Arc<dyn Storage>, DaemonError> {
-        let whole = self.entry.storage.as_ref().filter(|storage| {
-            let is_all = self.start == 0 && self.entry.node.size() == storage.size();
-            is_all && self.entry.node.image().is_none()
-        });
-        whole.cloned().ok_or_else(|| DaemonError::NotAFile(self.entry.node.name().clone()))
-    }
-}
-
-/// The part of the node below that starts at `offset`, and where that is in their common storage.
-fn window(below: &Below, offset: u64, size: Option<u64>) -> Result<(u64, Raw), DaemonError> {
-    let Some(storage) = below.entry.storage.as_ref().filter(|_| below.entry.node.image().is_none()) else {
-        return Err(DaemonError::NotAFile(below.entry.node.name().clone()));
-    };
-    let there = below.entry.node.size();
-    if offset > there {
-        return Err(DaemonError::OffsetOutside { offset, there });
-    }
-    let len = size.unwrap_or_else(|| there.saturating_sub(offset));
-    if offset.checked_add(len).is_none_or(|end| end > there) {
-        return Err(DaemonError::Outside { offset, size: len, there });
-    }
-    if size.is_some_and(|size| !size.is_multiple_of(512)) {
-        return Err(DaemonError::SizeUnaligned);
-    }
-    let start = below.start + offset;
-    let raw = Raw::window(Arc::clone(storage), start, Some(len))?;
-    Ok((start, if size.is_none() && !below.entry.is_fixed { raw.open_ended() } else { raw }))
 }
 
 /// Makes durable what has been written to `nodes`.

@@ -44,7 +44,7 @@ impl Daemon {
         if is_read_only_below && !spec.read_only && !spec.auto_read_only {
             return Err(DaemonError::TargetReadOnly);
         }
-        let storage = file.storage()?;
+        let storage = file.storage();
         let (header, snapshots, bitmaps) = read(&storage)?;
         check_tables(&image.cache, image.lazy_refcounts, &header)?;
         let by = namer(&file, above);
@@ -64,7 +64,7 @@ impl Daemon {
         let options = OpenOptions {
             read_only,
             backing: backing.as_ref().map(|backing| Arc::clone(&backing.entry.node)),
-            data_file: data.as_ref().map(Below::storage).transpose()?,
+            data_file: data.as_ref().map(Below::storage),
             cache: image.cache.budget(),
         };
         let opened = runtime::block_on(Qcow2::open(storage, options)).map_err(DaemonError::Engine)??;
@@ -274,7 +274,7 @@ fn read(storage: &Arc<dyn Storage>) -> Result<Read, DaemonError> {
 
 /// Guesses, for an operator who has allowed that.
 pub(super) fn probe(file: &Below) -> Result<Format, DaemonError> {
-    let storage = file.storage()?;
+    let storage = file.storage();
     let file = ImageFile::new(storage);
     let start = runtime::block_on(file.read(ByteRange::from_bounds(0, 4))).map_err(DaemonError::Engine)?;
     let start = start.map_err(|error| DaemonError::Format(error.into()))?;

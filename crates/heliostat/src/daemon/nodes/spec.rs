@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use heliostat_block::node::{DetectZeroes, Discard, NodeOptions};
 
 use super::super::open::is_device;
+use super::filters::{FaultSpec, NullSpec};
 
 /// What a node is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,24 @@ pub enum DriverSpec {
         size: u64,
         /// Whether it says that it reads as zero.
         read_zeroes: bool,
+    },
+    /// Nowhere, with more said.
+    Null(NullSpec),
+    /// In another node, with requests that fail or are held up.
+    Faults(Box<FaultSpec>),
+    /// In another node, with limits.
+    Throttle {
+        /// The id of the group whose limits they are.
+        group: String,
+        /// The node below.
+        file: Child,
+    },
+    /// In another node, with what is read from below it.
+    CopyOnRead {
+        /// The node below.
+        file: Child,
+        /// The lowest layer from which is copied.
+        bottom: Option<String>,
     },
 }
 

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use heliostat_block::graph::GraphError;
 use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
 
@@ -25,6 +26,15 @@ pub enum Beneath {
     Source,
     /// What the image itself says.
     FromHeader,
+}
+
+/// Who says what an image stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Named {
+    /// Its header, too.
+    ByImage,
+    /// The operator alone, as far as is known.
+    ByOperator,
 }
 
 /// How the target keeps its bytes.
@@ -163,18 +173,35 @@ impl Daemon {
             self.graph.pivot(drained, target);
             return Ok(());
         };
-        target.set_backing(Some(Arc::clone(&below)));
         if beneath == Beneath::FromHeader {
+            target.set_backing(Some(below));
+            self.change_record(target, |record| record.below.entry.backing_is_given = false);
             self.graph.pivot(drained, target);
             return Ok(());
         }
-        let place = self.graph.pivot_onto(drained, target, &below).map_err(|error| {
-            target.set_backing(None);
-            error.to_string()
+        self.put_on_top(drained, target, &below, Named::ByImage).map_err(|error| error.to_string())
+    }
+
+    /// Puts `target` on top of `below`, and in the place of the drained node, in this order: nobody sees it without.
+    ///
+    /// # Errors
+    /// Where a user of `below` minds; nothing has changed then.
+    pub(in super::super) fn put_on_top(
+        &self,
+        drained: &Drained,
+        target: &Arc<Node>,
+        below: &Arc<Node>,
+        named: Named,
+    ) -> Result<(), GraphError> {
+        let before = target.backing();
+        target.set_backing(Some(Arc::clone(below)));
+        let place = self.graph.pivot_onto(drained, target, below).inspect_err(|_| {
+            target.set_backing(before);
         })?;
         let name = below.name().clone();
         self.change_record(target, |record| {
             record.below.entry.backing = Some(name);
+            record.below.entry.backing_is_given = named == Named::ByOperator;
             record.places.push(place);
         });
         Ok(())

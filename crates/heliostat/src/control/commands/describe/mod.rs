@@ -16,6 +16,7 @@ use heliostat_block::node::DetectZeroes;
 use serde_json::{Map, Value, json};
 
 use super::super::arguments::Arguments;
+use super::filters;
 use crate::daemon::{Daemon, NodeEntry, resolved};
 
 /// How much is said of what an image stands on.
@@ -186,7 +187,10 @@ pub fn image_info(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value
     if let (Depth::Chain, Some(backing)) = (depth, backing(nodes, entry)) {
         info["backing-image"] = image_info(nodes, backing, depth);
     }
-    if *driver != "null-co" {
+    if let (None, Some(size)) = (node.image(), node.cluster_size()) {
+        info["cluster-size"] = json!(size);
+    }
+    if !matches!(*driver, "null-co" | "null-aio") {
         let is_dirty =
             node.image().is_some_and(|image| image.header().incompatible & incompatible::DIRTY != 0);
         info["dirty-flag"] = json!(is_dirty);
@@ -287,19 +291,36 @@ fn stored_bitmap(bitmap: &BitmapEntry, entry: &NodeEntry) -> Value {
 
 /// How QEMU names what a node shows: a path, unless the operator said what it stands on.
 fn filename(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
-    if entry.backing_is_given {
+    if needs_definition(nodes, entry) {
         return format!("json:{}", definition(nodes, entry));
     }
-    entry.path.to_string_lossy().into_owned()
+    let below = child(nodes, entry).map(|child| filename(nodes, child));
+    let name = below.unwrap_or_else(|| entry.path.to_string_lossy().into_owned());
+    entry.filter.as_ref().map_or(name.clone(), |filter| filters::name(filter, &name))
+}
+
+/// Whether a path alone does not say what the node is.
+fn needs_definition(nodes: &[NodeEntry], entry: &NodeEntry) -> bool {
+    entry.backing_is_given
+        || entry.filter.as_ref().is_some_and(filters::needs_definition)
+        || child(nodes, entry).is_some_and(|child| needs_definition(nodes, child))
+}
+
+/// The node among `nodes` through which the bytes of `entry` go.
+fn child<'a>(nodes: &'a [NodeEntry], entry: &NodeEntry) -> Option<&'a NodeEntry> {
+    find(nodes, entry.child.as_ref()?.as_str())
 }
 
 /// What would make the same node, with its keys in order, as QEMU writes it.
 fn definition(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
     let text = |path: &Path| Value::from(path.to_string_lossy()).to_string();
     let child = || {
-        let child = entry.child.as_ref().and_then(|child| find(nodes, child.as_str()));
+        let child = child(nodes, entry);
         child.map_or_else(|| "null".to_owned(), |child| definition(nodes, child))
     };
+    if let Some(filter) = &entry.filter {
+        return filters::definition(filter, &child());
+    }
     match entry.driver {
         "qcow2" => {
             let backing = match backing(nodes, entry) {

@@ -1,0 +1,115 @@
+//! [`Throttle`]: lets requests wait so that the limits of a group are kept (`throttle` in QMP).
+//!
+//! Reads, writes, zeroes and discards count; flushes do not, and neither does asking how a range is laid out. While
+//! somebody waits for a node above to be quiet nothing waits here, so that a drain takes as long as the disk and not
+//! as long as the limit. Knows no clock; the group does.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::buffer::Buffer;
+use crate::convert::u64_from;
+use crate::node::Node;
+use crate::node_storage::NodeStorage;
+use crate::range::ByteRange;
+use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::{Direction, Hurry, ThrottleGroup};
+
+/// Lets requests wait so that limits are kept.
+pub struct Throttle {
+    below: NodeStorage,
+    group: Arc<ThrottleGroup>,
+    member: u64,
+}
+
+impl Throttle {
+    /// Makes one over `child`, as a member of `group`.
+    #[must_use]
+    pub fn new(child: Arc<Node>, group: Arc<ThrottleGroup>) -> Self {
+        Self { below: NodeStorage::of_layer(child), member: group.join(), group }
+    }
+
+    pub(super) const fn below(&self) -> &NodeStorage {
+        &self.below
+    }
+
+    async fn admit(&self, direction: Direction, bytes: u64) {
+        self.group.admit(self.member, direction, bytes).await;
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        self.group.leave(self.member);
+    }
+}
+
+impl Storage for Throttle {
+    fn traits(&self) -> Traits {
+        self.below.traits()
+    }
+
+    fn size(&self) -> u64 {
+        self.below.size()
+    }
+
+    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        self.below.set_size(size)
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        self.below.allocated_size()
+    }
+
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
+        IoFuture::pending(async move {
+            self.admit(Direction::Read, u64_from(buffer.len())).await;
+            self.below.read(offset, buffer).await
+        })
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move {
+            self.admit(Direction::Write, u64_from(data.len())).await;
+            self.below.write(offset, data, durability).await
+        })
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move {
+            self.admit(Direction::Write, range.len()).await;
+            self.below.write_zeroes(range, space, effort, durability).await
+        })
+    }
+
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move {
+            self.admit(Direction::Write, range.len()).await;
+            self.below.discard(range).await
+        })
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        self.below.flush()
+    }
+
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        self.below.extents(range)
+    }
+
+    fn start_writeback(&self, range: ByteRange) {
+        self.below.start_writeback(range);
+    }
+
+    fn hurry(&self, hurry: &mut Hurry) {
+        hurry.add(&self.group, self.member);
+        self.below.hurry(hurry);
+    }
+}

@@ -1,0 +1,137 @@
+//! [`NodeStorage`]: a node's bytes as a storage, for a driver that stands on a node and not on a file.
+//!
+//! Every request enters the node as any client's does: bounds, gate, bitmaps, limits and statistics are the node's
+//! own. Decides nothing. Made by whoever puts one node on another.
+//!
+//! A request that is in flight above waits below while the lower gate is closed. So a lower gate must never be held
+//! closed by somebody who waits for an upper node to be quiet: drains go from the top down, and one of the upper
+//! node alone has drained what it sent below (docs/decisions/0015).
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::buffer::Buffer;
+use crate::clock::LocalFuture;
+use crate::debug_event::DebugEvent;
+use crate::driver::Preallocation;
+use crate::node::Node;
+use crate::range::ByteRange;
+use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
+
+/// Which layers [`Storage::extents`] speaks of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layers {
+    /// All: a hole is one in each of them.
+    All,
+    /// The node's own: a hole may show what is below.
+    Top,
+}
+
+/// A node's bytes as a storage.
+#[derive(Clone)]
+pub struct NodeStorage {
+    node: Arc<Node>,
+    layers: Layers,
+}
+
+impl NodeStorage {
+    /// The bytes of `node`, as a client sees them.
+    #[must_use]
+    pub fn new(node: Arc<Node>) -> Arc<Self> {
+        Arc::new(Self { node, layers: Layers::All })
+    }
+
+    /// The same for a filter, which shows the layers below as the node does.
+    pub(crate) const fn of_layer(node: Arc<Node>) -> Self {
+        Self { node, layers: Layers::Top }
+    }
+
+    /// The node.
+    pub(crate) const fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+}
+
+impl Storage for NodeStorage {
+    fn traits(&self) -> Traits {
+        let traits = self.node.traits();
+        let can_resize = traits.can_resize || self.node.image().is_some();
+        Traits { read_only: self.node.options().read_only, can_resize, ..traits }
+    }
+
+    fn size(&self) -> u64 {
+        self.node.size()
+    }
+
+    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move {
+            if self.node.image().is_some() {
+                return Ok(self.node.resize(size, Preallocation::Off).await?);
+            }
+            // The caller has seen to it that nobody is in the way, or a request that is held up above could hold
+            // up all others for as long.
+            let _tracked = self.node.enter().await;
+            Ok(self.node.resize_beside_others(size).await?)
+        })
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        self.node.allocated_size()
+    }
+
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
+        IoFuture::pending(async move { Ok(self.node.enter().await.read(offset, buffer).await?) })
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move { Ok(self.node.enter().await.write(offset, data, durability).await?) })
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move {
+            Ok(self.node.enter().await.write_zeroes(range, space, effort, durability).await?)
+        })
+    }
+
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move { Ok(self.node.enter().await.discard(range).await?) })
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        if self.node.options().read_only {
+            return IoFuture::ready(io::Result::Ok(()));
+        }
+        IoFuture::pending(async move { Ok(self.node.enter().await.flush().await?) })
+    }
+
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        IoFuture::pending(async move {
+            let tracked = self.node.enter().await;
+            Ok(match self.layers {
+                Layers::All => tracked.extents(range).await?,
+                Layers::Top => self.node.extents_of_layer(range).await?,
+            })
+        })
+    }
+
+    fn start_writeback(&self, range: ByteRange) {
+        self.node.start_writeback(range);
+    }
+
+    fn raise(&self, event: DebugEvent) -> Option<LocalFuture<'static, ()>> {
+        self.node.driver().raise(event)
+    }
+
+    fn hurry(&self, hurry: &mut Hurry) {
+        self.node.driver().hurry(hurry);
+    }
+}

@@ -1,0 +1,107 @@
+//! What `blockdev-add` says of nodes that pass requests on, and of nodes over nothing; and how they are named.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use heliostat_block::debug_event::DebugEvent;
+use heliostat_block::driver::fault::{InjectError, IoType, SetState, Times};
+use serde_json::json;
+
+use super::super::arguments::Arguments;
+use super::super::refusal::Refusal;
+use super::nodes::{Inherited, bytes, child, file_is_missing};
+use crate::daemon::{DriverSpec, FaultLimits, FaultSpec, FilterEntry, NullSpec, errno};
+
+pub(super) fn null(arguments: Arguments<'_>, driver: &'static str) -> Result<DriverSpec, Refusal> {
+    let nanoseconds = arguments.uint64("latency-ns").unwrap_or(0);
+    Ok(DriverSpec::Null(NullSpec {
+        driver,
+        size: bytes(arguments, "size")?,
+        read_zeroes: arguments.flag("read-zeroes").unwrap_or(false),
+        latency: Duration::from_nanos(nanoseconds),
+    }))
+}
+
+pub(super) fn throttle(arguments: Arguments<'_>, below: Inherited) -> Result<DriverSpec, Refusal> {
+    let file = child(arguments, "file", below)?.ok_or_else(file_is_missing)?;
+    Ok(DriverSpec::Throttle { group: arguments.required_text("throttle-group").to_owned(), file })
+}
+
+pub(super) fn copy_on_read(arguments: Arguments<'_>, below: Inherited) -> Result<DriverSpec, Refusal> {
+    let file = child(arguments, "file", below)?.ok_or_else(file_is_missing)?;
+    Ok(DriverSpec::CopyOnRead { file, bottom: arguments.text("bottom").map(str::to_owned) })
+}
+
+pub(super) fn faults(arguments: Arguments<'_>, below: Inherited) -> Result<DriverSpec, Refusal> {
+    let image = child(arguments, "image", below)?;
+    let image = image.ok_or_else(|| Refusal::new("Parameter 'image' is missing"))?;
+    let bytes = |name| bytes(arguments, name).map(Option::unwrap_or_default);
+    let limits = FaultLimits {
+        align: bytes("align")?,
+        transfer_max: bytes("max-transfer")?,
+        zero_unit: bytes("opt-write-zero")?,
+        zero_max: bytes("max-write-zero")?,
+        discard_unit: bytes("opt-discard")?,
+        discard_max: bytes("max-discard")?,
+    };
+    Ok(DriverSpec::Faults(Box::new(FaultSpec {
+        image,
+        config: arguments.text("config").map(PathBuf::from),
+        limits,
+        errors: arguments.objects("inject-error").map(inject_error).collect(),
+        states: arguments.objects("set-state").map(set_state).collect(),
+    })))
+}
+
+fn inject_error(rule: Arguments<'_>) -> InjectError {
+    let io = rule.text("iotype");
+    let sector = rule.int("sector").and_then(|sector| u64::try_from(sector).ok());
+    InjectError {
+        event: event(rule),
+        state: state(rule),
+        io: IoType::ALL.into_iter().find(|known| Some(known.name()) == io),
+        errno: errno(rule.int("errno")),
+        offset: sector.map(|sector| sector.saturating_mul(512)),
+        times: if rule.flag("once") == Some(true) { Times::Once } else { Times::Always },
+        immediately: rule.flag("immediately").unwrap_or(false),
+    }
+}
+
+fn set_state(rule: Arguments<'_>) -> SetState {
+    SetState { event: event(rule), state: state(rule), new_state: rule.int("new_state").unwrap_or(0) }
+}
+
+fn event(rule: Arguments<'_>) -> DebugEvent {
+    DebugEvent::of_name(rule.required_text("event")).expect("the schema has the same names")
+}
+
+fn state(rule: Arguments<'_>) -> Option<i64> {
+    rule.int("state").filter(|state| *state != 0)
+}
+
+/// Whether a path alone does not say what the filter is.
+pub(super) const fn needs_definition(filter: &FilterEntry) -> bool {
+    match filter {
+        FilterEntry::Faults { has_options, .. } => *has_options,
+        FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead => true,
+    }
+}
+
+/// QEMU's name for a filter over `path`, where that says all.
+pub(super) fn name(filter: &FilterEntry, path: &str) -> String {
+    match filter {
+        FilterEntry::Faults { config, .. } => format!("blkdebug:{}:{path}", config.display()),
+        FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead => path.to_owned(),
+    }
+}
+
+/// What would make the same filter over `child`, with its keys in QEMU's order; its rules and limits are left out.
+pub(super) fn definition(filter: &FilterEntry, child: &str) -> String {
+    match filter {
+        FilterEntry::Faults { .. } => format!("{{\"image\": {child}, \"driver\": \"blkdebug\"}}"),
+        FilterEntry::Throttle { group } => {
+            format!("{{\"throttle-group\": {}, \"driver\": \"throttle\", \"file\": {child}}}", json!(group))
+        }
+        FilterEntry::CopyOnRead => format!("{{\"driver\": \"copy-on-read\", \"file\": {child}}}"),
+    }
+}

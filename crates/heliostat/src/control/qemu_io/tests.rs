@@ -1,0 +1,94 @@
+//! Commands on a node over nothing and over a fault injector: what is printed.
+
+use super::*;
+use crate::daemon::{Child, DriverSpec, FaultLimits, FaultSpec, NodeSpec};
+
+fn with_a_node() -> Arc<Daemon> {
+    let daemon = Daemon::new();
+    let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
+    let image = Child::New(Box::new(NodeSpec::new(None, null)));
+    let limits = FaultLimits::default();
+    let faults = FaultSpec { image, config: None, limits, errors: Vec::new(), states: Vec::new() };
+    let node = NodeSpec::new(Some("n".to_owned()), DriverSpec::Faults(Box::new(faults)));
+    daemon.add_node(&node).unwrap();
+    let raw = DriverSpec::Raw { file: Child::Named("n".to_owned()), offset: 0, size: None, is_guess: false };
+    daemon.add_node(&NodeSpec::new(Some("r".to_owned()), raw)).unwrap();
+    daemon
+}
+
+/// What is printed, but for lines that tell a time.
+fn says(daemon: &Daemon, line: &str) -> String {
+    let text = run(daemon, "r", line).unwrap();
+    text.lines().filter(|line| !line.ends_with("ops/sec)")).collect::<Vec<_>>().join("|")
+}
+
+#[test]
+fn what_is_wrong_is_said_in_qemu_ios_words() {
+    let daemon = with_a_node();
+    let table = [
+        ("zork", "command \"zork\" not found"),
+        ("write", "bad argument count 0 to write, expected at least 2 arguments"),
+        ("length 5", "bad argument count 1 to length, expected 0 arguments"),
+        ("resume", "bad argument count 0 to resume, expected 1 arguments"),
+        ("write 0 zz", "Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- zz"),
+        ("read 0 9E", "Parsing error: argument too large -- 9E"),
+        ("read -P zz 0 1k", "zz is not a valid pattern byte"),
+        ("write -n 0 512", "-n requires -z to be specified"),
+        ("write -u 0 512", "-u requires -z to be specified"),
+        ("write -zP 3 0 512", "Only one of -z, -P, and -s can be specified at the same time"),
+        ("write -c 0 64k", "write failed: Operation not supported"),
+        ("write 0 2M", "write failed: Input/output error"),
+        ("discard 2M 1k", "discard failed: Input/output error"),
+        ("break zork B", "Could not set breakpoint: No such file or directory"),
+        ("resume A", "Could not resume request: No such file or directory"),
+        ("remove_break A", "Could not remove breakpoint A: No such file or directory"),
+        ("sleep zz", "zz is not a valid number"),
+    ];
+    for (line, expected) in table {
+        assert_eq!(says(&daemon, line), expected, "{line}");
+    }
+}
+
+#[test]
+fn requests_are_carried_out_and_reported() {
+    let daemon = with_a_node();
+    let table = [
+        ("write -P 7 0 64k", "wrote 65536/65536 bytes at offset 0"),
+        ("read -P 0 512 512", "read 512/512 bytes at offset 512"),
+        (
+            "read -P 8 0 4k",
+            "Pattern verification failed at offset 0, 4096 bytes|read 4096/4096 bytes at offset 0",
+        ),
+        ("write -z -u 0 4k", "wrote 4096/4096 bytes at offset 0"),
+        ("discard 0 4k", "discard 4096/4096 bytes at offset 0"),
+        ("write -q 0 4k", ""),
+        ("flush", ""),
+        ("length", "1 MiB"),
+    ];
+    for (line, expected) in table {
+        assert_eq!(says(&daemon, line), expected, "{line}");
+    }
+}
+
+#[test]
+fn a_write_is_held_up_at_a_breakpoint_and_goes_on() {
+    let daemon = with_a_node();
+    for line in ["break write_aio A", "aio_write -P 3 0 4k", "wait_break A"] {
+        assert_eq!(says(&daemon, line), "", "{line}");
+    }
+    assert_eq!(says(&daemon, "aio_read 512 512"), "", "others go on");
+    assert_eq!(says(&daemon, "resume A"), "");
+    let said = says(&daemon, "aio_flush");
+    assert!(said.contains("wrote 4096/4096 bytes at offset 0") && said.contains("read 512/512"), "{said}");
+    assert_eq!(says(&daemon, "aio_flush"), "");
+}
+
+#[test]
+fn the_end_of_the_daemon_does_not_wait_for_a_request_that_is_held_up() {
+    let daemon = with_a_node();
+    says(&daemon, "break write_aio A");
+    says(&daemon, "aio_write 0 4k");
+    says(&daemon, "wait_break A");
+    daemon.shutdown().unwrap();
+    assert!(daemon.nodes().is_empty());
+}

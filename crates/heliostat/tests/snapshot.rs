@@ -1,0 +1,60 @@
+//! Snapshots under guests that write, judged by `qemu-img`.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod common;
+
+use serde_json::json;
+
+use common::qcow2::{assert_same, assert_sound, qemu_io};
+use common::scene::Scene;
+use common::tool;
+
+#[test]
+fn what_is_written_after_a_snapshot_is_in_the_overlay_and_what_was_before_in_the_node() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.chain();
+    scene.img(&["convert", "-O", "qcow2", "top.qcow2", "then.qcow2"]);
+    scene.add("s", "top.qcow2", json!({}));
+    let uri = scene.export("s");
+    let snapshot = json!({ "device": "e", "snapshot-file": "DIR/overlay.qcow2" });
+    scene.guest(&uri, &["write -P 8 3M 4k"]);
+    scene.execute("blockdev-snapshot-sync", snapshot);
+    scene.guest(&uri, &["read -P 8 3M 4k", "write -P 9 3M 2k", "write -P 10 9M 100", "write -z 1M 128k"]);
+    let folder = scene.end();
+    for image in ["top.qcow2", "overlay.qcow2"] {
+        assert_sound(folder.path(), image);
+    }
+    qemu_io(folder.path(), "then.qcow2", &["write -P 8 3M 4k"]);
+    assert_same(folder.path(), ("then.qcow2", "qcow2"), ("top.qcow2", "qcow2"));
+    qemu_io(folder.path(), "then.qcow2", &["write -P 9 3M 2k", "write -P 10 9M 100", "write -z 1M 128k"]);
+    assert_same(folder.path(), ("then.qcow2", "qcow2"), ("overlay.qcow2", "qcow2"));
+}
+
+#[test]
+fn snapshots_one_after_the_other_lose_nothing_of_what_a_guest_writes_meanwhile() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.img(&["create", "-q", "-f", "qcow2", "top.qcow2", "16M"]);
+    scene.img(&["create", "-q", "-f", "raw", "model.raw", "16M"]);
+    scene.add("s", "top.qcow2", json!({}));
+    let uri = scene.export("s");
+    let writes: Vec<String> = (0..2000)
+        .map(|n: u64| format!("write -P {} {} {}", n % 250 + 1, n * 7919 % 16000 * 1024, 1000))
+        .collect();
+    let mut guest = std::process::Command::new(tool("qemu-io").unwrap());
+    guest.args(["-f", "raw", &uri]).stdout(std::process::Stdio::null());
+    guest.args(writes.iter().flat_map(|write| ["-c", write]));
+    let mut guest = guest.spawn().unwrap();
+    for n in 0..8 {
+        let file = format!("DIR/overlay{n}.qcow2");
+        scene.execute("blockdev-snapshot-sync", json!({ "device": "e", "snapshot-file": file }));
+    }
+    assert!(guest.wait().unwrap().success());
+    let folder = scene.end();
+    let writes: Vec<&str> = writes.iter().map(String::as_str).collect();
+    qemu_io(folder.path(), "model.raw", &writes);
+    for n in 0..8 {
+        assert_sound(folder.path(), &format!("overlay{n}.qcow2"));
+    }
+    assert_same(folder.path(), ("model.raw", "raw"), ("overlay7.qcow2", "qcow2"));
+}
