@@ -36,7 +36,11 @@ impl Daemon {
         let _change = self.begin_change()?;
         let entries = self.nodes();
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
-        let changes = changes.collect::<Result<Vec<_>, _>>()?;
+        let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
+        // From the top down: what is in flight above must find the gates below open (docs/decisions/0015). What is
+        // above another by its requests was made after it, and the newest come first.
+        let depth = |change: &Change| entries.iter().position(|entry| Arc::ptr_eq(&entry.node, &change.node));
+        changes.sort_by_key(depth);
         let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
         self.drop_orphans();
