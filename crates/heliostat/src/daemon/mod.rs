@@ -16,6 +16,7 @@ mod mirror;
 mod nodes;
 mod open;
 mod poke;
+mod reopen;
 mod resize;
 mod shutdown;
 mod snapshot;

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::Qcow2;
 use super::bitmap_directory::{AUTO, BitmapEntry, Bits, IN_USE, decode_directory, encode_directory, runs};
 use super::error::FormatError;
+use super::extension::{self, Extension, extensions};
 use super::file::ImageFile;
 use super::header::{BitmapsExtension, Header, Table, autoclear};
 use super::layout::Layout;
@@ -184,6 +185,7 @@ impl Qcow2 {
         let Some(old) = old.filter(|_| bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
             return Ok(());
         };
+        let at = self.directory_word().await?;
         let mut taken = Vec::new();
         let header = match self.write_bitmaps(old, &bitmaps, &mut taken).await {
             Ok(header) => header,
@@ -194,8 +196,10 @@ impl Qcow2 {
                 return Err(error);
             }
         };
-        // The directory is durable before the header names it.
-        self.write_header(0, Bytes::from(header.encode()?)).await?;
+        // The directory is durable before the header names it. One word says where it is, so that no crash leaves half of
+        // what the header says: neither of this nor of anything else in it.
+        let word = header.bitmaps.map_or(0, |bitmaps| bitmaps.directory_offset);
+        self.write_header(at, Bytes::copy_from_slice(&word.to_be_bytes())).await?;
         let bits = self.layout.cluster_bits;
         let range = |run: Run| ByteRange::from_bounds(run.first << bits, (run.first + run.count) << bits);
         let mut state = self.lock();
@@ -234,6 +238,20 @@ impl Qcow2 {
         };
         self.flush().await?;
         Ok(Header { bitmaps: Some(new), ..self.header() })
+    }
+
+    /// Where the header says where the bitmap directory is. Its length stays: the entries are the same.
+    async fn directory_word(&self) -> Result<u64, FormatError> {
+        let cluster = self.file.read(ByteRange::from_bounds(0, self.layout.cluster_size())).await?;
+        let mut at = Header::extensions_start(&cluster);
+        for found in extensions(cluster.get(at..).unwrap_or_default()) {
+            let Extension { kind, data } = found?;
+            if kind == extension::BITMAPS {
+                return Ok(u64_from(at) + 8 + 16);
+            }
+            at += 8 + data.len().next_multiple_of(8);
+        }
+        Err(FormatError::header("it says no longer where its bitmaps are"))
     }
 
     /// Writes the bits of one bitmap; says where its table is.
