@@ -124,16 +124,6 @@ impl Mirror {
         self
     }
 
-    /// Lets it copy by a named bitmap of the source, or keep that up to date, or both: see [`super::by_bitmap`].
-    #[must_use]
-    pub fn with_bitmap(mut self, by_bitmap: ByBitmap) -> Self {
-        if self.options.sync == SyncMode::Bitmap {
-            by_bitmap.add_to(&self.route.source, self.doubling.bitmap());
-        }
-        self.by_bitmap = Some(by_bitmap);
-        self
-    }
-
     /// Lets it send copies to `lanes` while no guest wants the other cores.
     #[must_use]
     pub fn with_lanes(mut self, lanes: Arc<Lanes>) -> Self {

@@ -1,3 +1,5 @@
+//! Changes of named bitmaps, and what follows where, without anything beside them.
+
 use super::*;
 use crate::driver::null::{NullStorage, ReadsZero};
 use crate::job::test_disk::{Ticking, node_of};
@@ -9,7 +11,7 @@ fn node(name: &str) -> Arc<Node> {
 }
 
 fn bits(granularity: u32) -> Arc<DirtyBitmap> {
-    Arc::new(DirtyBitmap::new(SIZE, granularity).unwrap())
+    Arc::new(DirtyBitmap::new(SIZE, granularity).expect("it is allowed"))
 }
 
 fn add(node: &Arc<Node>, name: &str, granularity: u32) {
@@ -21,7 +23,8 @@ fn write(node: &Node, offset: u64) {
 }
 
 fn dirty(node: &Node, name: &str) -> Vec<u64> {
-    let bits = node.named_bitmap(name).unwrap().bits.unwrap();
+    let bitmap = node.named_bitmap(name).expect("it is there");
+    let bits = bitmap.bits.expect("it can be used");
     let (mut found, mut from) = (Vec::new(), 0);
     while let Some(granule) = bits.next_dirty(from, 1) {
         found.push(granule.offset() / u64::from(bits.granularity()));
@@ -89,5 +92,5 @@ fn one_that_nobody_can_use_takes_no_ones_place() {
     follow(&source, &target);
     assert_eq!(dirty(&target, "x"), []);
     assert_eq!(dirty(&target, "y"), [1], "what can be used takes the place of what cannot");
-    assert!(!target.named_bitmap("y").unwrap().persistent, "there is no place for it");
+    assert!(!target.named_bitmap("y").expect("it is there").persistent, "there is no place for it");
 }

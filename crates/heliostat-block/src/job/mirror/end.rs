@@ -1,10 +1,11 @@
-//! How a mirror ends: the pivot, the copy that is left behind, the abort. Called by the loop, when everything that it
+//! What a mirror has to do with a named bitmap, and how it ends: the pivot, the copy that is left behind, the abort. Called by the loop, when everything that it
 //! needs is so.
 
 use std::sync::Arc;
 
 use super::Mirror;
 use crate::clock::Clock;
+use crate::job::by_bitmap::ByBitmap;
 use crate::job::mirror_step::Scan;
 use crate::job::scan::SyncMode;
 use crate::job::{End, JobEvent, JobStatus};
@@ -20,6 +21,16 @@ use crate::tracked::Drained;
 pub type Succession = Box<dyn FnOnce(&Drained, &Arc<Node>) -> Result<(), String> + Send>;
 
 impl Mirror {
+    /// Lets it copy by a named bitmap of the source, or keep that up to date, or both: see [`crate::job::by_bitmap`].
+    #[must_use]
+    pub fn with_bitmap(mut self, by_bitmap: ByBitmap) -> Self {
+        if self.options.sync == SyncMode::Bitmap {
+            by_bitmap.add_to(&self.route.source, self.doubling.bitmap());
+        }
+        self.by_bitmap = Some(by_bitmap);
+        self
+    }
+
     /// What lies behind has not been looked at.
     pub(super) fn unscanned_from(&self) -> u64 {
         if self.scan == Scan::Over { self.route.source.size() } else { self.scanned_to }
