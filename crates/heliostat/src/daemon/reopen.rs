@@ -10,7 +10,7 @@ use heliostat_block::graph::Role;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
 use heliostat_host::runtime;
 
-use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, NodeEntry, NodeSpec};
+use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, FilterEntry, NodeEntry, NodeSpec};
 
 /// What becomes of one node.
 struct Change {
@@ -36,7 +36,10 @@ impl Daemon {
         let _change = self.begin_change()?;
         let entries = self.nodes();
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
-        let changes = changes.collect::<Result<Vec<_>, _>>()?;
+        let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
+        // A request of an upper node may wait at a lower one's gate, so gates close from the top down. That is the order
+        // of the list.
+        changes.sort_by_key(|change| entries.iter().position(|entry| Arc::ptr_eq(&entry.node, &change.node)));
         let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
         self.drop_orphans();
@@ -161,6 +164,13 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
             check(*size == said, "size")?;
         }
         (DriverSpec::Qcow2(image), "qcow2") => check_child(&image.file)?,
+        (DriverSpec::Faults(faults), "blkdebug") => check_child(&faults.image)?,
+        (DriverSpec::CopyOnRead { file, .. }, "copy-on-read") => check_child(file)?,
+        (DriverSpec::Throttle { group, file }, "throttle") => {
+            check_child(file)?;
+            let same = FilterEntry::Throttle { group: group.clone() };
+            check(entry.filter.as_ref() == Some(&same), "throttle-group")?;
+        }
         _ => return Err(DaemonError::Fixed("driver")),
     }
     check(spec.cache.direct == entry.cache.direct, "cache.direct")?;
