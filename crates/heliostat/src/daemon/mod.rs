@@ -169,9 +169,9 @@ mod tests {
     fn until_null(events: &Subscription) -> Vec<JobEvent> {
         let mut said = Vec::new();
         while said.last() != Some(&JobEvent::Status(JobStatus::Null)) {
-            match events.next(LIMIT).expect("the job ends").what.clone() {
-                Happening::Job { event, .. } => said.push(event),
-                _ => {}
+            let what = events.next(LIMIT).expect("the job ends").what.clone();
+            if let Happening::Job { event, .. } = what {
+                said.push(event);
             }
         }
         said
