@@ -11,7 +11,10 @@ use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_block::throttle::InvalidLimits;
 use heliostat_host::open::OpenError;
 
+use super::bitmaps::BitmapError;
 use super::gate::GateError;
+use super::mirror_bitmap::BitmapUseError;
+use super::transaction::TransactionError;
 use crate::front::nbd::ExportError;
 
 /// Why the daemon refuses something. Nothing has changed then.
@@ -101,6 +104,23 @@ pub enum DaemonError {
     /// What clients have written cannot be made durable before they leave it.
     #[error("cannot make durable what was written: {0}")]
     Unflushed(BlockError),
+    /// An option that stays as it was when the node was opened.
+    #[error("Cannot change the option '{0}'")]
+    Fixed(&'static str),
+    /// What an image stands on has to be said, as it would be lost otherwise.
+    #[error("backing is missing for '{0}'")]
+    BackingMissing(NodeName),
+    /// A node of those that are to be changed has no name.
+    #[error("node-name not specified")]
+    ReopenNameMissing,
+    /// Somebody writes to the node.
+    #[error("Read-only block node '{0}' cannot support read-write users")]
+    HasWriters(NodeName),
+    /// It was opened for reading only, and stays so.
+    #[error(
+        "node '{0}' cannot be made writable: what it is in was opened for reading only; remove and add it again"
+    )]
+    OpenedReadOnly(NodeName),
     /// There is no such driver.
     #[error("Unknown driver '{0}'")]
     UnknownDriver(String),
@@ -323,6 +343,15 @@ pub enum DaemonError {
         /// What is missing.
         error: InvalidGranularity,
     },
+    /// A dirty bitmap is not to be had.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
+    /// There is no transaction.
+    #[error(transparent)]
+    Transaction(#[from] TransactionError),
+    /// A mirror may not use a bitmap so.
+    #[error(transparent)]
+    BitmapUse(#[from] BitmapUseError),
     /// The host gives no thread.
     #[error("cannot start a thread for job '{job}': {error}")]
     Thread {

@@ -62,7 +62,8 @@ impl Daemon {
     /// [`ShutdownError`] when a flush failed; everything else was done all the same.
     pub fn shutdown(&self) -> Result<(), ShutdownError> {
         self.closing.store(true, std::sync::atomic::Ordering::Release);
-        // Whoever is in the middle of a change ends it first.
+        // Whoever is in the middle of a change ends it first, and may be waiting for what is held up.
+        self.release_held_up();
         drop(self.changes.lock().unwrap_or_else(PoisonError::into_inner));
         self.release_held_up();
         self.enter(Stage::Jobs);

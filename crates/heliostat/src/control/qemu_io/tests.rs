@@ -92,3 +92,18 @@ fn the_end_of_the_daemon_does_not_wait_for_a_request_that_is_held_up() {
     daemon.shutdown().unwrap();
     assert!(daemon.nodes().is_empty());
 }
+
+#[test]
+fn the_end_of_the_daemon_does_not_wait_for_a_limit() {
+    let daemon = with_a_node();
+    let mut limits = heliostat_block::throttle::Limits::default();
+    limits.get_mut(heliostat_block::throttle::Counted::BytesTotal).rate = 1;
+    daemon.add_throttle_group("g", limits).unwrap();
+    let throttle = DriverSpec::Throttle { group: "g".to_owned(), file: Child::Named("r".to_owned()) };
+    daemon.add_node(&NodeSpec::new(Some("t".to_owned()), throttle)).unwrap();
+    for _ in 0..3 {
+        run(&daemon, "t", "aio_write 0 64k").unwrap();
+    }
+    daemon.shutdown().unwrap();
+    assert!(daemon.nodes().is_empty());
+}

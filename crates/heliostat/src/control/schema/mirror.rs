@@ -1,6 +1,6 @@
-//! What mirrors and snapshots take.
+//! What mirrors, snapshots and changes of open nodes take.
 
-use super::{COPY_MODE, Kind, ON_ERROR, Record, later, optional, ours, record, required};
+use super::{COPY_MODE, Kind, NODE, ON_ERROR, Record, later, optional, ours, record, required};
 
 pub(super) static DRIVE_MIRROR: Record = record(&[
     optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
@@ -20,7 +20,7 @@ pub(super) static DRIVE_MIRROR: Record = record(&[
     required(
         "sync",
         Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
+        "what the first pass copies; incremental and bitmap need a bitmap, which is ours",
     ),
     optional(
         "mode",
@@ -45,6 +45,12 @@ pub(super) static DRIVE_MIRROR: Record = record(&[
         Kind::Flag,
         "be forgotten when it has ended, without `job-dismiss`; default true",
     ),
+    ours("bitmap", Kind::Text, "a dirty bitmap of the source: what to copy, or what to keep up to date"),
+    ours(
+        "bitmap-mode",
+        Kind::Word(&["on-success", "never", "always"]),
+        "when the bitmap takes note of what was copied",
+    ),
 ]);
 
 pub(super) static MIRROR: Record = record(&[
@@ -55,7 +61,7 @@ pub(super) static MIRROR: Record = record(&[
     required(
         "sync",
         Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
+        "what the first pass copies; incremental and bitmap need a bitmap, which is ours",
     ),
     optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
     optional(
@@ -76,6 +82,12 @@ pub(super) static MIRROR: Record = record(&[
     ),
     later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
     ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
+    ours("bitmap", Kind::Text, "a dirty bitmap of the source: what to copy, or what to keep up to date"),
+    ours(
+        "bitmap-mode",
+        Kind::Word(&["on-success", "never", "always"]),
+        "when the bitmap takes note of what was copied",
+    ),
 ]);
 
 pub(super) static SNAPSHOT: Record = record(&[
@@ -95,3 +107,10 @@ pub(super) static SNAPSHOT_SYNC: Record = record(&[
         "existing: use what is there; absolute-paths: make it, whatever is there; default absolute-paths",
     ),
 ]);
+
+pub(super) static REOPEN: Record = record(&[required(
+    "options",
+    Kind::List(&Kind::Object(&NODE)),
+    "the nodes, as `blockdev-add` takes them; what is not said goes back to its default, all change or none; a file \
+     and how it is opened stay",
+)]);

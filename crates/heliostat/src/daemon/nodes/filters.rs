@@ -216,12 +216,16 @@ impl Daemon {
         self.keep(Below { entry, start: 0, identity: below.identity }, vec![place], making)
     }
 
-    /// Lets every request go on that is held up at a breakpoint, and takes the breakpoints back.
+    /// Lets every request go on that is held up at a breakpoint or by a limit, and holds none up any more.
     pub(in crate::daemon) fn release_held_up(&self) {
         for node in self.graph.nodes() {
             if let Some(injector) = node.fault_injector() {
                 injector.end();
             }
+        }
+        for group in self.lock_groups().values() {
+            // No limits make sense always.
+            let _ = group.set_limits(Limits::default());
         }
     }
 
