@@ -135,3 +135,6 @@ impl Storage for NodeStorage {
         self.node.driver().hurry(hurry);
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

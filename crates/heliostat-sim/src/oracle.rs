@@ -30,6 +30,8 @@ pub(crate) enum Put {
     Zeroes,
     /// Zeroes or nothing.
     Discard,
+    /// Zeroes that nobody has written: the disk has become longer.
+    Gained,
     /// These bytes, from offset 0 on: how a disk was found.
     Image(Arc<Vec<u8>>),
 }
@@ -217,7 +219,7 @@ impl Oracle {
     fn byte(&self, id: WriteId, at: u64) -> u8 {
         match &self.writes[id.0].put {
             Put::Pattern => pattern(id, at)[usize_from(at % 8)],
-            Put::Zeroes | Put::Discard => 0,
+            Put::Zeroes | Put::Discard | Put::Gained => 0,
             Put::Image(image) => image[usize_from(at)],
         }
     }
@@ -234,7 +236,7 @@ impl Oracle {
                     word[usize_from(at % 8)] == *byte
                 })
             }
-            Put::Zeroes | Put::Discard => is_zero(bytes),
+            Put::Zeroes | Put::Discard | Put::Gained => is_zero(bytes),
             Put::Image(image) => image[usize_from(range.offset())..usize_from(range.end())] == *bytes,
         }
     }

@@ -8,10 +8,9 @@
 mod common;
 mod qmp;
 
-use std::process::Command;
-
 use common::qcow2::qemu_img;
 use qmp::Peer;
+use qmp::guest::is_told;
 use qmp::wire::Wire;
 use serde_json::{Value, json};
 
@@ -38,21 +37,6 @@ fn inject(rules: &[Value]) -> Value {
     json!({ "inject-error": rules })
 }
 
-/// What a guest of the export `n` is told.
-fn guest(peer: &Peer, requests: &[&str]) -> String {
-    let uri = format!("nbd+unix:///n?socket={}/nbd", peer.folder().display());
-    let mut command = Command::new("qemu-io");
-    command.args(["-f", "raw"]);
-    for request in requests {
-        command.args(["-c", request]);
-    }
-    let output = command.arg(uri).output().unwrap();
-    let said =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<_> = said.lines().filter(|line| !line.ends_with("ops/sec)")).collect();
-    format!("{} {}", lines.join("|"), output.status.success())
-}
-
 /// What one daemon's guests are told of each case. `node` makes the node `n` over an injector with the rules.
 fn answers(peer: &Peer, cases: &[Case], node: impl Fn(&Peer, &Value) -> Value) -> Vec<String> {
     let mut wire = Wire::negotiated(&peer.socket());
@@ -68,7 +52,7 @@ fn answers(peer: &Peer, cases: &[Case], node: impl Fn(&Peer, &Value) -> Value) -
         let node = node(peer, &case.rules);
         execute(&mut wire, "blockdev-add", &node);
         execute(&mut wire, "block-export-add", &export);
-        let told = guest(peer, case.requests);
+        let told = is_told(peer, case.requests);
         // An error of the last flush would be the next case's.
         execute(&mut wire, "block-export-del", &json!({ "id": "e", "mode": "hard" }));
         until_deleted(&mut wire);

@@ -304,7 +304,7 @@ fn edges(graph: &Value, whose: Whose) -> Vec<String> {
     let name = |id: &Value| {
         let node = graph["nodes"]
             .as_array()
-            .unwrap()
+            .expect("a list")
             .iter()
             .find(|node| node["id"] == *id)
             .expect("an end of an edge");

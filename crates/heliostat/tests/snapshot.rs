@@ -58,3 +58,36 @@ fn snapshots_one_after_the_other_lose_nothing_of_what_a_guest_writes_meanwhile()
     }
     assert_same(folder.path(), ("model.raw", "raw"), ("overlay7.qcow2", "qcow2"));
 }
+
+#[test]
+fn a_mirrors_target_reads_right_whenever_it_is_given_what_it_stands_on() {
+    for give in ["blockdev-snapshot", "blockdev-reopen"] {
+        let Some(mut scene) = Scene::new() else { return };
+        scene.chain();
+        scene.img(&["convert", "-O", "qcow2", "mid.qcow2", "copy.qcow2"]);
+        scene.img(&["create", "-q", "-f", "qcow2", "-b", "copy.qcow2", "-F", "qcow2", "t.qcow2"]);
+        scene.add("s", "top.qcow2", json!({}));
+        scene.add("copy", "copy.qcow2", json!({ "read-only": true }));
+        scene.execute(
+            "blockdev-add",
+            json!({ "driver": "file", "node-name": "tf", "filename": "DIR/t.qcow2" }),
+        );
+        let target =
+            |backing| json!({ "driver": "qcow2", "node-name": "t", "file": "tf", "backing": backing });
+        scene.execute("blockdev-add", target(json!(null)));
+        let uri = scene.export("s");
+        scene.mirror(json!({ "sync": "top", "copy-mode": "write-blocking" }));
+        scene.qmp.wait_event("BLOCK_JOB_READY", common::wait::LIMIT).unwrap();
+        scene.guest(&uri, &["write -P 8 5632k 4k", "write -z 7M 12k", "write -P 9 100k 100"]);
+        match give {
+            "blockdev-snapshot" => scene.execute(give, json!({ "node": "copy", "overlay": "t" })),
+            _ => scene.execute(give, json!({ "options": [target(json!("copy"))] })),
+        };
+        scene.guest(&uri, &["write -P 10 9M 100k", "write -z 1M 70k", "write -P 11 3000k 100"]);
+        scene.complete_now();
+        scene.guest(&uri, &["read -P 10 9M 100k", "read -P 1 512k 64k", "read -P 3 1200k 100k"]);
+        let folder = scene.end();
+        assert_sound(folder.path(), "t.qcow2");
+        assert_same(folder.path(), ("top.qcow2", "qcow2"), ("t.qcow2", "qcow2"));
+    }
+}

@@ -33,13 +33,16 @@ fn within(folder: &Path, arguments: &[&str]) -> Vec<String> {
     arguments.iter().map(|text| text.replace("DIR", &folder.to_string_lossy())).collect()
 }
 
-const DISK: [&str; 15] = [
+const DISK: [&str; 17] = [
+    "--object",
+    "throttle-group,id=limits,x-bps-total=1073741824",
     "--chardev",
     "socket,id=qmp,path=DIR/control,server=on,wait=off",
     "--monitor",
     "chardev=qmp,mode=control",
     "--blockdev",
-    "driver=raw,node-name=source,discard=unmap,file.driver=file,file.filename=DIR/source",
+    "driver=raw,node-name=source,discard=unmap,file.driver=throttle,file.throttle-group=limits,\
+     file.file.driver=file,file.file.filename=DIR/source",
     "--blockdev",
     "{'driver': 'qcow2', 'node-name': 'target', 'file': {'driver': 'file', 'filename': 'DIR/target'}}",
     "--nbd-server",
@@ -100,7 +103,7 @@ fn the_same_arguments_and_the_same_client_move_a_disk_with_both() {
 }
 
 /// Arguments that both refuse, in the same words.
-const REFUSED: [&[&str]; 43] = [
+const REFUSED: [&[&str]; 47] = [
     &["--zork"],
     &["--blockdev"],
     &["extra"],
@@ -144,6 +147,10 @@ const REFUSED: [&[&str]; 43] = [
     &["--chardev", "zork,id=c"],
     &["--chardev", "socket,id=c,path=/nonexistent/x,server=on,wait=off"],
     &["--pidfile", "/nonexistent/pid"],
+    &["--object", "zork,id=x"],
+    &["--object", "throttle-group"],
+    &["--object", "throttle-group,id=t,x-iops-total=zz"],
+    &["--object", "throttle-group,id=t,zork=1"],
 ];
 
 #[test]
@@ -296,7 +303,23 @@ fn a_monitor_may_be_pretty_and_on_tcp() {
 
 /// A port that nobody had a moment ago.
 fn free_port() -> u16 {
-    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("the loopback has free ports");
+    listener.local_addr().expect("it is bound").port()
+}
+
+#[test]
+fn it_takes_as_many_open_files_as_it_may() {
+    let folder = common::folder();
+    let control = folder.path().join("control");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -Sn 256; exec \"$0\" serve --control \"$1\"", HELIOSTAT]).arg(&control);
+    let mut daemon = Daemon::start(&mut command).unwrap();
+    daemon.listens(&control).unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.id())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let number = |text: &str| text.parse::<u64>().unwrap_or(u64::MAX);
+    let [soft, hard] = [0, 1].map(|column| number(line.split_whitespace().nth(column).unwrap()));
+    assert_eq!(soft, hard.min(65_536), "{line}");
 }
 
 #[test]

@@ -21,7 +21,7 @@ impl Oracle {
         let end = self.segments.last_key_value().map_or(size, |(_, last)| last.end.max(size));
         self.cut(self.size);
         drop(self.segments.split_off(&self.size));
-        let put = Put::Zeroes;
+        let put = Put::Gained;
         self.writes.push(Write {
             range: gained,
             put,
@@ -63,7 +63,7 @@ impl Oracle {
     /// All that has been written, zeroed or discarded, or was to be: where, and whether it has certainly been tried. A
     /// discard may be too small for its storage.
     pub(crate) fn writes(&self) -> impl Iterator<Item = (ByteRange, bool)> {
-        let all = self.writes.iter().filter(|write| !matches!(write.put, Put::Image(_)));
+        let all = self.writes.iter().filter(|write| !matches!(write.put, Put::Image(_) | Put::Gained));
         // What reached beyond the end was refused, perhaps.
         let was_tried = |write: &Write| {
             let is_discard = matches!(write.put, Put::Discard);

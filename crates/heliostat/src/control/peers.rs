@@ -111,8 +111,7 @@ impl Peers {
 mod tests {
     use super::*;
 
-    const USERS: &str =
-        "root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\nben:x:1001:100::/:/bin/sh\n";
+    const USERS: &str = "root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/:/bin/sh\nben:x:1001:100::/:/bin/sh\n";
     const GROUPS: &str = "root:x:0:\nusers:x:100:\ndisk:x:6:ann,zoe\n";
 
     fn read(text: &str) -> Result<Peer, String> {

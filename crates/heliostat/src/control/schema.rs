@@ -324,6 +324,7 @@ pub static COMMANDS: &[Command] = &[
     ),
     command("quit", "Ends the program in order: jobs are cancelled, everything is flushed.", &NOTHING),
     command("blockdev-add", "Opens a node.", &NODE),
+    command("blockdev-reopen", "Changes options of open nodes.", &mirror::REOPEN),
     command(
         "blockdev-del",
         "Flushes and closes a node that nobody uses.",

@@ -104,6 +104,23 @@ pub enum DaemonError {
     /// What clients have written cannot be made durable before they leave it.
     #[error("cannot make durable what was written: {0}")]
     Unflushed(BlockError),
+    /// An option that stays as it was when the node was opened.
+    #[error("Cannot change the option '{0}'")]
+    Fixed(&'static str),
+    /// What an image stands on has to be said, as it would be lost otherwise.
+    #[error("backing is missing for '{0}'")]
+    BackingMissing(NodeName),
+    /// A node of those that are to be changed has no name.
+    #[error("node-name not specified")]
+    ReopenNameMissing,
+    /// Somebody writes to the node.
+    #[error("Read-only block node '{0}' cannot support read-write users")]
+    HasWriters(NodeName),
+    /// It was opened for reading only, and stays so.
+    #[error(
+        "node '{0}' cannot be made writable: what it is in was opened for reading only; remove and add it again"
+    )]
+    OpenedReadOnly(NodeName),
     /// There is no such driver.
     #[error("Unknown driver '{0}'")]
     UnknownDriver(String),

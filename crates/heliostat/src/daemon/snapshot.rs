@@ -153,10 +153,14 @@ impl Daemon {
     fn check_overlay(&self, node: &Arc<Node>, overlay: &Arc<Node>) -> Result<(), DaemonError> {
         let refused = |text: String| Err(DaemonError::Snapshot(text));
         let roles = self.graph.roles(overlay);
-        if let Some(role) = roles.iter().find(|role| matches!(role, Role::MirrorTarget { .. })) {
+        let target = roles.iter().find(|role| matches!(role, Role::MirrorTarget { .. }));
+        if let Some(role) = target
+            && !self.graph.roles(node).is_empty()
+        {
             return Err(conflict(overlay.name().clone(), role, true));
         }
-        if !roles.is_empty() {
+        // A mirror only writes its target: nobody sees yet what that reads as, so it may be given what it stands on.
+        if !roles.is_empty() && target.is_none() {
             return refused("The overlay is already in use".to_owned());
         }
         if Arc::ptr_eq(node, overlay) {
@@ -201,6 +205,8 @@ impl Daemon {
                 node.enter().await.flush().await.map_err(unflushed)?;
             }
             let drained = node.drain().await;
+            // What a mirror is writing to it ends with what it began with.
+            let _overlay = overlay.drain().await;
             if !node.options().read_only {
                 drained.flush().await.map_err(unflushed)?;
             }

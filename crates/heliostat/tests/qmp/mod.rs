@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test file is a program of its own and uses only its part of this")]
 
 pub mod faults;
+pub mod guest;
 pub mod steps;
 pub mod transcript;
 pub mod wire;

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::Qcow2;
 use super::bitmap_directory::{AUTO, BitmapEntry, Bits, IN_USE, decode_directory, encode_directory, runs};
 use super::error::FormatError;
+use super::extension::{self, Extension, extensions};
 use super::file::ImageFile;
 use super::header::{BitmapsExtension, Header, Table, autoclear};
 use super::layout::Layout;
@@ -287,8 +288,7 @@ impl Qcow2 {
             // What cannot be read is lost space, until a check gives it back.
             gone.extend(self.places_of_unusable(bitmap).await.unwrap_or_default());
         }
-        // The directory is durable before the header names it.
-        self.write_header(0, Bytes::from(header.encode()?)).await?;
+        self.name_bitmaps(&header).await?;
         self.set_bitmaps(bitmaps.into_iter().filter(|bitmap| !bitmap.is_removed).collect());
         let bits = self.layout.cluster_bits;
         let range = |run: Run| ByteRange::from_bounds(run.first << bits, (run.first + run.count) << bits);
@@ -350,6 +350,37 @@ impl Qcow2 {
         });
         let bitmap = StoredBitmap { table: if is_sound { table } else { Vec::new() }, ..bitmap.clone() };
         Ok(bitmap.places(self.layout).into_iter().map(|(range, _)| range).collect())
+    }
+
+    /// Lets the header name the bitmaps of `new`, whose directory is durable. One word says where that is, so that no
+    /// crash leaves half of what the header says; but where bitmaps have come or gone, all of the header is written.
+    async fn name_bitmaps(&self, new: &Header) -> Result<(), FormatError> {
+        let old = self.header();
+        let shape = |header: &Header| {
+            (header.autoclear, header.bitmaps.map(|bitmaps| (bitmaps.count, bitmaps.directory_size)))
+        };
+        match new.bitmaps.filter(|_| shape(&old) == shape(new)) {
+            Some(bitmaps) => {
+                let word = Bytes::copy_from_slice(&bitmaps.directory_offset.to_be_bytes());
+                self.write_header(self.directory_word().await?, word).await?;
+            }
+            None => self.write_header(0, Bytes::from(new.encode()?)).await?,
+        }
+        Ok(())
+    }
+
+    /// Where the header says where the bitmap directory is. Its length stays: the entries are the same.
+    async fn directory_word(&self) -> Result<u64, FormatError> {
+        let cluster = self.file.read(ByteRange::from_bounds(0, self.layout.cluster_size())).await?;
+        let mut at = Header::extensions_start(&cluster);
+        for found in extensions(cluster.get(at..).unwrap_or_default()) {
+            let Extension { kind, data } = found?;
+            if kind == extension::BITMAPS {
+                return Ok(u64_from(at) + 8 + 16);
+            }
+            at += 8 + data.len().next_multiple_of(8);
+        }
+        Err(FormatError::header("it says no longer where its bitmaps are"))
     }
 
     /// Writes the bits of one bitmap; says where its table is.

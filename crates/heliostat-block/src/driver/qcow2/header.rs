@@ -212,6 +212,12 @@ impl Header {
         Ok(header)
     }
 
+    /// Where the room for extensions begins in a header's first cluster.
+    pub(super) fn extensions_start(cluster: &[u8]) -> usize {
+        let fields = Fields(cluster);
+        if fields.u32(4) == 2 { HEADER_START } else { usize_from(u64::from(fields.u32(100))) }
+    }
+
     /// Where the room for extensions ends.
     fn check_backing(&self, offset: u64, len: u32) -> Result<usize, FormatError> {
         let cluster_size = self.layout.cluster_size();

@@ -1,4 +1,5 @@
-//! `human-monitor-command`: commands of QEMU's human monitor, by their text. One match arm for each.
+//! `human-monitor-command`: commands of QEMU's human monitor, by their text: `qemu-io` and `info`. One match arm for
+//! each.
 //!
 //! The answer is the text that the monitor would show, errors included; its lines end as the monitor's do.
 
@@ -8,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::qemu_io;
+use super::describe;
 use crate::daemon::Daemon;
 
 pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Value {
@@ -16,6 +18,8 @@ pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Value {
     let text = match word {
         "" => String::new(),
         "qemu-io" => poke(daemon, rest.trim_start()),
+        "info" => describe::human::info(daemon, rest)
+            .unwrap_or_else(|| format!("unknown command: 'info {}'\n", rest.trim())),
         _ => format!("unknown command: '{word}'\n"),
     };
     json!(text.replace('\n', "\r\n"))

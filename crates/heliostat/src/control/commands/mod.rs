@@ -75,6 +75,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-block-exports" => Ok(exports::query(daemon)),
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
+        "blockdev-reopen" => nodes::reopen(daemon, arguments),
         "transaction" => transaction::run(daemon, arguments),
         "blockdev-snapshot" => snapshot::take(daemon, arguments),
         "blockdev-snapshot-sync" => snapshot::take_to_file(daemon, arguments),

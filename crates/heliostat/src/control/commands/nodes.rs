@@ -35,6 +35,12 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
     Ok(json!({}))
 }
 
+pub(super) fn reopen(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    let specs = arguments.objects("options").map(|options| node_spec(options, Inherited::default()));
+    daemon.reopen_nodes(&specs.collect::<Result<Vec<_>, _>>()?)?;
+    Ok(json!({}))
+}
+
 pub(super) fn delete(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     daemon.remove_node(arguments.required_text("node-name"))?;
     Ok(json!({}))

@@ -1,6 +1,6 @@
-//! What mirrors and snapshots take.
+//! What mirrors, snapshots and changes of open nodes take.
 
-use super::{COPY_MODE, Kind, ON_ERROR, Record, later, optional, ours, record, required};
+use super::{COPY_MODE, Kind, NODE, ON_ERROR, Record, later, optional, ours, record, required};
 
 pub(super) static DRIVE_MIRROR: Record = record(&[
     optional("job-id", Kind::Text, "the job's id; default: the export's, where the source is named by one"),
@@ -107,3 +107,10 @@ pub(super) static SNAPSHOT_SYNC: Record = record(&[
         "existing: use what is there; absolute-paths: make it, whatever is there; default absolute-paths",
     ),
 ]);
+
+pub(super) static REOPEN: Record = record(&[required(
+    "options",
+    Kind::List(&Kind::Object(&NODE)),
+    "the nodes, as `blockdev-add` takes them; what is not said goes back to its default, all change or none; a file \
+     and how it is opened stay",
+)]);

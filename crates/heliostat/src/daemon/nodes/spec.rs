@@ -194,7 +194,7 @@ impl NodeSpec {
     }
 
     /// How the node is to behave.
-    pub(super) const fn options(&self) -> NodeOptions {
+    pub(in super::super) const fn options(&self) -> NodeOptions {
         NodeOptions { read_only: self.read_only, discard: self.discard, detect_zeroes: self.detect_zeroes }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use heliostat_block::graph::GraphError;
+use heliostat_block::graph::{GraphError, Role};
 use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
 
@@ -204,6 +204,32 @@ impl Daemon {
             record.below.entry.backing_is_given = named == Named::ByOperator;
             record.places.push(place);
         });
+        Ok(())
+    }
+
+    /// Puts other nodes, or none, below images: all or none. The caller holds the gates of the images' nodes.
+    ///
+    /// # Errors
+    /// With a node that somebody uses in a way that does not go with this; nothing has changed then.
+    pub(in super::super) fn change_backings(
+        &self,
+        moves: &[(Arc<Node>, Option<Arc<Node>>)],
+    ) -> Result<(), Arc<Node>> {
+        let attach = |(node, backing): &(Arc<Node>, Option<Arc<Node>>)| {
+            let Some(backing) = backing else { return Ok(None) };
+            let role = Role::Backing { of: node.name().clone() };
+            self.graph.attach(backing, role).map(Some).map_err(|_| Arc::clone(backing))
+        };
+        let places = moves.iter().map(attach).collect::<Result<Vec<_>, _>>()?;
+        for ((node, backing), place) in moves.iter().zip(places) {
+            node.set_backing(backing.clone());
+            self.change_record(node, |record| {
+                record.places.retain(|place| !matches!(place.role(), Role::Backing { .. }));
+                record.places.extend(place);
+                record.below.entry.backing = backing.as_ref().map(|backing| backing.name().clone());
+                record.below.entry.backing_is_given = true;
+            });
+        }
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! What was counted and who uses what stand beside this. Looks at what is known already and opens nothing. `heliostat info` shows the same of an image.
 
 pub(super) mod graph;
+pub(super) mod human;
 pub(super) mod statistics;
 
 use std::path::Path;

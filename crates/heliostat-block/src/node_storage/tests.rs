@@ -1,0 +1,92 @@
+//! One node on another: what is in flight where, and who waits for whom.
+
+use std::pin::pin;
+
+use futures_util::FutureExt;
+
+use super::*;
+use crate::driver::throttle::Throttle;
+use crate::driver::{Driver, Filter};
+use crate::job::test_disk::{Disk, Ticking, node_of};
+use crate::name::NodeName;
+use crate::named_bitmap::{self, Change, NamedBitmap};
+use crate::node::NodeOptions;
+use crate::throttle::{Counted, Limits, ThrottleGroup};
+
+const LEN: usize = 64 << 10;
+
+/// A disk, a node of it, and a node on that.
+fn stack() -> (Arc<Disk>, Arc<Node>, Arc<Node>) {
+    let (disk, clock) = (Disk::of(vec![0; LEN]), Arc::new(Ticking::default()));
+    let lower = node_of("lower", disk.clone(), &clock);
+    let upper = node_of("upper", NodeStorage::new(Arc::clone(&lower)), &clock);
+    (disk, lower, upper)
+}
+
+async fn write(node: &Arc<Node>) {
+    let tracked = node.enter().await;
+    tracked.write(0, Bytes::from(vec![7; 4096]), Durability::Cached).await.unwrap();
+}
+
+#[test]
+fn a_request_through_the_upper_node_is_in_flight_in_both_and_a_drain_above_waits_for_it() {
+    let (disk, lower, upper) = stack();
+    disk.hold_writes();
+    let mut writing = pin!(write(&upper));
+    assert!(writing.as_mut().now_or_never().is_none());
+    assert_eq!((upper.in_flight(), lower.in_flight()), (1, 1));
+    let mut draining = pin!(upper.drain());
+    assert!(draining.as_mut().now_or_never().is_none());
+    disk.release();
+    assert!(writing.now_or_never().is_some());
+    assert!(draining.now_or_never().is_some());
+    assert_eq!(lower.in_flight(), 0, "what it sent below has ended, too");
+}
+
+#[test]
+fn a_request_waits_while_the_lower_gate_is_closed_and_then_goes_on() {
+    let (disk, lower, upper) = stack();
+    let drained = lower.drain().now_or_never().expect("nothing is in flight");
+    let mut writing = pin!(write(&upper));
+    assert!(writing.as_mut().now_or_never().is_none());
+    assert_eq!(disk.shown()[0], 0);
+    drop(drained);
+    assert!(writing.now_or_never().is_some());
+    assert_eq!(disk.shown()[0], 7);
+}
+
+#[test]
+fn a_write_through_the_upper_node_marks_the_lower_ones_bitmaps() {
+    let (_, lower, upper) = stack();
+    let bitmap = Arc::new(crate::dirty_bitmap::DirtyBitmap::new(lower.size(), 4096).unwrap());
+    let named = NamedBitmap::new("lower".to_owned(), Arc::clone(&bitmap));
+    named_bitmap::change(&[(Arc::clone(&lower), Change::Add(named))]);
+    write(&upper).now_or_never().expect("the disk answers at once");
+    assert_eq!(bitmap.dirty_bytes(), 4096);
+}
+
+#[test]
+fn a_drain_does_not_wait_for_a_limit_below() {
+    let clock = Arc::new(Ticking::default());
+    let disk = Disk::of(vec![0; LEN]);
+    let bottom = node_of("bottom", disk, &clock);
+    let mut limits = Limits::default();
+    limits.get_mut(Counted::RequestsTotal).rate = 1;
+    let clock: Arc<dyn crate::clock::Clock> = clock;
+    let group = ThrottleGroup::new(limits, Arc::clone(&clock)).unwrap();
+    let throttle = Driver::Filter(Filter::Throttle(Throttle::new(bottom, group)));
+    let lower =
+        Node::new(NodeName::new("lower").unwrap(), throttle, NodeOptions::default(), Arc::clone(&clock));
+    let raw = Driver::Raw(crate::driver::Raw::whole(NodeStorage::new(lower)));
+    let upper = Node::new(NodeName::new("upper").unwrap(), raw, NodeOptions::default(), clock);
+    let mut writes: Vec<_> = (0..5).map(|_| Box::pin(write(&upper))).collect();
+    writes.retain_mut(|writing| writing.as_mut().now_or_never().is_none());
+    assert!(!writes.is_empty(), "the limit holds them up");
+    let mut draining = Box::pin(upper.drain());
+    assert!(draining.as_mut().now_or_never().is_none());
+    writes.retain_mut(|writing| writing.as_mut().now_or_never().is_none());
+    assert!(writes.is_empty(), "nobody waits for the limit any more");
+    drop(draining.now_or_never().expect("it is quiet"));
+    let mut late = Box::pin(write(&upper));
+    assert!(late.as_mut().now_or_never().is_none(), "after the drain the limit holds again");
+}

@@ -1,0 +1,168 @@
+//! Changing what a node was told when it was opened, while it is in use: whether it may be written, what becomes of
+//! discards and zeroes, what it stands on.
+//!
+//! All nodes of one order are checked first, then drained, then changed: all or none. What the file itself was opened
+//! with stays. Called by operators.
+
+use std::sync::Arc;
+
+use heliostat_block::graph::Role;
+use heliostat_block::node::{DetectZeroes, Discard, Node};
+use heliostat_host::runtime;
+
+use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, NodeEntry, NodeSpec};
+
+/// What becomes of one node.
+struct Change {
+    node: Arc<Node>,
+    spec: NodeSpec,
+    backing: Below,
+}
+
+/// What a node is to stand on.
+enum Below {
+    AsItIs,
+    Nothing,
+    Node(Arc<Node>),
+}
+
+impl Daemon {
+    /// Changes the nodes that `specs` name to what they say. What is not said goes back to its default.
+    ///
+    /// # Errors
+    /// `ReopenNameMissing`, `NodeNameNotFound`; `Fixed` for what cannot be changed; `BackingMissing`, `HasWriters`,
+    /// `OpenedReadOnly`, `DetectZeroes`, `NodeBusy`, `NodeInUse`, `Unflushed`. Nothing has changed then.
+    pub fn reopen_nodes(&self, specs: &[NodeSpec]) -> Result<(), DaemonError> {
+        let _change = self.begin_change()?;
+        let entries = self.nodes();
+        let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
+        let changes = changes.collect::<Result<Vec<_>, _>>()?;
+        let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
+        // What it stood on may have been made for it.
+        self.drop_orphans();
+        done
+    }
+
+    async fn change_all(&self, changes: &[Change]) -> Result<(), DaemonError> {
+        for change in changes.iter().filter(|change| !change.node.options().read_only) {
+            change.node.enter().await.flush().await.map_err(DaemonError::Unflushed)?;
+        }
+        let mut drained = Vec::new();
+        for change in changes {
+            drained.push(change.node.drain().await);
+        }
+        let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
+        self.change_backings(&moves).map_err(|node| DaemonError::NodeInUse(node.name().clone()))?;
+        for change in changes {
+            change.node.set_options(change.spec.options());
+        }
+        Ok(())
+    }
+
+    fn plan_change(&self, spec: &NodeSpec, entries: &[NodeEntry]) -> Result<Change, DaemonError> {
+        let name = spec.name.as_ref().ok_or(DaemonError::ReopenNameMissing)?;
+        let entry = entries.iter().find(|entry| entry.node.name().as_str() == name);
+        let entry = entry.ok_or_else(|| DaemonError::NodeNameNotFound(name.clone()))?;
+        let node = Arc::clone(&entry.node);
+        check_fixed(spec, entry)?;
+        if spec.detect_zeroes == DetectZeroes::Unmap && spec.discard != Discard::Unmap {
+            return Err(DaemonError::DetectZeroes);
+        }
+        let backing = match &spec.driver {
+            DriverSpec::Qcow2(image) => self.plan_backing(&image.backing, entry)?,
+            _ => Below::AsItIs,
+        };
+        if spec.read_only && self.has_writers(&node, entries) {
+            return Err(DaemonError::HasWriters(node.name().clone()));
+        }
+        // An overlay relies on what it stands on.
+        let is_below = self.graph.roles(&node).iter().any(|role| matches!(role, Role::Backing { .. }));
+        if !spec.read_only && !spec.auto_read_only && node.options().read_only && is_below {
+            return Err(DaemonError::NodeInUse(node.name().clone()));
+        }
+        if !spec.read_only && !spec.auto_read_only && node.traits().read_only {
+            return Err(DaemonError::OpenedReadOnly(node.name().clone()));
+        }
+        Ok(Change { node, spec: spec.clone(), backing })
+    }
+
+    /// Says whether anybody may write to the node as it is used now.
+    fn has_writers(&self, node: &Arc<Node>, entries: &[NodeEntry]) -> bool {
+        self.graph.roles(node).iter().any(|role| match role {
+            Role::Export { writable, .. } => *writable,
+            Role::MirrorTarget { .. } => true,
+            Role::Child { of } => {
+                let above = entries.iter().find(|entry| entry.node.name() == of);
+                above.is_some_and(|above| !above.node.options().read_only)
+            }
+            Role::MirrorSource { .. } | Role::Backing { .. } => false,
+        })
+    }
+
+    fn plan_backing(&self, wanted: &BackingSpec, entry: &NodeEntry) -> Result<Below, DaemonError> {
+        let name = || entry.node.name().clone();
+        let names_one = || entry.node.image().is_some_and(|image| image.header().backing_file.is_some());
+        let wanted =
+            match wanted {
+                BackingSpec::FromImage if entry.backing.is_some() || names_one() => {
+                    return Err(DaemonError::BackingMissing(name()));
+                }
+                BackingSpec::FromImage | BackingSpec::Nothing => None,
+                BackingSpec::Given(Child::New(_)) => return Err(DaemonError::Fixed("backing.driver")),
+                BackingSpec::Given(Child::Named(below)) => Some(self.graph.node(below).map_err(|_| {
+                    DaemonError::NoDeviceNorNode { device: String::new(), node: below.clone() }
+                })?),
+            };
+        if wanted.as_ref().map(|below| below.name()) == entry.backing.as_ref() {
+            return Ok(Below::AsItIs);
+        }
+        // What a mirror copies would change without a mark.
+        if self.graph.roles(&entry.node).iter().any(|role| matches!(role, Role::MirrorSource { .. })) {
+            return Err(DaemonError::NodeBusy(name()));
+        }
+        let mut at = wanted.clone();
+        while let Some(layer) = at {
+            if Arc::ptr_eq(&layer, &entry.node) {
+                let text = format!("Making '{0}' a backing child of '{0}' would create a cycle", name());
+                return Err(DaemonError::Snapshot(text));
+            }
+            at = layer.backing();
+        }
+        Ok(wanted.map_or(Below::Nothing, Below::Node))
+    }
+}
+
+impl Change {
+    fn moves(&self) -> Option<(Arc<Node>, Option<Arc<Node>>)> {
+        match &self.backing {
+            Below::AsItIs => None,
+            Below::Nothing => Some((Arc::clone(&self.node), None)),
+            Below::Node(below) => Some((Arc::clone(&self.node), Some(Arc::clone(below)))),
+        }
+    }
+}
+
+/// Refuses what would need another file, or the same in another way.
+fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
+    let check_child = |child: &Child| match child {
+        Child::Named(name) if entry.child.as_ref().is_some_and(|child| child.as_str() == name) => Ok(()),
+        Child::Named(_) => Err(DaemonError::Fixed("file")),
+        Child::New(_) => Err(DaemonError::Fixed("file.driver")),
+    };
+    let check = |is_same: bool, option| if is_same { Ok(()) } else { Err(DaemonError::Fixed(option)) };
+    match (&spec.driver, entry.driver) {
+        (DriverSpec::File(file), "file") | (DriverSpec::HostDevice(file), "host_device") => {
+            check(file.path == entry.path, "filename")?;
+        }
+        (DriverSpec::Raw { file, offset, size, .. }, "raw") => {
+            check_child(file)?;
+            check(*offset == entry.window_start, "offset")?;
+            let said = entry.is_fixed.then(|| entry.node.size());
+            check(*size == said, "size")?;
+        }
+        (DriverSpec::Qcow2(image), "qcow2") => check_child(&image.file)?,
+        _ => return Err(DaemonError::Fixed("driver")),
+    }
+    check(spec.cache.direct == entry.cache.direct, "cache.direct")?;
+    check(spec.cache.no_flush == entry.cache.no_flush, "cache.no-flush")
+}
