@@ -169,9 +169,8 @@ mod tests {
     fn until_null(events: &Subscription) -> Vec<JobEvent> {
         let mut said = Vec::new();
         while said.last() != Some(&JobEvent::Status(JobStatus::Null)) {
-            let what = events.next(LIMIT).expect("the job ends").what.clone();
-            if let Happening::Job { event, .. } = what {
-                said.push(event);
+            if let Happening::Job { event, .. } = &events.next(LIMIT).expect("the job ends").what {
+                said.push(event.clone());
             }
         }
         said
