@@ -305,7 +305,8 @@ impl Storage for SimStorage {
     fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
         let may_be_dropped = {
             let mut state = lock(&self.state);
-            if state.quirks.size_max.is_some_and(|most| size > most) {
+            let is_growth = size > state.medium.size();
+            if is_growth && state.quirks.size_max.is_some_and(|most| size > most) {
                 state.errors += 1;
                 return IoFuture::ready(Err(error(ENOSPC)));
             }

@@ -73,13 +73,16 @@ struct Settings {
 fn lives(seed: u64, tracing: bool, kept: &mut Kept) -> Result<Seen, String> {
     let mut random = Random::new(seed);
     let drops = random.chance(200);
-    let settings = Settings {
+    let mut settings = Settings {
         delay_max: Duration::from_micros(random.pick(&[50, 500, 5_000])),
         step_cost: Duration::from_nanos(random.pick(&[0, 0, 1_000, 20_000])),
         faulty: random.chance(400),
         drops,
     };
     let shape = Shape::draw(&mut random);
+    // A cluster has one place there: what a dropped request may still write around its own bytes lands on others'.
+    // Nobody drops requests but a process that ends; in the image itself the driver keeps even these apart.
+    settings.drops &= shape.data_file.is_none();
     let may_have_backing = shape.data_file != Some(DataFile::Raw);
     let has_backing = random.chance(400) && may_have_backing;
     let backing = has_backing.then(|| backing(shape.size, &mut random)).transpose()?;
