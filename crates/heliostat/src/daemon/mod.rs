@@ -169,9 +169,8 @@ mod tests {
     fn until_null(events: &Subscription) -> Vec<JobEvent> {
         let mut said = Vec::new();
         while said.last() != Some(&JobEvent::Status(JobStatus::Null)) {
-            match events.next(LIMIT).expect("the job ends").what.clone() {
-                Happening::Job { event, .. } => said.push(event),
-                _ => {}
+            if let Happening::Job { event, .. } = &events.next(LIMIT).expect("the job ends").what {
+                said.push(event.clone());
             }
         }
         said

@@ -10,7 +10,7 @@ use heliostat_block::graph::Role;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
 use heliostat_host::runtime;
 
-use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, NodeEntry, NodeSpec};
+use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, FilterEntry, NodeEntry, NodeSpec};
 
 /// What becomes of one node.
 struct Change {
@@ -165,6 +165,13 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
             check(*size == said, "size")?;
         }
         (DriverSpec::Qcow2(image), "qcow2") => check_child(&image.file)?,
+        (DriverSpec::Faults(faults), "blkdebug") => check_child(&faults.image)?,
+        (DriverSpec::CopyOnRead { file, .. }, "copy-on-read") => check_child(file)?,
+        (DriverSpec::Throttle { group, file }, "throttle") => {
+            check_child(file)?;
+            let same = FilterEntry::Throttle { group: group.clone() };
+            check(entry.filter.as_ref() == Some(&same), "throttle-group")?;
+        }
         _ => return Err(DaemonError::Fixed("driver")),
     }
     check(spec.cache.direct == entry.cache.direct, "cache.direct")?;

@@ -325,12 +325,15 @@ impl Guest {
 
 fn receive(stream: &mut UnixStream, input: &mut BytesMut) -> io::Result<()> {
     let mut bytes = [0; 65536];
-    match stream.read(&mut bytes)? {
-        0 => Err(io::ErrorKind::UnexpectedEof.into()),
-        received => {
+    match stream.read(&mut bytes) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(received) => {
             input.extend_from_slice(&bytes[..received]);
             Ok(())
         }
+        // A read with a limit is broken off when the process is stopped for a moment.
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
