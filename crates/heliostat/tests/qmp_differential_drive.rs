@@ -160,7 +160,6 @@ fn wrong_types_and_targets_that_exist_are_refused_alike() {
         json!({ "format": 5 }),
         json!({ "node-name": 5 }),
         json!({ "filter-node-name": "x" }),
-        json!({ "bitmap": "x" }),
         json!({ "target-is-zero": true }),
         json!({ "target": 5 }),
     ] {
@@ -293,6 +292,7 @@ fn where_ours_does_otherwise_it_does_so_on_purpose() {
             json!({ "device": "of-s", "job-id": "1", "target": "DIR/t", "sync": "full" }),
             "an export's id names what it offers",
         ),
+        Differs("drive-mirror", arguments(&json!({ "bitmap": "x" })), "bitmap is an argument of ours"),
         Do("drive-mirror", existing("DIR/en.qcow2")),
         Await("BLOCK_JOB_READY", "j"),
         // Last: QEMU's job fails then, which it says in its log.

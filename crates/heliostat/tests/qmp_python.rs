@@ -1,5 +1,7 @@
 //! The Python package `qemu.qmp`, QEMU's own client library, drives our daemon.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod common;
 mod qmp;
 
