@@ -84,7 +84,7 @@ use self::loom_atomic::AtomicU64;
 
 use crate::convert::{u64_from, usize_from};
 pub use crate::error::InvalidGranularity;
-use crate::limits::{GRANULARITY_MAX, GRANULARITY_MIN};
+use crate::limits::{BITMAP_GRANULARITY_MAX, GRANULARITY_MIN};
 use crate::range::ByteRange;
 
 /// Two to this are the bits of a word in use: all 64, or two where loom walks through every interleaving.
@@ -126,10 +126,12 @@ impl DirtyBitmap {
     /// as it is touched.
     ///
     /// # Errors
-    /// [`InvalidGranularity`] when `granularity` is not a power of two from 512 to 64 MiB, or when there is
+    /// [`InvalidGranularity`] when `granularity` is not a power of two from 512 to 2 GiB, or when there is
     /// no memory for so many bits.
     pub fn new(size: u64, granularity: u32) -> Result<Self, InvalidGranularity> {
-        if !granularity.is_power_of_two() || !(GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity) {
+        if !granularity.is_power_of_two()
+            || !(GRANULARITY_MIN..=BITMAP_GRANULARITY_MAX).contains(&granularity)
+        {
             return Err(InvalidGranularity::NotAllowed(granularity));
         }
         let granule_shift = granularity.trailing_zeros();

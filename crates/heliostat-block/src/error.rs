@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use crate::limits::{GRANULARITY_MAX, GRANULARITY_MIN};
+use crate::limits::{BITMAP_GRANULARITY_MAX, GRANULARITY_MIN};
 use crate::range::ByteRange;
 
 /// What a failure means to whoever must act on it. Small on purpose: each kind changes somebody's behaviour.
@@ -131,7 +131,7 @@ impl From<BlockError> for io::Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidGranularity {
     /// Not a power of two, or out of bounds.
-    #[error("granularity {0} is not a power of two from {GRANULARITY_MIN} to {GRANULARITY_MAX}")]
+    #[error("granularity {0} is not a power of two from {GRANULARITY_MIN} to {BITMAP_GRANULARITY_MAX}")]
     NotAllowed(u32),
     /// There is no memory for so many bits.
     #[error("granularity {granularity} is too fine for {size} bytes: no memory for so large a bitmap")]

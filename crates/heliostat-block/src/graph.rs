@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use crate::name::NodeName;
+use crate::named_bitmap::follow;
 use crate::node::Node;
 use crate::tracked::{Drained, Tracked};
 
@@ -203,9 +204,11 @@ impl Graph {
     }
 
     /// Puts `target` in the place of the drained node under every export: the pivot. Who waits at the closed
-    /// gate goes to `target` when it opens.
+    /// gate goes to `target` when it opens. The named bitmaps of the drained node follow.
     pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
         let state = self.state();
+        // Before anybody can write there: a write that they do not hear of would be lost to them.
+        follow(drained.node(), target);
         for place in state.places_at(drained.node()).filter(|place| place.role.moves_with_a_pivot()) {
             *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
         }
@@ -230,6 +233,7 @@ impl Graph {
         if let Some(place) = others.into_iter().find(|place| conflicts(&place.role, &role)) {
             return Err(GraphError::InUse { node: below.name().clone(), role: place.role.clone() });
         }
+        follow(drained.node(), target);
         for place in state.places_at(drained.node()).filter(|place| moves(place)) {
             *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
         }

@@ -24,6 +24,7 @@ pub mod latency;
 pub mod limits;
 pub mod map;
 pub mod name;
+pub mod named_bitmap;
 pub mod nbd;
 pub mod node;
 pub(crate) mod node_options;

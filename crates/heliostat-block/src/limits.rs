@@ -6,6 +6,8 @@ use std::time::Duration;
 pub const GRANULARITY_MIN: u32 = 512;
 /// The largest granularity (MIRROR.md section 2, as QEMU).
 pub const GRANULARITY_MAX: u32 = 64 << 20;
+/// The most bytes a bit of a bitmap that is not a mirror's: what qcow2 and QEMU allow.
+pub const BITMAP_GRANULARITY_MAX: u32 = 1 << 31;
 /// The granularity where the target has no clusters (MIRROR.md section 2, as QEMU).
 pub const GRANULARITY_DEFAULT: u32 = 64 << 10;
 

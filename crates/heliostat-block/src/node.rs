@@ -7,8 +7,8 @@
 mod kind;
 mod resize;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 
@@ -16,13 +16,13 @@ use crate::blocks::Blocks;
 use crate::buffer::{Buffer, is_zero};
 use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
-use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::Driver;
 use crate::error::{BlockError, ErrorKind};
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
 use crate::name::NodeName;
+use crate::named_bitmap::{NamedBitmap, Watchers};
 use crate::node_options::OptionsCell;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
@@ -32,13 +32,6 @@ use crate::throttle::Hurry;
 use crate::tracked::{Drained, Tracked, Whose};
 
 pub use crate::node_options::{DetectZeroes, Discard, NodeOptions};
-
-/// Who wants to hear of writes.
-#[derive(Clone, Default)]
-struct Watchers {
-    bitmaps: Vec<Arc<DirtyBitmap>>,
-    doubling: Option<Arc<Doubling>>,
-}
 
 /// A disk, or one layer of one. Used from any thread.
 pub struct Node {
@@ -52,7 +45,7 @@ pub struct Node {
     size: AtomicU64,
     in_flight: InFlight,
     /// Changed when a bitmap or a mirror comes or goes; read for an instant by each write.
-    watchers: RwLock<Watchers>,
+    watchers: Watchers,
     latencies: Latencies,
     statistics: Statistics,
     clock: Arc<dyn Clock>,
@@ -63,7 +56,7 @@ impl Node {
     #[must_use]
     pub fn new(name: NodeName, driver: Driver, options: NodeOptions, clock: Arc<dyn Clock>) -> Arc<Self> {
         let traits = driver.traits();
-        let watchers = Watchers { bitmaps: driver.bitmaps(), doubling: None };
+        let watchers = Watchers::with(driver.bitmaps());
         Arc::new(Self {
             name,
             size: AtomicU64::new(driver.size()),
@@ -74,7 +67,7 @@ impl Node {
             }),
             traits,
             in_flight: InFlight::default(),
-            watchers: RwLock::new(watchers),
+            watchers,
             latencies: Latencies::default(),
             statistics: Statistics::default(),
             clock,
@@ -162,8 +155,13 @@ impl Node {
     /// [`BlockError`] of the host.
     pub async fn close(&self) -> Result<(), BlockError> {
         // Also what became read-only later was written before.
-        let closed = if self.traits.read_only { Ok(()) } else { self.blocks.below().close().await };
-        closed.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))
+        if self.traits.read_only {
+            return Ok(());
+        }
+        if let Driver::Qcow2(image) = self.driver() {
+            image.keep_bitmaps(&self.named_bitmaps());
+        }
+        self.blocks.below().close().await.map_err(|error| self.failure_of_all(error))
     }
 
     /// The request has left.
@@ -218,34 +216,45 @@ impl Node {
         drained
     }
 
-    /// How many bitmaps and mirrors hear of its writes.
+    /// How many mirrors hear of its writes.
     #[must_use]
     pub fn watchers(&self) -> usize {
-        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
-        watchers.bitmaps.len() + usize::from(watchers.doubling.is_some())
+        usize::from(self.watchers.doubling().is_some())
     }
 
-    /// Lets `bitmap` hear of every write that ends from now on.
-    pub fn attach_bitmap(&self, bitmap: Arc<DirtyBitmap>) {
-        self.change_watchers(|watchers| watchers.bitmaps.push(bitmap));
+    /// All that hear of its writes.
+    pub(crate) const fn watchers_of(&self) -> &Watchers {
+        &self.watchers
     }
 
-    /// Takes `bitmap` off again.
-    pub fn detach_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
-        self.change_watchers(|watchers| watchers.bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap)));
+    /// Its named dirty bitmaps as they are at this moment, oldest first. See [`crate::named_bitmap::change`].
+    #[must_use]
+    pub fn named_bitmaps(&self) -> Vec<NamedBitmap> {
+        self.watchers.named()
+    }
+
+    /// The one of that name.
+    #[must_use]
+    pub fn named_bitmap(&self, name: &str) -> Option<NamedBitmap> {
+        self.named_bitmaps().into_iter().find(|bitmap| bitmap.name == name)
+    }
+
+    /// Says whether dirty bitmaps outlast it: it is in an image that is written and has a place for them.
+    #[must_use]
+    pub fn can_store_bitmaps(&self) -> bool {
+        match self.driver() {
+            Driver::Qcow2(image) => !self.options().read_only && image.can_store_bitmaps(),
+            Driver::Raw(_) | Driver::Filter(_) => false,
+        }
     }
 
     /// Lets a mirror hear of every write that ends from now on, and double those that begin from now on.
     pub(crate) fn attach_doubling(&self, doubling: Arc<Doubling>) {
-        self.change_watchers(|watchers| watchers.doubling = Some(doubling));
+        self.watchers.set_doubling(Some(doubling));
     }
 
     pub(crate) fn detach_doubling(&self) {
-        self.change_watchers(|watchers| watchers.doubling = None);
-    }
-
-    fn change_watchers(&self, change: impl FnOnce(&mut Watchers)) {
-        change(&mut self.watchers.write().unwrap_or_else(PoisonError::into_inner));
+        self.watchers.set_doubling(None);
     }
 
     // ------------------------------------------------------------------ the checkpoint
@@ -311,14 +320,14 @@ impl Node {
     /// Waits for the write's turn where a mirror wants it doubled, and hands the target's half over.
     async fn begin_doubled(&self, range: ByteRange, payload: impl FnOnce() -> Payload) -> Option<Doubled> {
         self.mark_early(range);
-        let doubling = self.watchers.read().unwrap_or_else(PoisonError::into_inner).doubling.clone()?;
+        let doubling = self.watchers.doubling()?;
         doubling.begin(range, payload).await
     }
 
     /// Does nothing, but where a test breaks the rule of [`Node::mark`].
     fn mark_early(&self, range: ByteRange) {
         if is_planted(Bug::MarkBeforeWrite) {
-            self.mark_watchers(range, None);
+            self.watchers.mark(range, None);
         }
     }
 
@@ -328,23 +337,10 @@ impl Node {
     async fn mark(&self, range: ByteRange, doubled: Option<Doubled>, written: bool) {
         let early = is_planted(Bug::MarkBeforeWrite);
         if !early && (written || !is_planted(Bug::FailedWriteNotMarked)) {
-            self.mark_watchers(range, doubled.as_ref().map(Doubled::doubling));
+            self.watchers.mark(range, doubled.as_ref().map(Doubled::doubling));
         }
         if let Some(doubled) = doubled {
             doubled.finish(written).await;
-        }
-    }
-
-    /// Tells everybody who wants to hear of writes, but for the mirror that doubles this one.
-    fn mark_watchers(&self, range: ByteRange, doubled_by: Option<&Arc<Doubling>>) {
-        let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
-        for bitmap in &watchers.bitmaps {
-            bitmap.mark(range);
-        }
-        if let Some(doubling) = &watchers.doubling
-            && doubled_by.is_none_or(|by| !Arc::ptr_eq(by, doubling))
-        {
-            doubling.mark(range);
         }
     }
 
@@ -422,6 +418,10 @@ impl Node {
 
     fn refusal(&self, kind: ErrorKind, range: ByteRange) -> BlockError {
         BlockError::new(kind, self.name.as_str(), Some(range))
+    }
+
+    fn failure_of_all(&self, error: std::io::Error) -> BlockError {
+        BlockError::from_io(self.name.as_str(), None, error)
     }
 
     fn failure(&self, range: ByteRange, error: std::io::Error) -> BlockError {

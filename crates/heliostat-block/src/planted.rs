@@ -31,6 +31,14 @@ pub enum Bug {
     DoubledBesideCopy,
     /// A flush that fails takes no notice of copies on their way.
     FlushForgetsCopies,
+    /// A named bitmap is cleared a while after the gate has opened again, not behind it.
+    BitmapClearedLate,
+    /// A named bitmap is cleared although the copy was not completed.
+    BitmapClearedOnFailure,
+    /// A named bitmap that is kept up to date at every end forgets what had not been copied.
+    BitmapForgetsRest,
+    /// A member of a group ends without waiting for the others.
+    GroupEndsAlone,
     /// qcow2: a mapping is visible before its data is there.
     MappingBeforeData,
     /// qcow2: L2 tables are written without waiting for reference counts and data to be durable.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use heliostat_block::graph::Graph;
 use heliostat_block::node::Node;
 
+use crate::named::Named;
 use crate::oracle::Oracle;
 use crate::storage::SimStorage;
 use crate::world::{SimClock, World};
@@ -34,6 +35,7 @@ pub(crate) struct Bench {
     /// Guests should come to their end.
     pub(crate) last_orders: AtomicBool,
     pub(crate) requests: AtomicU64,
+    pub(crate) named: Named,
     /// Until when guests make no request.
     hushed_until: Mutex<Duration>,
     /// Nothing in this run takes long, so whoever waits for long has missed a wake-up and was saved by a timer.
@@ -102,6 +104,7 @@ impl Bench {
             guests: AtomicU64::new(0),
             last_orders: AtomicBool::new(false),
             requests: AtomicU64::new(0),
+            named: Named::default(),
             hushed_until: Mutex::default(),
             is_quick,
             seen: Mutex::default(),

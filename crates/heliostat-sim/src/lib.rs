@@ -15,6 +15,7 @@ mod guest;
 pub mod image;
 mod lanes;
 mod medium;
+mod named;
 mod operator;
 mod oracle;
 mod random;

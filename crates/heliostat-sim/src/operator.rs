@@ -12,6 +12,7 @@ use heliostat_block::limits::GUEST_QUIET;
 
 use crate::bench::Bench;
 use crate::lanes::LaneTasks;
+use crate::named::{Named, Wish};
 use crate::random::Random;
 use crate::watch::{Known, Watch};
 use crate::world::Executor;
@@ -44,6 +45,8 @@ pub(crate) struct Errand {
     pub(crate) patient: bool,
     /// Guests are quiet when it starts, and for so long after.
     pub(crate) hush: Option<Duration>,
+    /// What it has to do with the bitmap, where there is one.
+    pub(crate) wish: Option<Wish>,
 }
 
 /// Starts jobs and sees to them.
@@ -100,6 +103,7 @@ impl Operator {
                 return;
             }
         };
+        let by_bitmap = Named::for_job(&self.bench, target, &mut errand);
         let known = Known {
             source,
             target,
@@ -123,6 +127,9 @@ impl Operator {
         let graph = Arc::clone(&self.bench.graph);
         let mut mirror =
             Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, bitmaps, clock);
+        if let Some(by_bitmap) = by_bitmap {
+            mirror = mirror.with_bitmap(by_bitmap);
+        }
         if let Some(lanes) = &mut self.lanes {
             mirror = mirror.with_lanes(lanes.lanes(&self.bench.world, &self.executor));
         }

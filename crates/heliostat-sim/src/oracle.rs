@@ -353,6 +353,11 @@ impl Oracle {
         Ok(())
     }
 
+    /// The ranges of all writes that have not ended.
+    pub(crate) fn in_flight(&self) -> Vec<ByteRange> {
+        self.writes.iter().filter(|write| write.ended == u64::MAX).map(|write| write.range).collect()
+    }
+
     /// The ranges of all writes that had not ended at `moment` or came later, as starts and ends. Discards and
     /// failed writes are left out: they may have done nothing.
     pub(crate) fn written_since(&self, moment: u64) -> BTreeMap<u64, u64> {

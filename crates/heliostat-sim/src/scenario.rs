@@ -20,6 +20,7 @@ use crate::bench::{Bench, Disk, Seen};
 use crate::faults::Profile;
 use crate::guest::{Breaks, Guest, Workload};
 use crate::lanes::LaneTasks;
+use crate::named::{Named, draw_wishes};
 use crate::operator::{Errand, Goal, Operator};
 use crate::random::Random;
 use crate::storage::SimStorage;
@@ -125,6 +126,10 @@ fn run_in(running: &Running, mut random: Random, mut apart: Random) -> Result<Se
     for errand in errands.iter_mut().filter(|_| settings.lanes.is_some()) {
         errand.hush = apart.chance(700).then(|| apart.time(settings.delay_max * 60));
     }
+    if apart.chance(400) {
+        Named::begin(&bench, apart.pick(&[512, 4096, 64 << 10, 1 << 20]));
+        draw_wishes(&mut errands, &mut apart);
+    }
     let operator = Operator {
         bench: Arc::clone(&bench),
         executor: executor.clone(),
@@ -146,6 +151,10 @@ fn run_in(running: &Running, mut random: Random, mut apart: Random) -> Result<Se
 }
 
 fn check_after(bench: &Bench) -> Result<(), String> {
+    Named::check(bench);
+    if let Some(failure) = bench.world.failure() {
+        return Err(failure);
+    }
     for disk in &bench.disks {
         let left = (disk.node.in_flight(), disk.storage.in_flight());
         if left != (0, 0) {
@@ -382,6 +391,7 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
         goal: random.pick(&[Goal::Complete, Goal::Complete, Goal::Complete, Goal::Copy, Goal::Cancel]),
         patient: random.chance(200),
         hush: None,
+        wish: None,
     }
 }
 

@@ -15,6 +15,7 @@ use heliostat_block::job::{
 
 use crate::bench::{Bench, QUICK};
 use crate::medium::Medium;
+use crate::named::Named;
 
 /// What is known of a job, beside what it says itself.
 #[derive(Clone, Debug)]
@@ -228,6 +229,9 @@ impl Watch {
                 self.fail(&format!("the gate was closed for {pause:?}, and nothing took long"));
             }
         }
+        let ended_well = *event == JobEvent::Completed(None);
+        let disks = (self.known.source, self.known.target);
+        Named::job_ended(&self.bench, self.known.sync, disks, ended_well, wanted == Some(End::Complete));
         self.check_left(*event == JobEvent::Completed(None) && wanted == Some(End::Complete));
         if std::mem::replace(&mut self.heard().gate_asked, false) {
             self.bench.waits.gate_ends();
@@ -251,7 +255,7 @@ impl Watch {
             self.fail(&format!("at the end the source was wrong already: {wrong}"));
         }
         let ranges = match self.known.sync {
-            SyncMode::Full | SyncMode::Top => BTreeMap::from([(0, source.node.size())]),
+            SyncMode::Full | SyncMode::Top | SyncMode::Bitmap => BTreeMap::from([(0, source.node.size())]),
             SyncMode::None => bench.oracle().written_since(self.known.since),
         };
         for (what, image) in [("shows", &to), ("has durably", &durable)] {

@@ -87,3 +87,18 @@ fn a_failed_flush_that_forgets_copies_on_their_way_is_found() {
     // It takes a flush that fails between two pieces of a copy that nothing repeats.
     is_found_within(Bug::FlushForgetsCopies, 10 * SEEDS);
 }
+
+#[test]
+fn a_bitmap_that_loses_marks_at_the_hand_over_is_found() {
+    is_found(Bug::BitmapClearedLate);
+}
+
+#[test]
+fn a_bitmap_that_is_cleared_by_a_job_that_failed_is_found() {
+    is_found(Bug::BitmapClearedOnFailure);
+}
+
+#[test]
+fn a_bitmap_that_forgets_what_was_not_copied_is_found() {
+    is_found(Bug::BitmapForgetsRest);
+}

@@ -179,6 +179,7 @@ impl Comparison<'_> {
     }
 }
 
+/// But for mirrors in a transaction, which are ours.
 #[test]
 fn what_both_schemas_have_is_the_same() {
     let Some(qemu) = Peer::qemu() else { return };
@@ -197,6 +198,7 @@ fn what_both_schemas_have_is_the_same() {
             }
         }
     }
+    comparison.wrong.retain(|said| !said.contains("blockdev-mirror") || !said.starts_with("transaction."));
     assert!(compared > 40, "only {compared} were compared");
     assert!(comparison.wrong.is_empty(), "{}", comparison.wrong.join("\n"));
 }

@@ -17,7 +17,7 @@ fn range(offset: u64, len: u64) -> ByteRange {
 
 #[test]
 fn a_granularity_that_is_no_power_of_two_or_out_of_bounds_is_refused() {
-    for granularity in [0, 1, 256, 513, 65_537, 128 << 20, u32::MAX] {
+    for granularity in [0, 1, 256, 513, 65_537, 3 << 30, u32::MAX] {
         let refusal = DirtyBitmap::new(1 << 20, granularity).unwrap_err();
         assert_eq!(refusal, InvalidGranularity::NotAllowed(granularity));
     }

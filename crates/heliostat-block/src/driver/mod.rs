@@ -20,7 +20,7 @@ use crate::blocks::Below;
 use crate::buffer::Buffer;
 use crate::clock::LocalFuture;
 use crate::debug_event::DebugEvent;
-use crate::dirty_bitmap::DirtyBitmap;
+use crate::named_bitmap::NamedBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace, pass};
@@ -105,14 +105,11 @@ impl Driver {
         }
     }
 
-    /// Bitmaps that it keeps, and that have to follow every write.
-    pub(crate) fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
+    /// Bitmaps that it keeps.
+    pub(crate) fn bitmaps(&self) -> Vec<NamedBitmap> {
         match self {
             Self::Raw(_) | Self::Filter(_) => Vec::new(),
-            Self::Qcow2(qcow2) => {
-                let enabled = qcow2.bitmaps().into_iter().filter(qcow2::StoredBitmap::is_enabled);
-                enabled.filter_map(|bitmap| bitmap.bits).collect()
-            }
+            Self::Qcow2(qcow2) => qcow2.named_bitmaps(),
         }
     }
 

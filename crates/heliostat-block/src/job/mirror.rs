@@ -16,6 +16,7 @@ use futures_util::FutureExt;
 
 use super::attempt::Attempt;
 use super::bitmaps::Bitmaps;
+use super::by_bitmap::ByBitmap;
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, Doubling};
 use super::figures::{Standing, Tally};
@@ -64,6 +65,7 @@ pub struct Mirror {
     tally: Tally,
     /// Taken when it is called.
     succession: Option<Succession>,
+    by_bitmap: Option<ByBitmap>,
 }
 
 impl Mirror {
@@ -96,7 +98,7 @@ impl Mirror {
             _places: [source, target],
             unflushed: Unflushed::new(unflushed),
             doubling,
-            scan: if options.sync == SyncMode::None { Scan::Over } else { Scan::Ahead },
+            scan: if options.sync.scans() { Scan::Ahead } else { Scan::Over },
             options,
             scanned_to: 0,
             cursor: 0,
@@ -111,6 +113,7 @@ impl Mirror {
             tally,
             clock,
             succession: None,
+            by_bitmap: None,
         }
     }
 
@@ -134,7 +137,9 @@ impl Mirror {
     /// Must not be dropped: the target's halves of guests' writes would be of unknown fate.
     pub async fn run(self) {
         let job = Arc::clone(&self.job);
+        let late = end::Late::of(&self);
         job.conclude(self.run_to_end().await);
+        late.clear().await;
     }
 
     /// Runs until nothing is held any more, and answers what is to be said with [`Job::conclude`]: whoever hears that
@@ -257,6 +262,7 @@ impl Mirror {
             Step::OpenGate => self.open_gate(),
             Step::Abort => {
                 self.job.become_status(JobStatus::Aborting);
+                self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
                 self.route.source.detach_doubling();
                 self.doubling.close();
             }
@@ -366,7 +372,7 @@ impl Mirror {
         self.unflushed.flush_failed(self.doubling.bitmap());
         self.route.trust_target.store(false, Ordering::Relaxed);
         self.attempt.flush_ended(false);
-        if !self.unflushed.has_succeeded() && self.options.sync != SyncMode::None {
+        if !self.unflushed.has_succeeded() && self.options.sync.scans() {
             // What the target showed as zero was perhaps never durable: looks again, and believes nothing.
             self.scan = Scan::Ahead;
             self.scanned_to = 0;
@@ -474,7 +480,7 @@ impl Mirror {
         let standing = Standing {
             doubled: self.doubling.doubled_bytes(),
             left: self.doubling.left_bytes(),
-            unscanned: if self.scan == Scan::Over { 0 } else { source.size() - self.scanned_to },
+            unscanned: source.size() - self.unscanned_from(),
             paused: self.job.orders().paused,
             write_blocking: self.doubling.is_write_blocking(),
             waits_for_pace: self.pace.wait_until(now).is_some(),

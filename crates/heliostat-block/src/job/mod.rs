@@ -5,6 +5,7 @@
 
 pub(crate) mod attempt;
 pub mod bitmaps;
+pub mod by_bitmap;
 pub(crate) mod copy;
 pub mod doubling;
 pub mod errand;
@@ -34,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use event_listener::{Event, EventListener};
 
 pub use bitmaps::Bitmaps;
+pub use by_bitmap::{BitmapMode, ByBitmap};
 pub use figures::Figures;
 pub use status::{
     CopyMode, End, ErrorAction, Force, IoStatus, JobEvent, JobStatus, OnError, Operation, Verb, VerbError,

@@ -19,6 +19,15 @@ pub enum SyncMode {
     Top,
     /// Nothing; only what is written from now on.
     None,
+    /// What a named bitmap of the source has. The target holds the rest already.
+    Bitmap,
+}
+
+impl SyncMode {
+    /// Whether the source is looked at for what there is to copy.
+    pub(crate) const fn scans(self) -> bool {
+        matches!(self, Self::Full | Self::Top)
+    }
 }
 
 /// What is believed of the target before anything was copied.

@@ -18,14 +18,22 @@ impl Node {
             return Err(BlockError::new(ErrorKind::ReadOnly, self.name.as_str(), None));
         }
         let _drained = self.drain().await;
-        let kept = self.driver().bitmaps();
+        let named = self.named_bitmaps();
+        let bits = named.iter().filter(|bitmap| !bitmap.persistent).map(|bitmap| bitmap.resized(size));
+        let bits = bits.collect::<Result<Vec<_>, _>>();
+        let bits = bits.map_err(|error| self.failure_of_all(std::io::Error::other(error)))?;
+        if let Driver::Qcow2(image) = self.driver() {
+            image.keep_bitmaps(&named);
+        }
         let resized = self.blocks.below().resize(size, preallocation).await;
         // Bitmaps that the driver keeps have changed with its size, which it may have done even where it failed.
-        self.change_watchers(|watchers| {
-            watchers.bitmaps.retain(|other| !kept.iter().any(|kept| Arc::ptr_eq(kept, other)));
-            watchers.bitmaps.extend(self.driver().bitmaps());
-        });
-        resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
+        let kept = self.driver().bitmaps();
+        let others = bits.into_iter().flatten().filter(|_| resized.is_ok());
+        let kept = kept.into_iter().filter_map(|bitmap| Some((bitmap.name, bitmap.bits?)));
+        let mut watching = self.watchers.write();
+        others.chain(kept).for_each(|(name, bits)| watching.replace_bits(&name, bits));
+        drop(watching);
+        resized.map_err(|error| self.failure_of_all(error))?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }

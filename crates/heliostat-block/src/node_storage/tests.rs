@@ -9,6 +9,7 @@ use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter};
 use crate::job::test_disk::{Disk, Ticking, node_of};
 use crate::name::NodeName;
+use crate::named_bitmap::{self, Change, NamedBitmap};
 use crate::node::NodeOptions;
 use crate::throttle::{Counted, Limits, ThrottleGroup};
 
@@ -59,7 +60,8 @@ fn a_request_waits_while_the_lower_gate_is_closed_and_then_goes_on() {
 fn a_write_through_the_upper_node_marks_the_lower_ones_bitmaps() {
     let (_, lower, upper) = stack();
     let bitmap = Arc::new(crate::dirty_bitmap::DirtyBitmap::new(lower.size(), 4096).unwrap());
-    lower.attach_bitmap(Arc::clone(&bitmap));
+    let named = NamedBitmap::new("lower".to_owned(), Arc::clone(&bitmap));
+    named_bitmap::change(&[(Arc::clone(&lower), Change::Add(named))]);
     write(&upper).now_or_never().expect("the disk answers at once");
     assert_eq!(bitmap.dirty_bytes(), 4096);
 }

@@ -90,6 +90,17 @@ impl<'a> Arguments<'a> {
         first.as_str().or_else(|| first.get("name")?.as_str())
     }
 
+    /// A list of names, each alone or as `name` beside a `node`: that node, and the name.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Vec<(Option<&'a str>, &'a str)> {
+        let list = self.0.get(name).and_then(Value::as_array).into_iter().flatten();
+        let named = list.filter_map(|named| match named.as_str() {
+            Some(name) => Some((None, name)),
+            None => Some((named.get("node").and_then(Value::as_str), named.get("name")?.as_str()?)),
+        });
+        named.collect()
+    }
+
     /// Says whether it was given at all.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {

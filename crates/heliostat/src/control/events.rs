@@ -12,6 +12,9 @@ use crate::daemon::{Event, Happening};
 pub fn message(event: &Event) -> Value {
     let (name, data) = match &event.what {
         Happening::ExportDeleted { id } => ("BLOCK_EXPORT_DELETED", json!({ "id": id })),
+        Happening::BitmapNotStored { node, name } => {
+            ("BLOCK_DIRTY_BITMAP_NOT_STORED", json!({ "node-name": node, "name": name }))
+        }
         Happening::ImageCorrupt { node, text, range, is_fatal } => {
             let mut data = json!({ "device": "", "msg": text, "node-name": node, "fatal": is_fatal });
             if let Some(range) = range {

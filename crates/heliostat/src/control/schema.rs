@@ -3,6 +3,7 @@
 //! Names, order and defaults are QEMU's; what is marked [`Origin::Ours`] is not known to it. The order matters:
 //! the first argument that is wrong, in this order, is the one that the client hears of.
 
+mod bitmaps;
 mod create;
 mod exports;
 pub mod filters;
@@ -459,6 +460,17 @@ pub static COMMANDS: &[Command] = &[
         &filters::HUMAN,
         &Kind::Text,
     ),
+    command("transaction", "Does several things, or none of them.", &bitmaps::TRANSACTION),
+    command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
+    command(
+        "block-dirty-bitmap-remove",
+        "Removes a dirty bitmap; a persistent one from its image, when that is closed.",
+        &bitmaps::NAME,
+    ),
+    command("block-dirty-bitmap-clear", "Forgets what a dirty bitmap has recorded.", &bitmaps::NAME),
+    command("block-dirty-bitmap-enable", "Lets a dirty bitmap hear of writes.", &bitmaps::NAME),
+    command("block-dirty-bitmap-disable", "Lets a dirty bitmap hear of writes no more.", &bitmaps::NAME),
+    command("block-dirty-bitmap-merge", "Adds what some dirty bitmaps have to another.", &bitmaps::MERGE),
 ];
 
 /// Finds a command.

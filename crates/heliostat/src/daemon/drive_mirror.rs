@@ -23,6 +23,7 @@ use rustix::io::Errno;
 use super::error::strerror;
 use super::gate::Format;
 use super::mirror::{Clusters, Launch, Prospect};
+use super::mirror_bitmap::BitmapUseError;
 use super::nodes::Wanted;
 use super::open::{is_device, options};
 use super::{Beneath, Daemon, DaemonError, DriverSpec, MirrorSpec, NodeEntry, NodeSpec, Sharing};
@@ -173,6 +174,9 @@ impl Daemon {
         source: &NodeEntry,
         entries: &[NodeEntry],
     ) -> Result<Arc<Job>, DaemonError> {
+        if spec.mirror.sync == SyncMode::Bitmap && spec.mirror.sync_not_there.is_none() {
+            return Err(BitmapUseError::NewTarget.into());
+        }
         let new = plan(spec, source, entries)?;
         check_creatable(&new.path, source, &self.files_in_use())?;
         if let Some(name) = &spec.node_name {
@@ -305,7 +309,7 @@ fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Re
             let entry = name.and_then(|name| entries.iter().find(|entry| entry.node.name() == name));
             entry.map(|entry| (Beneath::SourcesBacking, entry))
         }
-        SyncMode::Full | SyncMode::None => None,
+        SyncMode::Full | SyncMode::None | SyncMode::Bitmap => None,
     };
     let (beneath, below) = below.map_or((Beneath::AsItIs, None), |(beneath, entry)| (beneath, Some(entry)));
     if below.is_some() && !layer.is_image() {

@@ -11,7 +11,10 @@ use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_block::throttle::InvalidLimits;
 use heliostat_host::open::OpenError;
 
+use super::bitmaps::BitmapError;
 use super::gate::GateError;
+use super::mirror_bitmap::BitmapUseError;
+use super::transaction::TransactionError;
 use crate::front::nbd::ExportError;
 
 /// Why the daemon refuses something. Nothing has changed then.
@@ -340,6 +343,15 @@ pub enum DaemonError {
         /// What is missing.
         error: InvalidGranularity,
     },
+    /// A dirty bitmap is not to be had.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
+    /// There is no transaction.
+    #[error(transparent)]
+    Transaction(#[from] TransactionError),
+    /// A mirror may not use a bitmap so.
+    #[error(transparent)]
+    BitmapUse(#[from] BitmapUseError),
     /// The host gives no thread.
     #[error("cannot start a thread for job '{job}': {error}")]
     Thread {

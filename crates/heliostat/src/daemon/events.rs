@@ -51,6 +51,13 @@ pub enum Happening {
         /// Nothing is written to it any more; else it was only read anyway.
         is_fatal: bool,
     },
+    /// A dirty bitmap that was kept in an image has followed to a node that cannot keep it.
+    BitmapNotStored {
+        /// The node that it is on now.
+        node: String,
+        /// Its name.
+        name: String,
+    },
     /// An export is gone: its last client has left.
     ExportDeleted {
         /// The export's id.

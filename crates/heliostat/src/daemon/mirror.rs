@@ -7,15 +7,19 @@ use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::job::mirror::Mirror;
 use heliostat_block::job::options::MirrorOptions;
 use heliostat_block::job::scan::SyncMode;
-use heliostat_block::job::{Bitmaps, CopyMode, Job, JobEvent, JobOptions, JobStatus, Observer, OnError};
+use heliostat_block::job::{
+    Bitmaps, ByBitmap, CopyMode, Job, JobEvent, JobOptions, JobStatus, Observer, OnError,
+};
 use heliostat_block::limits::{BUF_SIZE_DEFAULT, GRANULARITY_DEFAULT, GRANULARITY_MAX, GRANULARITY_MIN};
 use heliostat_block::name::{NodeName, is_wellformed_id};
+use heliostat_block::named_bitmap::{Change, change};
 use heliostat_block::node::{DetectZeroes, Node};
 use heliostat_host::runtime::{Thread, give_way};
 
 use super::events::Happening;
 use super::jobs::JobKind;
-use super::{Beneath, Daemon, DaemonError, Export, JobEntry};
+use super::mirror_bitmap::unstorable;
+use super::{Beneath, BitmapUse, Daemon, DaemonError, Export, JobEntry};
 
 /// What a mirror is to be (MIRROR.md section 2).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +40,8 @@ pub struct MirrorSpec {
     pub beneath: Beneath,
     /// The name of a sync mode that is known and not there yet; refused at the moment at which QEMU does.
     pub sync_not_there: Option<&'static str>,
+    /// What it has to do with a bitmap of the source.
+    pub bitmap: BitmapUse,
     /// Bytes a second; 0 is no limit. Negative is refused as QEMU refuses it.
     pub speed: i64,
     /// Bytes a dirty bit; `None` or 0 is the default.
@@ -75,6 +81,7 @@ impl MirrorSpec {
             sync: options.sync,
             beneath: Beneath::AsItIs,
             sync_not_there: None,
+            bitmap: BitmapUse::default(),
             speed: 0,
             granularity: None,
             buf_size: None,
@@ -128,6 +135,7 @@ struct Start {
     target: Arc<Place>,
     options: MirrorOptions,
     bitmaps: Bitmaps,
+    by_bitmap: Option<ByBitmap>,
     beneath: Beneath,
 }
 
@@ -144,6 +152,27 @@ pub(super) struct Launch<'a> {
 pub(super) struct Prepared {
     granularity: u32,
     bitmaps: Bitmaps,
+    by_bitmap: Option<ByBitmap>,
+}
+
+/// A mirror that has all it needs.
+pub(super) struct Ready {
+    spec: MirrorSpec,
+    /// The source and the target.
+    nodes: (Arc<Node>, Arc<Node>),
+    prepared: Prepared,
+    observer: Observer,
+    /// Theirs.
+    places: (Arc<Place>, Arc<Place>),
+    options: MirrorOptions,
+    thread: JobThread,
+}
+
+impl Ready {
+    /// The job's id.
+    pub(super) fn id(&self) -> &str {
+        &self.spec.job_id
+    }
 }
 
 /// What is known of a target, which may not be there yet.
@@ -204,6 +233,7 @@ impl Daemon {
         }
         self.check_replaces(spec, source)?;
         check_options(spec)?;
+        let by_bitmap = self.check_bitmap_use(spec, source)?;
         if target.node.is_some_and(|target| Arc::ptr_eq(source, target)) {
             return Err(DaemonError::MirrorIntoItself);
         }
@@ -215,40 +245,56 @@ impl Daemon {
         // Before the job is announced: what has no memory is refused, and does not fail in the middle.
         let bitmaps = Bitmaps::new(source, granularity)
             .map_err(|error| DaemonError::Bitmaps { job: spec.job_id.clone(), error })?;
-        Ok(Prepared { granularity, bitmaps })
+        Ok(Prepared { granularity, bitmaps, by_bitmap })
     }
 
     /// Starts what has been prepared.
     pub(super) fn launch(&self, launch: Launch<'_>) -> Result<Arc<Job>, DaemonError> {
+        Ok(self.go(self.ready(launch)?))
+    }
+
+    /// Has all that a prepared mirror needs to start. Dropped, nothing of it is left.
+    pub(super) fn ready(&self, launch: Launch<'_>) -> Result<Ready, DaemonError> {
         let Launch { spec, source, target, prepared, observer } = launch;
-        let beneath = spec.beneath;
         let attached = self.attach(spec, &source, &target);
-        let (source_place, target_place) = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
+        let places = attached.inspect_err(|_| self.say_stillborn(&spec.job_id))?;
         let options = spec.options(prepared.granularity, &target);
-        let options = MirrorOptions { stands_on_source: beneath == Beneath::Source, ..options };
-        let (sender, listening, thread) = self.make_thread(&spec.job_id)?;
+        let options = MirrorOptions { stands_on_source: spec.beneath == Beneath::Source, ..options };
+        let thread = self.make_thread(&spec.job_id)?;
+        Ok(Ready { spec: spec.clone(), nodes: (source, target), prepared, observer, places, options, thread })
+    }
+
+    /// Starts what is ready.
+    pub(super) fn go(&self, ready: Ready) -> Arc<Job> {
+        let Ready { spec, nodes: (source, target), prepared, observer, places, options, thread } = ready;
+        let (sender, listening, thread) = thread;
+        let beneath = spec.beneath;
         let job = Job::start(spec.job_id.clone(), spec.job_options(), observer);
         let entry = JobEntry {
             job: Arc::clone(&job),
             kind: JobKind::Mirror,
             source: source.name().to_string(),
             target: target.name().to_string(),
-            filter_node_name: spec.filter_node_name.clone(),
+            filter_node_name: spec.filter_node_name,
             opens_at_end: (beneath == Beneath::FromHeader).then_some(target),
         };
         self.keep_job(entry, thread);
+        if let Some(bitmap) = &prepared.by_bitmap {
+            change(&[(source, Change::Busy(bitmap.name().to_owned(), true))]);
+        }
         let start = Start {
             job: Arc::clone(&job),
-            source: source_place,
-            target: target_place,
+            source: places.0,
+            target: places.1,
             options,
             bitmaps: prepared.bitmaps,
+            by_bitmap: prepared.by_bitmap,
             beneath,
         };
         sender.send(start).expect("the job's thread waits for this");
         // From here on every write is heard: with `sync: none` the reply promises no less.
         listening.recv().expect("the job's thread says this before anything else");
-        Ok(job)
+        job
     }
 
     /// Makes the thread before the job, because a job that has been announced must run.
@@ -261,15 +307,22 @@ impl Daemon {
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
-            let Start { job, source, target, options, bitmaps, beneath } = start;
+            let Start { job, source, target, options, bitmaps, by_bitmap, beneath } = start;
             give_way();
             let told = Arc::clone(&job);
             let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock).with_lanes(lanes);
             let heir = Weak::clone(&daemon);
             let mirror = mirror.with_succession(Box::new(move |drained, target| {
                 let daemon = heir.upgrade().ok_or("the daemon is gone")?;
-                daemon.succeed(drained, target, beneath)
+                let unstored = unstorable(drained.node(), target);
+                daemon.succeed(drained, target, beneath)?;
+                daemon.say_unstored(unstored, target);
+                Ok(())
             }));
+            let mirror = match by_bitmap {
+                Some(by_bitmap) => mirror.with_bitmap(by_bitmap),
+                None => mirror,
+            };
             // Nobody left to hear it is no reason not to run.
             let _ = listens.send(());
             let end = mirror.run_to_end().await;

@@ -37,9 +37,10 @@ impl Daemon {
         let entries = self.nodes();
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
         let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
-        // A request of an upper node may wait at a lower one's gate, so gates close from the top down. That is the order
-        // of the list.
-        changes.sort_by_key(|change| entries.iter().position(|entry| Arc::ptr_eq(&entry.node, &change.node)));
+        // From the top down: what is in flight above must find the gates below open (docs/decisions/0015). What is
+        // above another by its requests was made after it, and the newest come first.
+        let depth = |change: &Change| entries.iter().position(|entry| Arc::ptr_eq(&entry.node, &change.node));
+        changes.sort_by_key(depth);
         let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
         self.drop_orphans();

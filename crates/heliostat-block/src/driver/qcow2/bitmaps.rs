@@ -19,6 +19,7 @@ use super::refcount::Run;
 use super::state::{read_numbers, write_numbers};
 use crate::convert::{u64_from, usize_from};
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::named_bitmap::NamedBitmap;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 
@@ -34,9 +35,24 @@ pub struct StoredBitmap {
     pub bits: Option<Arc<DirtyBitmap>>,
     /// Its table, as it stands in the image.
     table: Vec<u64>,
+    /// It goes when the image is closed.
+    is_removed: bool,
 }
 
 impl StoredBitmap {
+    /// One that is in no image yet.
+    fn new(bitmap: &NamedBitmap) -> Self {
+        let granularity_bits = u8::try_from(bitmap.granularity.trailing_zeros()).unwrap_or(u8::MAX);
+        let entry = BitmapEntry {
+            name: bitmap.raw_name().to_vec(),
+            table: Table { offset: 0, len: 0 },
+            flags: 0,
+            granularity_bits,
+            extra: Vec::new(),
+        };
+        Self { entry, bits: None, table: Vec::new(), is_removed: false }
+    }
+
     /// Says whether it follows every write.
     #[must_use]
     pub const fn is_enabled(&self) -> bool {
@@ -73,6 +89,19 @@ impl Header {
         let bytes = file.read(bitmaps.directory()?).await?;
         decode_directory(&bytes, bitmaps.count, self.layout)
     }
+}
+
+/// Reads the bitmaps of an image that is only read. Those that cannot be had are left out: the disk can be read all the
+/// same.
+pub(super) async fn look_at(file: &ImageFile, header: &Header) -> Vec<StoredBitmap> {
+    let entries = header.read_bitmap_directory(file).await.unwrap_or_default();
+    let mut bitmaps = Vec::new();
+    if check_memory(&entries, header.size).is_ok() {
+        for entry in entries {
+            bitmaps.extend(load(file, header, entry).await);
+        }
+    }
+    bitmaps
 }
 
 /// Reads the bitmaps of an image that will be written, and says in the image that they are in use.
@@ -116,10 +145,10 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
     let granularity = u32::try_from(entry.granularity()).unwrap_or(u32::MAX);
     let Ok(bits) = DirtyBitmap::new(header.size, granularity) else {
         // Coarser than what we have: it is kept, and not used.
-        return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
+        return Ok(StoredBitmap { entry, bits: None, table: Vec::new(), is_removed: false });
     };
     if !entry.is_usable() {
-        return Ok(StoredBitmap { entry, bits: None, table: Vec::new() });
+        return Ok(StoredBitmap { entry, bits: None, table: Vec::new(), is_removed: false });
     }
     if u64::from(entry.table.len) != entry.clusters(header.size, layout) {
         return Err(entry.unreadable_table());
@@ -143,14 +172,70 @@ async fn load(file: &ImageFile, header: &Header, entry: BitmapEntry) -> Result<S
             }
         }
     }
-    Ok(StoredBitmap { entry, bits: Some(Arc::new(bits)), table })
+    Ok(StoredBitmap { entry, bits: Some(Arc::new(bits)), table, is_removed: false })
 }
 
 impl Qcow2 {
     /// Its persistent dirty bitmaps, in the order of the directory.
     #[must_use]
     pub fn bitmaps(&self) -> Vec<StoredBitmap> {
+        let mut bitmaps = self.all_bitmaps();
+        bitmaps.retain(|bitmap| !bitmap.is_removed);
+        bitmaps
+    }
+
+    /// Also those that go when the image is closed.
+    fn all_bitmaps(&self) -> Vec<StoredBitmap> {
         self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The same as a node has them.
+    pub(crate) fn named_bitmaps(&self) -> Vec<NamedBitmap> {
+        let named = self.bitmaps().into_iter().map(|bitmap| NamedBitmap {
+            name: String::from_utf8_lossy(&bitmap.entry.name).into_owned(),
+            granularity: u32::try_from(bitmap.entry.granularity()).unwrap_or(u32::MAX),
+            recording: bitmap.bits.is_some() && bitmap.is_enabled(),
+            bits: bitmap.bits,
+            busy: false,
+            persistent: true,
+            read_only: self.read_only,
+            stored_as: Some(bitmap.entry.name),
+        });
+        named.collect()
+    }
+
+    /// Says whether the image has a place for dirty bitmaps: one of version 2 has none.
+    pub(crate) const fn can_store_bitmaps(&self) -> bool {
+        !self.read_only && self.layout.version >= 3
+    }
+
+    /// Takes note of which bitmaps are to be kept from now on: the persistent ones of `named`.
+    pub(crate) fn keep_bitmaps(&self, named: &[NamedBitmap]) {
+        if !self.can_store_bitmaps() {
+            return;
+        }
+        let mut old = self.all_bitmaps();
+        let mut kept: Vec<StoredBitmap> = Vec::new();
+        for bitmap in named.iter().filter(|bitmap| bitmap.persistent) {
+            let name = bitmap.raw_name();
+            let found = old.iter().position(|stored| {
+                let is_in_image = bitmap.stored_as.is_some() || stored.entry.table.len == 0;
+                !stored.is_removed && is_in_image && stored.entry.name == name
+            });
+            let stored = found.map_or_else(|| StoredBitmap::new(bitmap), |at| old.remove(at));
+            let auto = if bitmap.recording && bitmap.bits.is_some() { AUTO } else { 0 };
+            let flags =
+                if bitmap.bits.is_some() { stored.entry.flags & !AUTO | auto } else { stored.entry.flags };
+            let entry = BitmapEntry { flags, ..stored.entry };
+            kept.push(StoredBitmap { entry, bits: bitmap.bits.clone(), ..stored });
+        }
+        // As QEMU has it: what was there, then what is new, the newest first.
+        let (mut new, mut kept): (Vec<_>, Vec<_>) =
+            kept.into_iter().partition(|stored: &StoredBitmap| stored.entry.table.len == 0);
+        new.reverse();
+        kept.append(&mut new);
+        kept.extend(old.into_iter().map(|stored| StoredBitmap { is_removed: true, ..stored }));
+        self.set_bitmaps(kept);
     }
 
     /// The bitmaps of a disk of `size` bytes: bits that it gains are not set. The ones in use stay as they are.
@@ -158,9 +243,12 @@ impl Qcow2 {
     /// # Errors
     /// [`FormatError`] when one has bits that cannot be used, or there is no memory for them.
     pub(super) fn bitmaps_for(&self, size: u64) -> Result<Vec<StoredBitmap>, FormatError> {
-        let bitmaps = self.bitmaps();
+        let bitmaps = self.all_bitmaps();
         check_memory(bitmaps.iter().map(|bitmap| &bitmap.entry), size)?;
         let resized = bitmaps.into_iter().map(|bitmap| {
+            if bitmap.is_removed {
+                return Ok(bitmap);
+            }
             let unusable = || {
                 let name = String::from_utf8_lossy(&bitmap.entry.name);
                 FormatError::Invalid(format!("Bitmap '{name}' is inconsistent and cannot be used"))
@@ -181,13 +269,12 @@ impl Qcow2 {
 
     /// Writes the bitmaps, in new clusters, and says that they mean what they say. Nobody may mark them meanwhile.
     pub(super) async fn store_bitmaps(&self) -> Result<(), FormatError> {
-        let (old, bitmaps) = (self.lock().header.bitmaps, self.bitmaps());
-        let Some(old) = old.filter(|_| bitmaps.iter().any(|bitmap| bitmap.bits.is_some())) else {
+        let bitmaps = self.all_bitmaps();
+        if !bitmaps.iter().any(|bitmap| bitmap.bits.is_some() || bitmap.is_removed) {
             return Ok(());
-        };
-        let at = self.directory_word().await?;
+        }
         let mut taken = Vec::new();
-        let header = match self.write_bitmaps(old, &bitmaps, &mut taken).await {
+        let header = match self.write_bitmaps(&bitmaps, &mut taken).await {
             Ok(header) => header,
             Err(error) => {
                 for run in taken {
@@ -196,17 +283,21 @@ impl Qcow2 {
                 return Err(error);
             }
         };
-        // The directory is durable before the header names it. One word says where it is, so that no crash leaves half of
-        // what the header says: neither of this nor of anything else in it.
-        let word = header.bitmaps.map_or(0, |bitmaps| bitmaps.directory_offset);
-        self.write_header(at, Bytes::copy_from_slice(&word.to_be_bytes())).await?;
+        let mut gone = Vec::new();
+        for bitmap in bitmaps.iter().filter(|bitmap| bitmap.is_removed && bitmap.bits.is_none()) {
+            // What cannot be read is lost space, until a check gives it back.
+            gone.extend(self.places_of_unusable(bitmap).await.unwrap_or_default());
+        }
+        self.name_bitmaps(&header).await?;
+        self.set_bitmaps(bitmaps.into_iter().filter(|bitmap| !bitmap.is_removed).collect());
         let bits = self.layout.cluster_bits;
         let range = |run: Run| ByteRange::from_bounds(run.first << bits, (run.first + run.count) << bits);
         let mut state = self.lock();
         state.header = header;
         let new: Vec<_> = taken.into_iter().map(range).collect();
         new.iter().for_each(|range| state.protect(*range, "bitmap"));
-        for range in std::mem::replace(&mut state.bitmap_places, new) {
+        let old = std::mem::replace(&mut state.bitmap_places, new);
+        for range in old.into_iter().chain(gone) {
             state.unprotect(range);
             let first = self.layout.cluster_index(range.offset());
             state.drop_later(first..first + self.layout.clusters_for(range.len()), false);
@@ -214,30 +305,68 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes all of them and their directory, durably, into clusters that are entered in `taken`; returns the header
+    /// Writes all that stay and their directory, durably, into clusters that are entered in `taken`; returns the header
     /// that will name them.
     async fn write_bitmaps(
         &self,
-        old: BitmapsExtension,
         bitmaps: &[StoredBitmap],
         taken: &mut Vec<Run>,
     ) -> Result<Header, FormatError> {
         let mut entries = Vec::new();
-        for bitmap in bitmaps {
+        for bitmap in bitmaps.iter().filter(|bitmap| !bitmap.is_removed) {
             let table = match &bitmap.bits {
                 Some(bits) => self.store_bits(bits, &bitmap.entry, taken).await?,
                 None => bitmap.entry.table,
             };
             entries.push(BitmapEntry { table, ..bitmap.entry.clone() });
         }
-        let directory = encode_directory(&entries);
-        let new = BitmapsExtension {
-            directory_size: u64_from(directory.len()),
-            directory_offset: self.store_new(directory, taken).await?,
-            ..old
-        };
+        let mut new = None;
+        if !entries.is_empty() {
+            let directory = encode_directory(&entries);
+            new = Some(BitmapsExtension {
+                count: u32::try_from(entries.len()).unwrap_or(u32::MAX),
+                directory_size: u64_from(directory.len()),
+                directory_offset: self.store_new(directory, taken).await?,
+            });
+        }
         self.flush().await?;
-        Ok(Header { bitmaps: Some(new), ..self.header() })
+        let header = self.header();
+        let flag = if new.is_some() { autoclear::BITMAPS } else { 0 };
+        let autoclear = header.autoclear & !autoclear::BITMAPS | flag;
+        Ok(Header { bitmaps: new, autoclear, ..header })
+    }
+
+    /// Where a bitmap stands in the image whose table nobody has looked at, because it was not saved.
+    async fn places_of_unusable(&self, bitmap: &StoredBitmap) -> Result<Vec<ByteRange>, FormatError> {
+        let range = bitmap.entry.table_range();
+        if range.is_empty() || range.end() > self.file.size() {
+            return Ok(Vec::new());
+        }
+        let table = read_numbers(&self.file.read(range).await?);
+        // What makes no sense is left alone: it may be anybody's.
+        let is_sound = table.iter().all(|entry| match Bits::decode(*entry, self.layout) {
+            Some(Bits::At(start)) => start + self.layout.cluster_size() <= self.file.size(),
+            other => other.is_some(),
+        });
+        let bitmap = StoredBitmap { table: if is_sound { table } else { Vec::new() }, ..bitmap.clone() };
+        Ok(bitmap.places(self.layout).into_iter().map(|(range, _)| range).collect())
+    }
+
+    /// Lets the header name the bitmaps of `new`, whose directory is durable. One word says where that is, so that no
+    /// crash leaves half of what the header says; but where bitmaps have come or gone, all of the header is written.
+    async fn name_bitmaps(&self, new: &Header) -> Result<(), FormatError> {
+        let old = self.header();
+        let shape = |header: &Header| {
+            (header.autoclear, header.bitmaps.map(|bitmaps| (bitmaps.count, bitmaps.directory_size)))
+        };
+        match new.bitmaps.filter(|_| shape(&old) == shape(new)) {
+            Some(bitmaps) => {
+                let word = Bytes::copy_from_slice(&bitmaps.directory_offset.to_be_bytes());
+                self.write_header(self.directory_word().await?, word).await?;
+            }
+            None => self.write_header(0, Bytes::from(new.encode()?)).await?,
+        }
+        Ok(())
     }
 
     /// Where the header says where the bitmap directory is. Its length stays: the entries are the same.

@@ -105,7 +105,11 @@ impl Qcow2 {
         let read_only = options.read_only || file.storage().traits().read_only;
         check_openable(&header, read_only, options.data_file.is_some())?;
         let (snapshots, snapshots_len) = header.read_snapshot_table(&file).await?;
-        let bitmaps = if read_only { Vec::new() } else { prepare_for_writing(&file, &mut header).await? };
+        let bitmaps = if read_only {
+            stored::look_at(&file, &header).await
+        } else {
+            prepare_for_writing(&file, &mut header).await?
+        };
         let l1 = read_numbers(&file.read(header.l1_range()).await?).into_iter().map(L1Entry).collect();
         let refcount_table = read_numbers(&file.read(header.refcount_table_range()).await?);
         let size = file.size();

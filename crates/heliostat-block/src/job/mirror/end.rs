@@ -1,11 +1,18 @@
-//! How a mirror ends: the pivot, the copy that is left behind, the abort. Called by the loop, when everything that it
+//! What a mirror has to do with a named bitmap, and how it ends: the pivot, the copy that is left behind, the abort. Called by the loop, when everything that it
 //! needs is so.
 
 use std::sync::Arc;
 
 use super::Mirror;
+use crate::clock::Clock;
+use crate::job::by_bitmap::ByBitmap;
+use crate::job::mirror_step::Scan;
+use crate::job::scan::SyncMode;
 use crate::job::{End, JobEvent, JobStatus};
+use crate::limits::PAUSE_LAST;
 use crate::node::Node;
+use crate::planted::{Bug, is_planted};
+use crate::range::ByteRange;
 use crate::tracked::Drained;
 
 /// Puts the target in the source's place. Called once, when the source is drained, everything is copied and flushed,
@@ -14,6 +21,21 @@ use crate::tracked::Drained;
 pub type Succession = Box<dyn FnOnce(&Drained, &Arc<Node>) -> Result<(), String> + Send>;
 
 impl Mirror {
+    /// Lets it copy by a named bitmap of the source, or keep that up to date, or both: see [`crate::job::by_bitmap`].
+    #[must_use]
+    pub fn with_bitmap(mut self, by_bitmap: ByBitmap) -> Self {
+        if self.options.sync == SyncMode::Bitmap {
+            by_bitmap.add_to(&self.route.source, self.doubling.bitmap());
+        }
+        self.by_bitmap = Some(by_bitmap);
+        self
+    }
+
+    /// What lies behind has not been looked at.
+    pub(super) fn unscanned_from(&self) -> u64 {
+        if self.scan == Scan::Over { self.route.source.size() } else { self.scanned_to }
+    }
+
     /// Whether no verb stands in the way of the end, nor can any more.
     pub(super) fn may_end(&self, end: End) -> bool {
         (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
@@ -23,18 +45,27 @@ impl Mirror {
         // From here on nobody may write the target but whoever gets it.
         self.doubling.close();
         let Some(drained) = self.gate.drained() else { return Ok(()) };
-        match self.succession.take() {
+        // First: a bitmap that is on the target hears of what guests write there.
+        let named = self.by_bitmap.take().map(|mut named| (named.succeed(drained.node()), named));
+        let pivoted = match self.succession.take() {
             Some(succession) => succession(drained, &self.route.target),
             None => {
                 self.graph.pivot(drained, &self.route.target);
                 Ok(())
             }
+        };
+        if let (Err(_), Some((Some(old), named))) = (&pivoted, named) {
+            named.take_back(drained.node(), &old);
         }
+        pivoted
     }
 
     pub(super) fn end(mut self) -> JobEvent {
         self.route.source.detach_doubling();
         self.doubling.close();
+        if let Some(mut named) = self.by_bitmap.take() {
+            named.succeed(&self.route.source);
+        }
         self.open_gate();
         self.tell_figures(true);
         JobEvent::Completed(None)
@@ -42,6 +73,33 @@ impl Mirror {
 
     pub(super) fn end_aborted(mut self) -> JobEvent {
         self.tell_figures(true);
+        if let Some(mut named) = self.by_bitmap.take() {
+            let dirty = self.doubling.bitmap();
+            dirty.mark(ByteRange::from_bounds(self.unscanned_from(), dirty.size()));
+            self.unflushed.flush_failed(dirty);
+            named.fail(&self.route.source, dirty, self.options.sync == SyncMode::Bitmap);
+        }
         self.failure.take().map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure)))
+    }
+}
+
+/// Does nothing, but where a test breaks the rule that a bitmap is cleared behind the closed gate.
+pub(super) struct Late(Option<(Arc<Node>, String, Arc<dyn Clock>)>);
+
+impl Late {
+    pub(super) fn of(mirror: &Mirror) -> Self {
+        let is_due = is_planted(Bug::BitmapClearedLate);
+        let named = mirror.by_bitmap.as_ref().filter(|_| is_due);
+        Self(named.map(|named| {
+            (Arc::clone(&mirror.route.source), named.name().to_owned(), Arc::clone(&mirror.clock))
+        }))
+    }
+
+    pub(super) async fn clear(self) {
+        let Some((source, name, clock)) = self.0 else { return };
+        clock.sleep_until(clock.now() + PAUSE_LAST).await;
+        if let Some(bits) = source.named_bitmap(&name).and_then(|bitmap| bitmap.bits) {
+            bits.clear(source.range());
+        }
     }
 }

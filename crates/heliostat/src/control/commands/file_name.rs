@@ -11,7 +11,7 @@ use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
 use super::super::schema::NODE;
 use super::nodes::{Inherited, NULL_SIZE_DEFAULT, node_spec};
-use crate::daemon::{DriverSpec, NodeSpec, TargetName};
+use crate::daemon::{Child, DriverSpec, FaultLimits, FaultSpec, NodeSpec, Sharing, TargetName};
 
 /// What `name` means for a node that takes over `above`. One that cannot be used is refused later, by who knows what
 /// comes before.
@@ -28,11 +28,28 @@ pub(super) fn target_name(name: &str, above: Inherited) -> TargetName {
             let driver = DriverSpec::NullCo { size: NULL_SIZE_DEFAULT, read_zeroes: false };
             TargetName::Protocol("null-co", Box::new(NodeSpec::new(None, driver)))
         }
+        "blkdebug" => match rest.split_once(':') {
+            Some((config, image)) => TargetName::Protocol("blkdebug", Box::new(fault_node(config, image))),
+            None => unusable("Could not parse blkdebug file name".to_owned()),
+        },
         "nbd" | "nbd+unix" | "nbd+tcp" | "nbds" | "nbds+tcp" => {
             unusable("an NBD server cannot be a target yet: there is no client in this version".to_owned())
         }
         _ => unusable(format!("Unknown protocol '{word}'")),
     }
+}
+
+/// A file through which faults are injected by the rules of another.
+fn fault_node(config: &str, image: &str) -> NodeSpec {
+    let below = NodeSpec::new(None, DriverSpec::at(PathBuf::from(image), Sharing::Locked));
+    let faults = FaultSpec {
+        image: Child::New(Box::new(below)),
+        config: Some(config).filter(|config| !config.is_empty()).map(PathBuf::from),
+        limits: FaultLimits::default(),
+        errors: Vec::new(),
+        states: Vec::new(),
+    };
+    NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))
 }
 
 /// The word before the first colon, if no slash comes before that; and what follows it.
@@ -93,7 +110,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::daemon::Child;
 
     #[test]
     fn a_slash_before_the_colon_makes_a_path_of_a_name() {

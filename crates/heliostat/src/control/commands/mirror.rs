@@ -3,19 +3,23 @@
 use std::sync::Arc;
 
 use heliostat_block::job::scan::SyncMode;
-use heliostat_block::job::{CopyMode, OnError};
+use heliostat_block::job::{BitmapMode, CopyMode, OnError};
 use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
 use super::file_name::target_name;
 use super::nodes::Inherited;
-use crate::daemon::{Daemon, DriveMirrorSpec, MirrorSpec, TargetMode};
+use crate::daemon::{BitmapUse, Daemon, DriveMirrorSpec, MirrorSpec, TargetMode};
 
 pub(super) fn start(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
-    let spec = spec(daemon, arguments);
-    daemon.start_mirror(&MirrorSpec { target: arguments.required_text("target").to_owned(), ..spec })?;
+    daemon.start_mirror(&of(daemon, arguments))?;
     Ok(json!({}))
+}
+
+/// The mirror that is asked for.
+pub(super) fn of(daemon: &Daemon, arguments: Arguments<'_>) -> MirrorSpec {
+    MirrorSpec { target: arguments.required_text("target").to_owned(), ..spec(daemon, arguments) }
 }
 
 pub(super) fn start_drive(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
@@ -46,12 +50,24 @@ fn inherited_from(daemon: &Daemon, device: &str) -> Result<Inherited, Refusal> {
 
 /// What both commands have in common.
 fn spec(daemon: &Daemon, arguments: Arguments<'_>) -> MirrorSpec {
-    let (sync, sync_not_there) = match arguments.required_text("sync") {
+    let word = arguments.required_text("sync");
+    let bitmap = BitmapUse {
+        name: arguments.text("bitmap").map(str::to_owned),
+        mode: arguments.text("bitmap-mode").map(|word| match word {
+            "never" => BitmapMode::Never,
+            "always" => BitmapMode::Always,
+            _ => BitmapMode::OnSuccess,
+        }),
+        is_incremental: word == "incremental",
+    };
+    // Without a bitmap it is what QEMU's mirror refuses.
+    let not_there = |name| if bitmap.name.is_none() { Some(name) } else { None };
+    let (sync, sync_not_there) = match word {
         "full" => (SyncMode::Full, None),
         "top" => (SyncMode::Top, None),
         "none" => (SyncMode::None, None),
-        "bitmap" => (SyncMode::None, Some("bitmap")),
-        _ => (SyncMode::None, Some("incremental")),
+        "bitmap" => (SyncMode::Bitmap, not_there("bitmap")),
+        _ => (SyncMode::Bitmap, not_there("incremental")),
     };
     let device = arguments.required_text("device");
     // Without an id QEMU takes the device's name, and a node is no device: the id is empty, which is refused. An
@@ -64,6 +80,7 @@ fn spec(daemon: &Daemon, arguments: Arguments<'_>) -> MirrorSpec {
         filter_node_name: arguments.text("filter-node-name").map(str::to_owned),
         sync,
         sync_not_there,
+        bitmap,
         speed: arguments.int("speed").unwrap_or(0),
         granularity: arguments.uint32("granularity"),
         buf_size: arguments.int("buf-size"),

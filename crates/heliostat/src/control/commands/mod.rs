@@ -3,6 +3,7 @@
 //! Nothing is decided here that the command line would have to decide again; that is the daemon's. Called by a
 //! client's thread, which may block.
 
+mod bitmaps;
 mod create;
 mod describe;
 mod exports;
@@ -15,6 +16,7 @@ mod nodes;
 mod objects;
 mod resize;
 mod snapshot;
+mod transaction;
 
 use std::sync::Arc;
 
@@ -74,6 +76,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "blockdev-create" => create::start(daemon, arguments),
         "blockdev-mirror" => mirror::start(daemon, arguments),
         "blockdev-reopen" => nodes::reopen(daemon, arguments),
+        "transaction" => transaction::run(daemon, arguments),
         "blockdev-snapshot" => snapshot::take(daemon, arguments),
         "blockdev-snapshot-sync" => snapshot::take_to_file(daemon, arguments),
         "drive-mirror" => mirror::start_drive(daemon, arguments),
@@ -84,7 +87,9 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "qom-get" => objects::get(daemon, arguments),
         "qom-set" => objects::set(daemon, arguments),
         "human-monitor-command" => Ok(human::run(daemon, arguments)),
-        _ => jobs::ask(daemon, name, arguments).unwrap_or_else(|| Err(not_found(name))),
+        _ => bitmaps::run(daemon, name, arguments)
+            .or_else(|| jobs::ask(daemon, name, arguments))
+            .unwrap_or_else(|| Err(not_found(name))),
     }
 }
 

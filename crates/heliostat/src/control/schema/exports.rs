@@ -1,6 +1,6 @@
 //! What NBD servers and exports are made of.
 
-use super::{Cases, Kind, Member, Record, optional, record, required};
+use super::{Cases, Kind, Member, Record, bitmaps, optional, record, required};
 
 static UNIX: Record = record(&[
     required("path", Kind::Text, "the socket's path"),
@@ -37,17 +37,10 @@ pub(super) static SOCKET_ADDRESS: Record = Record {
     }),
 };
 
-static BITMAP: Record = record(&[
-    required("node", Kind::Text, "the node that it hangs on"),
-    required("name", Kind::Text, "its name"),
-]);
-
-static NAMED_BITMAP: Kind = Kind::TextOrObject(&BITMAP, "BlockDirtyBitmapOrStr");
-
 const NBD_EXPORT: &[Member] = &[
     optional("name", Kind::Text, "what clients ask for; default: the node's name"),
     optional("description", Kind::Text, "a text for clients"),
-    optional("bitmaps", Kind::List(&NAMED_BITMAP), "not supported yet"),
+    optional("bitmaps", Kind::List(&bitmaps::NAMED), "not supported yet"),
     optional("allocation-depth", Kind::Flag, "only false"),
 ];
 

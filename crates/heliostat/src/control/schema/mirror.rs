@@ -20,7 +20,7 @@ pub(super) static DRIVE_MIRROR: Record = record(&[
     required(
         "sync",
         Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
+        "what the first pass copies; incremental and bitmap need a bitmap, which is ours",
     ),
     optional(
         "mode",
@@ -45,6 +45,12 @@ pub(super) static DRIVE_MIRROR: Record = record(&[
         Kind::Flag,
         "be forgotten when it has ended, without `job-dismiss`; default true",
     ),
+    ours("bitmap", Kind::Text, "a dirty bitmap of the source: what to copy, or what to keep up to date"),
+    ours(
+        "bitmap-mode",
+        Kind::Word(&["on-success", "never", "always"]),
+        "when the bitmap takes note of what was copied",
+    ),
 ]);
 
 pub(super) static MIRROR: Record = record(&[
@@ -55,7 +61,7 @@ pub(super) static MIRROR: Record = record(&[
     required(
         "sync",
         Kind::Word(&["top", "full", "none", "incremental", "bitmap"]),
-        "what the first pass copies; incremental and bitmap are refused",
+        "what the first pass copies; incremental and bitmap need a bitmap, which is ours",
     ),
     optional("speed", Kind::Int, "bytes a second; default 0: no limit"),
     optional(
@@ -76,6 +82,12 @@ pub(super) static MIRROR: Record = record(&[
     ),
     later("target-is-zero", Kind::Flag, "the target is known to read as zero; default false"),
     ours("unmap", Kind::Flag, "zeroes may become holes on the target; default true"),
+    ours("bitmap", Kind::Text, "a dirty bitmap of the source: what to copy, or what to keep up to date"),
+    ours(
+        "bitmap-mode",
+        Kind::Word(&["on-success", "never", "always"]),
+        "when the bitmap takes note of what was copied",
+    ),
 ]);
 
 pub(super) static SNAPSHOT: Record = record(&[

@@ -387,6 +387,7 @@ pub static EVENTS: &[EventType] = &[
             ours("errno", Kind::Int, "the host's number of the error"),
         ]),
     },
+    EventType { name: "BLOCK_DIRTY_BITMAP_NOT_STORED", says: &record(&[text("node-name"), text("name")]) },
     EventType { name: "BLOCK_EXPORT_DELETED", says: &record(&[text("id")]) },
     EventType {
         name: "BLOCK_IMAGE_CORRUPTED",

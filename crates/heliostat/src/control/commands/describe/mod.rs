@@ -136,17 +136,19 @@ fn in_order(mut object: Value, keys: &[&str]) -> Value {
     Value::Object(ordered)
 }
 
-/// The bitmaps that follow writes, the last one first. Those of an image that is only read are not loaded.
+/// The named bitmaps, the last one first.
 fn dirty_bitmaps(entry: &NodeEntry) -> Vec<Value> {
-    let Some(image) = entry.node.image() else { return Vec::new() };
-    let described = image.bitmaps().into_iter().rev().map(|bitmap| {
+    let described = entry.node.named_bitmaps().into_iter().rev().map(|bitmap| {
+        // Of the last granule QEMU counts what lies beyond the end, too.
+        let granularity = u64::from(bitmap.granularity);
+        let count = bitmap.bits.as_ref().map_or(0, |bits| bits.dirty_bytes().next_multiple_of(granularity));
         let mut described = json!({
-            "name": String::from_utf8_lossy(&bitmap.entry.name),
-            "recording": bitmap.bits.is_some() && bitmap.is_enabled(),
-            "persistent": true,
-            "busy": false,
-            "granularity": bitmap.entry.granularity(),
-            "count": bitmap.bits.as_ref().map_or(0, |bits| bits.dirty_bytes()),
+            "name": bitmap.name,
+            "recording": bitmap.recording,
+            "persistent": bitmap.persistent,
+            "busy": bitmap.busy,
+            "granularity": granularity,
+            "count": count,
         });
         if bitmap.bits.is_none() {
             described["inconsistent"] = json!(true);
@@ -258,8 +260,14 @@ fn format_specific(header: &Header, entry: &NodeEntry) -> Value {
         put("corrupt", json!(header.incompatible & incompatible::CORRUPT != 0));
         put("extended-l2", json!(header.layout.extended_l2));
     }
-    if !entry.bitmaps.is_empty() {
-        put("bitmaps", entry.bitmaps.iter().map(|bitmap| stored_bitmap(bitmap, entry)).collect());
+    let named = entry.node.named_bitmaps();
+    // Removed ones go when it is closed.
+    let is_there = |bitmap: &&BitmapEntry| {
+        entry.node.options().read_only || named.iter().any(|named| named.is_stored_as(&bitmap.name))
+    };
+    let stored: Vec<_> = entry.bitmaps.iter().filter(is_there).collect();
+    if !stored.is_empty() {
+        put("bitmaps", stored.into_iter().map(|bitmap| stored_bitmap(bitmap, entry)).collect());
     }
     if header.has_external_data() {
         if let Some(name) = &header.data_file {
