@@ -246,27 +246,3 @@ fn a_write_beside_a_copy_of_what_is_read_is_not_overwritten_by_it() {
     assert!(told.contains("wrote 4096/4096") && told.contains("read 4096/4096"), "{told}");
     assert!(!said("read -P 9 4k 4k").contains("failed"), "the copy came first, or the write did");
 }
-
-#[test]
-fn nodes_on_each_other_are_reopened_in_any_order_while_a_request_is_between_them() {
-    let peer = Peer::ours();
-    peer.image("s", 64 << 10);
-    let mut wire = Wire::negotiated(&peer.socket());
-    let mut image = file("s");
-    image["node-name"] = json!("f");
-    let lower = json!({ "driver": "blkdebug", "node-name": "b", "image": "f" });
-    let upper = json!({ "driver": "raw", "node-name": "n", "file": "b" });
-    for node in [&image, &lower, &upper] {
-        execute(&peer, &mut wire, "blockdev-add", node);
-    }
-    // Above it has begun, below it has not.
-    by_hand(&peer, &mut wire, r#"qemu-io n "break write_aio A""#);
-    by_hand(&peer, &mut wire, r#"qemu-io n "aio_write -P 7 0 4k""#);
-    by_hand(&peer, &mut wire, r#"qemu-io n "wait_break A""#);
-    let mut other = Wire::negotiated(&peer.socket());
-    let order = json!({ "execute": "blockdev-reopen", "arguments": { "options": [lower, upper] } });
-    other.send(format!("{order}\n").as_bytes());
-    by_hand(&peer, &mut wire, r#"qemu-io n "resume A""#);
-    assert_eq!(other.next_reply(), json!({ "return": {} }));
-    assert!(by_hand(&peer, &mut wire, r#"qemu-io n "aio_flush""#).starts_with("wrote 4096/4096"));
-}

@@ -107,3 +107,33 @@ fn the_end_of_the_daemon_does_not_wait_for_a_limit() {
     daemon.shutdown().unwrap();
     assert!(daemon.nodes().is_empty());
 }
+
+#[test]
+fn nodes_on_each_other_are_reopened_in_any_order_while_a_request_is_between_them() {
+    use futures_util::FutureExt;
+
+    let daemon = with_a_node();
+    // Above it has begun, below it has not.
+    says(&daemon, "break write_aio A");
+    says(&daemon, "aio_write 0 4k");
+    says(&daemon, "wait_break A");
+    let image =
+        daemon.nodes().iter().find_map(|entry| entry.filter.as_ref().and(entry.child.clone())).unwrap();
+    let limits = FaultLimits::default();
+    let (errors, states, image) = (Vec::new(), Vec::new(), Child::Named(image.to_string()));
+    let lower = DriverSpec::Faults(Box::new(FaultSpec { image, config: None, limits, errors, states }));
+    let file = Child::Named("n".to_owned());
+    let upper = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+    let specs =
+        [("n", lower), ("r", upper)].map(|(name, driver)| NodeSpec::new(Some(name.to_owned()), driver));
+    let (sender, reopened) = std::sync::mpsc::channel();
+    let other = Arc::clone(&daemon);
+    std::thread::spawn(move || sender.send(other.reopen_nodes(&specs)));
+    let is_closed = |name: &str| daemon.node(name).unwrap().enter().now_or_never().is_none();
+    while !is_closed("n") && !is_closed("r") {
+        std::thread::yield_now();
+    }
+    says(&daemon, "resume A");
+    reopened.recv_timeout(Duration::from_secs(30)).expect("nobody waits for ever").unwrap();
+    assert!(says(&daemon, "aio_flush").starts_with("wrote 4096/4096"));
+}
