@@ -37,8 +37,6 @@ pub enum Bug {
     BitmapClearedOnFailure,
     /// A named bitmap that is kept up to date at every end forgets what had not been copied.
     BitmapForgetsRest,
-    /// A member of a group ends without waiting for the others.
-    GroupEndsAlone,
     /// qcow2: a mapping is visible before its data is there.
     MappingBeforeData,
     /// qcow2: L2 tables are written without waiting for reference counts and data to be durable.
