@@ -110,8 +110,12 @@ impl Named {
         let (source, target) = disks;
         let storage = &bench.disks[source].storage;
         let base = match (ended_well, pivoted) {
-            // What the old disk had not made durable may be gone when it is looked at again.
-            (true, true) => (storage.durable() == storage.visible()).then_some(source),
+            // What the old disk had not made durable may be gone when it is looked at again, and what a failed flush of
+            // it has lost may be gone already.
+            (true, true) => {
+                let is_whole = storage.flush_failures() == 0 && storage.durable() == storage.visible();
+                is_whole.then_some(source)
+            }
             (true, false) if sync == SyncMode::None => bench.named.base().filter(|base| *base != target),
             (true, false) => Some(target),
             (false, _) => bench.named.base().filter(|base| *base != target || sync == SyncMode::Bitmap),

@@ -8,7 +8,7 @@ use heliostat_sim::Trace;
 use heliostat_sim::image::run;
 
 /// How many seeds may be needed.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 4000;
 
 fn is_found(bug: Bug) {
     std::panic::set_hook(Box::new(|_| {}));
