@@ -86,6 +86,21 @@ impl NamedBitmap {
         Ok(Some((self.name.clone(), Arc::new(bits))))
     }
 
+    /// Fits a disk of `size` bytes, of which all is dirty that this one did not have: what is there is not known.
+    fn follow_to(&mut self, size: u64) {
+        let before = self.bits.as_ref().map_or(size, |bits| bits.size());
+        self.resize(size);
+        if let Some(bits) = self.bits.as_ref().filter(|_| before < size) {
+            bits.mark(ByteRange::from_bounds(before, size));
+        }
+    }
+
+    fn resize(&mut self, size: u64) {
+        if self.bits.as_ref().is_some_and(|bits| bits.size() != size) {
+            self.bits = self.resized(size).ok().flatten().map(|(_, bits)| bits);
+        }
+    }
+
     /// What the image has to call it.
     pub(crate) fn raw_name(&self) -> &[u8] {
         self.stored_as.as_deref().unwrap_or(self.name.as_bytes())
@@ -140,12 +155,13 @@ pub fn change(changes: &[(Arc<Node>, Change)]) {
 pub(crate) fn follow(source: &Arc<Node>, target: &Arc<Node>) {
     let can_store = target.can_store_bitmaps();
     for bitmap in source.named_bitmaps() {
-        let bitmap = NamedBitmap {
+        let mut bitmap = NamedBitmap {
             persistent: bitmap.persistent && can_store,
             read_only: false,
             stored_as: None,
             ..bitmap
         };
+        bitmap.follow_to(target.size());
         let name = bitmap.name.clone();
         let there = target.named_bitmap(&name);
         let mut changes = Vec::new();
@@ -235,6 +251,14 @@ impl Watching {
 
     fn bits(&self, name: &str) -> Option<Arc<DirtyBitmap>> {
         self.named.iter().find(|bitmap| bitmap.name == name)?.bits.clone()
+    }
+
+    /// Makes all bitmaps as long as a disk of `size` bytes; bits that it gains are not set. One for which there is no
+    /// memory is of no use any more, and says so.
+    pub(crate) fn resize(&mut self, size: u64) {
+        for bitmap in &mut self.named {
+            bitmap.resize(size);
+        }
     }
 
     /// Puts other bits in the place of a bitmap's, for a node of another size.

@@ -105,12 +105,18 @@ impl Route {
     }
 
     /// Says whether an extent of the target is known to read as zero, now and when all of its chain is open.
-    pub(crate) fn reads_zero(&self, extent: &Extent) -> bool {
+    /// `lacked` is what [`Route::lacks_backing`] said before the target was asked: it may have been given one since.
+    pub(crate) fn reads_zero(&self, extent: &Extent, lacked: bool) -> bool {
         match extent.status {
             ExtentStatus::Data => false,
             ExtentStatus::Zero => true,
-            ExtentStatus::Hole => !self.target.lacks_backing(),
+            ExtentStatus::Hole => !lacked && !self.lacks_backing(),
         }
+    }
+
+    /// Says whether what the target does not hold may read otherwise later.
+    pub(crate) fn lacks_backing(&self) -> bool {
+        self.target.lacks_backing()
     }
 
     /// Brings `range` over.
@@ -183,8 +189,9 @@ impl Route {
         let mut from = range.offset();
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
+            let lacked = self.lacks_backing();
             let part = match self.first_on_target(rest).await {
-                Some(first) if self.reads_zero(&first) => {
+                Some(first) if self.reads_zero(&first, lacked) => {
                     copied.skipped += first.range.len();
                     from = first.range.end();
                     continue;

@@ -89,12 +89,14 @@ pub(crate) async fn scan(route: &Route, from: u64, belief: Belief) -> Result<Sca
 /// Adds the parts of `range` that are not known to read as zero on the target, as far as that answers in one go;
 /// says how far.
 async fn not_zero(route: &Route, range: ByteRange, dirty: &mut Vec<ByteRange>) -> u64 {
+    let lacked = route.lacks_backing();
     let extents = route.target.extents_below(range).await.unwrap_or_default();
     let end = extents.last().map_or(range.offset(), |last| last.range.end());
     if end == range.offset() {
         dirty.push(range);
         return range.end();
     }
-    dirty.extend(extents.iter().filter(|extent| !route.reads_zero(extent)).map(|extent| extent.range));
+    dirty
+        .extend(extents.iter().filter(|extent| !route.reads_zero(extent, lacked)).map(|extent| extent.range));
     end
 }

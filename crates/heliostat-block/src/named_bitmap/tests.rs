@@ -77,6 +77,39 @@ fn bitmaps_that_follow_keep_their_marks_and_hear_of_the_targets_writes() {
 }
 
 #[test]
+fn one_that_follows_to_a_longer_disk_hears_of_all_of_it() {
+    let source = node("s");
+    add(&source, "x", 4096);
+    write(&source, 5000);
+    let long = Arc::new(NullStorage::new(2 * SIZE, ReadsZero::Promised));
+    let target = node_of("t", long, &Arc::new(Ticking::default()));
+    follow(&source, &target);
+    let granules = SIZE / 4096;
+    let expected: Vec<_> = std::iter::once(1).chain(granules..2 * granules).collect();
+    assert_eq!(dirty(&target, "x"), expected, "what the target has more is not known to be anything");
+    let again = target.named_bitmap("x").expect("it is there");
+    change(&[(
+        Arc::clone(&target),
+        Change::Clear(
+            "x".to_owned(),
+            Arc::new(DirtyBitmap::new(2 * SIZE, again.granularity).expect("it is allowed")),
+        ),
+    )]);
+    write(&target, SIZE + 5000);
+    assert_eq!(dirty(&target, "x"), [granules + 1]);
+}
+
+#[test]
+fn one_hears_of_all_of_a_disk_that_another_node_made_longer() {
+    let node = node("n");
+    add(&node, "x", 4096);
+    write(&node, 0);
+    node.watchers_of().write().resize(2 * SIZE);
+    write(&node, SIZE + 5000);
+    assert_eq!(dirty(&node, "x"), [0, SIZE / 4096 + 1]);
+}
+
+#[test]
 fn one_that_nobody_can_use_takes_no_ones_place() {
     let (source, target) = (node("s"), node("t"));
     let broken = |name: &str| NamedBitmap {

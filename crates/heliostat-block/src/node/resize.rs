@@ -47,7 +47,9 @@ impl Node {
         if let Driver::Raw(raw) = self.driver() {
             raw.follow_size();
         }
-        self.size.store(self.blocks.below().size(), Ordering::Release);
+        let size = self.blocks.below().size();
+        self.watchers.write().resize(size);
+        self.size.store(size, Ordering::Release);
     }
 
     /// [`Node::resize`] without waiting for anybody, for a driver above that has seen to it that no request is in the
@@ -58,6 +60,8 @@ impl Node {
         }
         let resized = self.blocks.below().resize(size, Preallocation::Off).await;
         resized.map_err(|error| BlockError::from_io(self.name.as_str(), None, error))?;
+        // Before anybody can write there; marks wait meanwhile.
+        self.watchers.write().resize(size);
         self.size.store(size, Ordering::Release);
         Ok(())
     }

@@ -55,6 +55,9 @@ impl Control {
         let mut control = Self { stream, unread: Vec::new(), events: VecDeque::new(), next_id: 0 };
         let greeting = control.message(PATIENCE).with_context(|| no_greeting(socket))?;
         if greeting.get("QMP").is_none() {
+            if let Some(why) = greeting["error"]["desc"].as_str() {
+                bail!("{} lets us in no further: {why}", socket.display());
+            }
             bail!("{} is no control socket: who listens there does not speak QMP", socket.display());
         }
         control.execute("qmp_capabilities", json!({}))?;

@@ -117,13 +117,16 @@ impl Daemon {
     /// # Errors
     /// `Verb`, as [`Job::ask`] says it; `Backing`.
     pub fn ask_job(&self, entry: &JobEntry, verb: Verb) -> Result<(), DaemonError> {
-        if let Some(target) = &entry.opens_at_end
-            && verb == Verb::Complete
-            && allows(entry.job.status(), verb)
-            && entry.job.orders().end != Some(End::Copy)
-        {
-            let _change = self.begin_change()?;
-            self.open_beneath(target)?;
+        if let Some(target) = entry.opens_at_end.as_ref().filter(|_| verb == Verb::Complete) {
+            // Looked at once: a job that becomes ready between two looks must not be told without its chain.
+            let status = entry.job.status();
+            if !allows(status, verb) {
+                return Err(VerbError::Status(status).into());
+            }
+            if entry.job.orders().end != Some(End::Copy) {
+                let _change = self.begin_change()?;
+                self.open_beneath(target)?;
+            }
         }
         Ok(entry.ask(verb)?)
     }
@@ -133,7 +136,12 @@ impl Daemon {
             return Err(DaemonError::JobExists(id.to_owned()));
         }
         self.wait_for_last_words(id);
-        if self.lock_jobs().list.len() >= JOBS_MAX {
+        self.check_room_for_jobs(0)
+    }
+
+    /// Refuses one job more beside those that are there and `coming`.
+    pub(super) fn check_room_for_jobs(&self, coming: usize) -> Result<(), DaemonError> {
+        if self.lock_jobs().list.len() + coming >= JOBS_MAX {
             return Err(DaemonError::TooMany { what: "jobs", limit: JOBS_MAX });
         }
         Ok(())

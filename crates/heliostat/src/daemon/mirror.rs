@@ -234,7 +234,7 @@ impl Daemon {
         self.check_replaces(spec, source)?;
         check_options(spec)?;
         let by_bitmap = self.check_bitmap_use(spec, source)?;
-        if target.node.is_some_and(|target| Arc::ptr_eq(source, target)) {
+        if target.node.is_some_and(|target| self.are_same_bytes(source, target)) {
             return Err(DaemonError::MirrorIntoItself);
         }
         self.check_filter_name(spec)?;

@@ -4,9 +4,11 @@
 //! All nodes of one order are checked first, then drained, then changed: all or none. What the file itself was opened
 //! with stays. Called by operators.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use heliostat_block::graph::Role;
+use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
 use heliostat_host::runtime;
 
@@ -37,6 +39,7 @@ impl Daemon {
         let entries = self.nodes();
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
         let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
+        self.check_acyclic(&changes)?;
         // From the top down: what is in flight above must find the gates below open (docs/decisions/0015). What is
         // above another by its requests was made after it, and the newest come first.
         let depth = |change: &Change| entries.iter().position(|entry| Arc::ptr_eq(&entry.node, &change.node));
@@ -120,19 +123,66 @@ impl Daemon {
         if wanted.as_ref().map(|below| below.name()) == entry.backing.as_ref() {
             return Ok(Below::AsItIs);
         }
-        // What a mirror copies would change without a mark.
-        if self.graph.roles(&entry.node).iter().any(|role| matches!(role, Role::MirrorSource { .. })) {
-            return Err(DaemonError::NodeBusy(name()));
-        }
-        let mut at = wanted.clone();
-        while let Some(layer) = at {
-            if Arc::ptr_eq(&layer, &entry.node) {
-                let text = format!("Making '{0}' a backing child of '{0}' would create a cycle", name());
-                return Err(DaemonError::Snapshot(text));
+        let gains_what_it_names = wanted.is_some() && entry.node.lacks_backing();
+        for role in self.graph.roles(&entry.node) {
+            let minds = match role {
+                // What a mirror copies would change without a mark.
+                Role::MirrorSource { .. } => true,
+                // What a target does not hold has been taken for what shows there now, but where that was missing.
+                Role::MirrorTarget { .. } => !gains_what_it_names,
+                // Whoever reads through it passes no gate here, and may be copied.
+                Role::Backing { .. } => true,
+                Role::Child { .. } => self.is_mirrored_above(&entry.node),
+                Role::Export { .. } => false,
+            };
+            if minds {
+                return Err(DaemonError::NodeBusy(name()));
             }
-            at = layer.backing();
         }
         Ok(wanted.map_or(Below::Nothing, Below::Node))
+    }
+
+    /// Refuses changes after which a node would stand on itself.
+    fn check_acyclic(&self, changes: &[Change]) -> Result<(), DaemonError> {
+        let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
+        for (node, below) in &moves {
+            let Some(below) = below else { continue };
+            if Arc::ptr_eq(node, below) || self.above(node, &moves).contains(below.name()) {
+                let name = node.name();
+                let text = format!("Making '{name}' a backing child of '{name}' would create a cycle");
+                return Err(DaemonError::Snapshot(text));
+            }
+        }
+        Ok(())
+    }
+
+    /// The nodes whose bytes go through `node`, or that stand on it: now, and after `moves`.
+    fn above(&self, node: &Arc<Node>, moves: &[(Arc<Node>, Option<Arc<Node>>)]) -> BTreeSet<NodeName> {
+        let mut above = BTreeSet::new();
+        let mut left = vec![node.name().clone()];
+        while let Some(name) = left.pop() {
+            let roles =
+                self.graph.node(name.as_str()).map(|node| self.graph.roles(&node)).unwrap_or_default();
+            let now = roles.into_iter().filter_map(|role| match role {
+                Role::Child { of } | Role::Backing { of } => Some(of),
+                _ => None,
+            });
+            let then = moves.iter().filter(|(_, below)| below.as_ref().is_some_and(|b| *b.name() == name));
+            for upper in now.chain(then.map(|(node, _)| node.name().clone())) {
+                if above.insert(upper.clone()) {
+                    left.push(upper);
+                }
+            }
+        }
+        above
+    }
+
+    /// Says whether a mirror uses a node above `node`.
+    fn is_mirrored_above(&self, node: &Arc<Node>) -> bool {
+        self.above(node, &[]).iter().filter_map(|name| self.graph.node(name.as_str()).ok()).any(|node| {
+            let roles = self.graph.roles(&node);
+            roles.iter().any(|role| matches!(role, Role::MirrorSource { .. } | Role::MirrorTarget { .. }))
+        })
     }
 }
 

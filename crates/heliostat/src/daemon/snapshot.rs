@@ -14,6 +14,7 @@ use heliostat_block::node::{Node, NodeOptions};
 use heliostat_host::runtime;
 
 use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer};
+use super::gate::CHAIN_MAX;
 use super::mirror::conflict;
 use super::nodes::Named;
 use super::{Beneath, Daemon, DaemonError, Export, NodeEntry, TargetMode};
@@ -172,6 +173,16 @@ impl Daemon {
         }
         if overlay.backing().is_some() {
             return refused("The overlay already has a backing image".to_owned());
+        }
+        if target.is_some() && !overlay.lacks_backing() {
+            // What it does not hold has been taken for zeroes.
+            let text =
+                "The mirror's target names no backing file in its header, so it cannot be given one now";
+            return refused(text.to_owned());
+        }
+        let images = std::iter::successors(Some(Arc::clone(node)), |layer| layer.backing()).count();
+        if images >= CHAIN_MAX {
+            return refused(format!("{images} images stand on each other already, which is the most"));
         }
         let has_writers =
             self.graph.roles(node).iter().any(|role| matches!(role, Role::Export { writable: true, .. }));

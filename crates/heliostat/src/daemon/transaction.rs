@@ -45,6 +45,7 @@ impl Daemon {
             match action {
                 Action::Bitmap(action) => plan.add(self, action)?,
                 Action::Mirror(spec) => {
+                    self.check_room_for_jobs(mirrors.len())?;
                     let ready = self.ready_mirror(spec, &mut plan)?;
                     if mirrors.iter().any(|other| other.id() == ready.id()) {
                         return Err(DaemonError::JobExists(spec.job_id.clone()));

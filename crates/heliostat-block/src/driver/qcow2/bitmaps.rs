@@ -110,7 +110,12 @@ pub(super) async fn take(file: &ImageFile, header: &Header) -> Result<Vec<Stored
     check_memory(&entries, header.size)?;
     let mut bitmaps = Vec::new();
     for entry in entries {
-        bitmaps.push(load(file, header, entry).await?);
+        let mut bitmap = load(file, header, entry).await?;
+        if bitmap.bits.is_none() && bitmap.entry.flags & AUTO != 0 {
+            // It does not hear of our writes, so it says from now on that it is not to be believed.
+            bitmap.entry.flags |= IN_USE;
+        }
+        bitmaps.push(bitmap);
     }
     let is_in_use = |bitmap: &StoredBitmap| bitmap.bits.is_some() && !is_planted(Bug::BitmapsBelieved);
     if let Some(extension) = header.bitmaps.filter(|_| !bitmaps.is_empty()) {
@@ -353,7 +358,8 @@ impl Qcow2 {
     }
 
     /// Lets the header name the bitmaps of `new`, whose directory is durable. One word says where that is, so that no
-    /// crash leaves half of what the header says; but where bitmaps have come or gone, all of the header is written.
+    /// crash leaves half of what the header says; where bitmaps have come or gone, all of the header is written, and
+    /// fits into one sector but for very long names.
     async fn name_bitmaps(&self, new: &Header) -> Result<(), FormatError> {
         let old = self.header();
         let shape = |header: &Header| {
@@ -364,7 +370,7 @@ impl Qcow2 {
                 let word = Bytes::copy_from_slice(&bitmaps.directory_offset.to_be_bytes());
                 self.write_header(self.directory_word().await?, word).await?;
             }
-            None => self.write_header(0, Bytes::from(new.encode()?)).await?,
+            None => self.write_header(0, Bytes::from(new.encode_short()?)).await?,
         }
         Ok(())
     }

@@ -19,6 +19,8 @@ const VERSION_3_LEN: usize = 104;
 /// The length that we write: with the compression type.
 const WRITTEN_LEN: usize = 112;
 const COMPRESSION_TYPE: usize = 104;
+/// What a medium writes wholly or not at all.
+const SECTOR: usize = 512;
 
 /// QEMU's limits, which keep tables that a header announces out of reach of an attacker.
 const L1_SIZE_MAX: u64 = 32 << 20;
@@ -332,6 +334,17 @@ impl Header {
     /// # Errors
     /// [`FormatError::Invalid`] when names and extensions do not fit into a cluster.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
+        self.encode_with(true)
+    }
+
+    /// As [`Header::encode`], for a header that takes the place of another in one go: without names of features, which
+    /// nobody needs, where it does not fit into a sector with them. What is written of a sector a crash does not halve.
+    pub(crate) fn encode_short(&self) -> Result<Vec<u8>, FormatError> {
+        let bytes = self.encode_with(true)?;
+        if bytes.len() > SECTOR { self.encode_with(false) } else { Ok(bytes) }
+    }
+
+    fn encode_with(&self, feature_names: bool) -> Result<Vec<u8>, FormatError> {
         let layout = self.layout;
         let mut bytes = vec![0; if layout.version == 2 { HEADER_START } else { WRITTEN_LEN }];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
@@ -356,7 +369,7 @@ impl Header {
             let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
             bytes[100..104].copy_from_slice(&len.to_be_bytes());
         }
-        self.encode_extensions(&mut bytes);
+        self.encode_extensions(&mut bytes, feature_names);
         if let Some(name) = &self.backing_file {
             let offset = u64_from(bytes.len());
             bytes[8..16].copy_from_slice(&offset.to_be_bytes());
@@ -377,7 +390,7 @@ impl Header {
         Ok(bytes)
     }
 
-    fn encode_extensions(&self, bytes: &mut Vec<u8>) {
+    fn encode_extensions(&self, bytes: &mut Vec<u8>, feature_names: bool) {
         let mut put = |kind: u32, data: &[u8]| {
             bytes.extend_from_slice(&kind.to_be_bytes());
             bytes.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
@@ -391,7 +404,7 @@ impl Header {
             put(extension::EXTERNAL_DATA_FILE, file);
         }
         // The table takes 288 bytes or more: small clusters have no room for it beside a long name.
-        if self.layout.version >= 3 && self.layout.cluster_bits >= 12 {
+        if feature_names && self.layout.version >= 3 && self.layout.cluster_bits >= 12 {
             put(extension::FEATURE_NAMES, &feature_name_table());
         }
         if let Some(bitmaps) = &self.bitmaps {

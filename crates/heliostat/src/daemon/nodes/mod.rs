@@ -380,6 +380,16 @@ impl Daemon {
         self.drop_orphans();
     }
 
+    /// Says whether two nodes show the same bytes of one file, wherever that was found twice. One that writes what the
+    /// other reads would be its own source.
+    pub(super) fn are_same_bytes(&self, a: &Arc<Node>, b: &Arc<Node>) -> bool {
+        let of = |node: &Arc<Node>| self.below(node.name().as_str()).ok();
+        Arc::ptr_eq(a, b)
+            || of(a).zip(of(b)).is_some_and(|(a, b)| {
+                a.identity.is_some() && a.identity == b.identity && a.shown().overlaps(b.shown())
+            })
+    }
+
     /// The files that nodes are in.
     pub(super) fn files_in_use(&self) -> Vec<Identity> {
         self.lock_nodes().list.iter().filter_map(|record| record.below.identity).collect()

@@ -170,6 +170,9 @@ impl Daemon {
             }
         };
         let Some(below) = below else {
+            if beneath == Beneath::FromHeader && target.lacks_backing() {
+                return Err("What the target stands on is not open".to_owned());
+            }
             self.graph.pivot(drained, target);
             return Ok(());
         };

@@ -20,7 +20,6 @@ use super::counts::Block;
 use super::walk::{Examination, Named, entries, examine, named};
 use super::{CheckOptions, CheckReport, Finding, FindingKind, Repair, mend};
 use crate::convert::{u64_from, usize_from};
-use crate::planted::{Bug, is_planted};
 
 /// Where the header says where the refcount table is, and how long.
 const REFCOUNT_TABLE_FIELDS: u64 = 48;
@@ -202,10 +201,8 @@ async fn mark(file: &ImageFile, header: &Header, features: u64) -> Result<(), Fo
     if header.layout.version < 3 || now == features {
         return Ok(());
     }
-    if !is_planted(Bug::CleanBeforeCounts) {
-        // What has been done so far is done before the image says so.
-        file.flush().await?;
-    }
+    // What has been done so far is done before the image says so.
+    file.flush().await?;
     file.write(INCOMPATIBLE_WORD, features.to_be_bytes().to_vec().into()).await?;
     Ok(file.flush().await?)
 }
@@ -226,9 +223,6 @@ async fn all_counts(
 ) -> Result<(), FormatError> {
     if examination.refcounts.is_sound && !has_uncounted(examination) {
         each_block(file, examination, |_, used| used).await?;
-        if is_planted(Bug::CleanBeforeCounts) {
-            return Ok(());
-        }
         return Ok(file.flush().await?);
     }
     rebuild(file, examination).await?;
