@@ -1,0 +1,70 @@
+//! Nodes on each other: who may stand beside whom, and in which order they are listed.
+
+use heliostat_block::driver::qcow2::create::{self, CreateOptions};
+use heliostat_block::driver::qcow2::file::ImageFile;
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+fn named(name: &str) -> Child {
+    Child::Named(name.to_owned())
+}
+
+fn raw(name: &str, file: &str, offset: u64, size: Option<u64>) -> NodeSpec {
+    let driver = DriverSpec::Raw { file: named(file), offset, size, is_guess: false };
+    NodeSpec::new(Some(name.to_owned()), driver)
+}
+
+fn read_only(spec: NodeSpec) -> NodeSpec {
+    NodeSpec { read_only: true, ..spec }
+}
+
+fn is_in_use<T>(result: Result<T, DaemonError>) -> bool {
+    matches!(result, Err(DaemonError::NodeInUse(_)))
+}
+
+/// A daemon with the nodes `file`, which holds an image whose data are outside, and `data`.
+fn with_data_file(folder: &Path) -> Arc<Daemon> {
+    let daemon = Daemon::new();
+    for name in ["file", "data"] {
+        let path = folder.join(name);
+        std::fs::write(&path, b"").unwrap();
+        daemon.add_node(&NodeSpec::file(name, path)).unwrap();
+    }
+    let image = |name: &str| ImageFile::new(daemon.below(name).unwrap().storage());
+    let options = CreateOptions { size: MIB, data_file: Some(b"data".to_vec()), ..CreateOptions::default() };
+    runtime::block_on(create::create(&image("file"), Some(&image("data")), &options)).unwrap().unwrap();
+    for name in ["file", "data"] {
+        daemon.remove_node(name).unwrap();
+        daemon.add_node(&NodeSpec::file(name, folder.join(name))).unwrap();
+    }
+    daemon
+}
+
+fn image(data: Child) -> NodeSpec {
+    let image = Qcow2Spec { data_file: Some(data), ..Qcow2Spec::new(named("file")) };
+    NodeSpec::new(Some("image".to_owned()), DriverSpec::Qcow2(Box::new(image)))
+}
+
+#[test]
+fn nobody_else_writes_where_an_image_has_its_data() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = with_data_file(folder.path());
+    daemon.add_node(&image(named("data"))).unwrap();
+    assert!(is_in_use(daemon.add_node(&raw("beside", "data", 0, None))));
+    assert!(is_in_use(daemon.add_node(&read_only(raw("beside", "data", 0, None)))));
+    daemon.remove_node("image").unwrap();
+    daemon.add_node(&raw("beside", "data", 0, None)).unwrap();
+    assert!(is_in_use(daemon.add_node(&image(named("data")))));
+}
+
+#[test]
+fn an_image_has_its_data_in_another_node_than_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = with_data_file(folder.path());
+    assert!(is_in_use(daemon.add_node(&image(named("file")))));
+    let above = NodeSpec { name: None, ..raw("", "file", 0, None) };
+    assert!(is_in_use(daemon.add_node(&image(Child::New(Box::new(above))))));
+    assert_eq!(daemon.nodes().len(), 2);
+}
