@@ -334,6 +334,16 @@ impl Daemon {
         })
     }
 
+    /// Checks that `name` may be written: nobody else sees what it does.
+    pub(super) fn check_alone(&self, name: &NodeName) -> Result<(), DaemonError> {
+        let children: Vec<_> =
+            self.lock_nodes().find(name.as_str()).into_iter().flat_map(Record::children).collect();
+        match children.iter().find(|(child, seen)| self.overlaps_sibling(child, name, *seen, false)) {
+            Some((child, _)) => Err(DaemonError::NodeInUse(child.name().clone())),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a node that is still being made stands on `child`: an image, which may use it once only.
     fn has_unlisted_user(&self, child: &Arc<Node>) -> bool {
         let nodes = self.lock_nodes();

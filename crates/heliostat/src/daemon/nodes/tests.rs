@@ -11,6 +11,10 @@ fn named(name: &str) -> Child {
     Child::Named(name.to_owned())
 }
 
+fn null(name: &str) -> NodeSpec {
+    NodeSpec::new(Some(name.to_owned()), DriverSpec::NullCo { size: MIB, read_zeroes: true })
+}
+
 fn raw(name: &str, file: &str, offset: u64, size: Option<u64>) -> NodeSpec {
     let driver = DriverSpec::Raw { file: named(file), offset, size, is_guess: false };
     NodeSpec::new(Some(name.to_owned()), driver)
@@ -67,4 +71,21 @@ fn an_image_has_its_data_in_another_node_than_itself() {
     let above = NodeSpec { name: None, ..raw("", "file", 0, None) };
     assert!(is_in_use(daemon.add_node(&image(Child::New(Box::new(above))))));
     assert_eq!(daemon.nodes().len(), 2);
+}
+
+#[test]
+fn a_node_beside_a_reader_of_its_bytes_does_not_become_writable() {
+    let daemon = Daemon::new();
+    daemon.add_node(&null("disk")).unwrap();
+    let specs = [raw("first", "disk", 0, None), raw("second", "disk", 0, None)];
+    for spec in &specs {
+        daemon.add_node(&read_only(spec.clone())).unwrap();
+    }
+    let automatic = NodeSpec { auto_read_only: true, ..specs[0].clone() };
+    for wanted in [specs.to_vec(), vec![specs[0].clone()], vec![automatic]] {
+        assert!(is_in_use(daemon.reopen_nodes(&wanted)));
+    }
+    daemon.remove_node("second").unwrap();
+    daemon.reopen_nodes(&specs[..1]).unwrap();
+    assert!(!daemon.node("first").unwrap().options().read_only);
 }
