@@ -89,3 +89,14 @@ fn a_node_beside_a_reader_of_its_bytes_does_not_become_writable() {
     daemon.reopen_nodes(&specs[..1]).unwrap();
     assert!(!daemon.node("first").unwrap().options().read_only);
 }
+
+#[test]
+fn a_node_is_listed_as_newer_than_what_was_made_below_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = with_data_file(folder.path());
+    daemon.remove_node("data").unwrap();
+    let data = NodeSpec { name: None, ..NodeSpec::file("", folder.path().join("data")) };
+    daemon.add_node(&image(Child::New(Box::new(data)))).unwrap();
+    let names: Vec<_> = daemon.nodes().iter().map(|entry| entry.node.name().to_string()).collect();
+    assert_eq!((names[0].as_str(), names.len()), ("image", 3), "{names:?}");
+}
