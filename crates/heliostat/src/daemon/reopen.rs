@@ -87,6 +87,10 @@ impl Daemon {
         if !spec.read_only && !spec.auto_read_only && node.options().read_only && is_below {
             return Err(DaemonError::NodeInUse(node.name().clone()));
         }
+        // What only read beside others does not write beside them.
+        if !spec.read_only && node.options().read_only {
+            self.check_alone(node.name())?;
+        }
         if !spec.read_only && !spec.auto_read_only && node.traits().read_only {
             return Err(DaemonError::OpenedReadOnly(node.name().clone()));
         }

@@ -318,16 +318,39 @@ impl Daemon {
         if !self.graph.roles(child).iter().all(is_bystander) {
             return Err(in_use());
         }
-        let overlaps = self.lock_nodes().list.iter().any(|other| {
-            let is_sibling = other.below.entry.child.as_ref() == Some(child.name());
-            let is_read_only = other.below.entry.node.options().read_only && read_only;
-            is_sibling && !is_read_only && other.below.shown().overlaps(shown)
-        });
-        if overlaps {
+        if self.overlaps_sibling(child, of, shown, read_only) || self.has_unlisted_user(child) {
             return Err(in_use());
         }
         let role = Role::Child { of: of.clone() };
         self.graph.attach(child, role).map_err(|_| in_use())
+    }
+
+    /// Whether a node other than `of` sees bytes of `child` in its part `shown`, and one of the two may be written.
+    fn overlaps_sibling(&self, child: &Arc<Node>, of: &NodeName, shown: ByteRange, read_only: bool) -> bool {
+        self.lock_nodes().list.iter().filter(|other| other.node().name() != of).any(|other| {
+            let is_read_only = other.node().options().read_only && read_only;
+            !is_read_only
+                && other.children().any(|(at, seen)| Arc::ptr_eq(&at, child) && seen.overlaps(shown))
+        })
+    }
+
+    /// Checks that `name` may be written: nobody else sees what it does.
+    pub(super) fn check_alone(&self, name: &NodeName) -> Result<(), DaemonError> {
+        let children: Vec<_> =
+            self.lock_nodes().find(name.as_str()).into_iter().flat_map(Record::children).collect();
+        match children.iter().find(|(child, seen)| self.overlaps_sibling(child, name, *seen, false)) {
+            Some((child, _)) => Err(DaemonError::NodeInUse(child.name().clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a node that is still being made stands on `child`: an image, which may use it once only.
+    fn has_unlisted_user(&self, child: &Arc<Node>) -> bool {
+        let nodes = self.lock_nodes();
+        self.graph.roles(child).iter().any(|role| match role {
+            Role::Child { of } => nodes.find(of.as_str()).is_none(),
+            _ => false,
+        })
     }
 
     fn keep(&self, below: Below, places: Vec<Arc<Place>>, making: Making) -> Result<Below, DaemonError> {
@@ -429,6 +452,17 @@ impl Record {
         &self.below.entry.node
     }
 
+    /// The nodes through which its bytes go, and what it sees of each. An image's data file is such a node, too.
+    fn children(&self) -> impl Iterator<Item = (Arc<Node>, ByteRange)> {
+        let places = self.places.iter().filter(|place| matches!(place.role(), Role::Child { .. }));
+        places.map(|place| {
+            let child = place.node();
+            let is_file = self.below.entry.child.as_ref() == Some(child.name());
+            let seen = if is_file { self.below.shown() } else { ByteRange::from_bounds(0, u64::MAX) };
+            (child, seen)
+        })
+    }
+
     /// Leaves its image in order. What is below it is let go of afterwards.
     fn close(self) -> Result<(), String> {
         let node = Arc::clone(self.node());
@@ -463,3 +497,6 @@ pub(super) fn flush(nodes: &[Arc<Node>]) -> Result<(), String> {
     };
     runtime::block_on(work).unwrap_or_else(|error| Err(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

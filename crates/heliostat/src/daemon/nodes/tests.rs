@@ -1,0 +1,102 @@
+//! Nodes on each other: who may stand beside whom, and in which order they are listed.
+
+use heliostat_block::driver::qcow2::create::{self, CreateOptions};
+use heliostat_block::driver::qcow2::file::ImageFile;
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+fn named(name: &str) -> Child {
+    Child::Named(name.to_owned())
+}
+
+fn null(name: &str) -> NodeSpec {
+    NodeSpec::new(Some(name.to_owned()), DriverSpec::NullCo { size: MIB, read_zeroes: true })
+}
+
+fn raw(name: &str, file: &str, offset: u64, size: Option<u64>) -> NodeSpec {
+    let driver = DriverSpec::Raw { file: named(file), offset, size, is_guess: false };
+    NodeSpec::new(Some(name.to_owned()), driver)
+}
+
+fn read_only(spec: NodeSpec) -> NodeSpec {
+    NodeSpec { read_only: true, ..spec }
+}
+
+fn is_in_use<T>(result: Result<T, DaemonError>) -> bool {
+    matches!(result, Err(DaemonError::NodeInUse(_)))
+}
+
+/// A daemon with the nodes `file`, which holds an image whose data are outside, and `data`.
+fn with_data_file(folder: &Path) -> Arc<Daemon> {
+    let daemon = Daemon::new();
+    for name in ["file", "data"] {
+        let path = folder.join(name);
+        std::fs::write(&path, b"").unwrap();
+        daemon.add_node(&NodeSpec::file(name, path)).unwrap();
+    }
+    let image = |name: &str| ImageFile::new(daemon.below(name).unwrap().storage());
+    let options = CreateOptions { size: MIB, data_file: Some(b"data".to_vec()), ..CreateOptions::default() };
+    runtime::block_on(create::create(&image("file"), Some(&image("data")), &options)).unwrap().unwrap();
+    for name in ["file", "data"] {
+        daemon.remove_node(name).unwrap();
+        daemon.add_node(&NodeSpec::file(name, folder.join(name))).unwrap();
+    }
+    daemon
+}
+
+fn image(data: Child) -> NodeSpec {
+    let image = Qcow2Spec { data_file: Some(data), ..Qcow2Spec::new(named("file")) };
+    NodeSpec::new(Some("image".to_owned()), DriverSpec::Qcow2(Box::new(image)))
+}
+
+#[test]
+fn nobody_else_writes_where_an_image_has_its_data() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = with_data_file(folder.path());
+    daemon.add_node(&image(named("data"))).unwrap();
+    assert!(is_in_use(daemon.add_node(&raw("beside", "data", 0, None))));
+    assert!(is_in_use(daemon.add_node(&read_only(raw("beside", "data", 0, None)))));
+    daemon.remove_node("image").unwrap();
+    daemon.add_node(&raw("beside", "data", 0, None)).unwrap();
+    assert!(is_in_use(daemon.add_node(&image(named("data")))));
+}
+
+#[test]
+fn an_image_has_its_data_in_another_node_than_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = with_data_file(folder.path());
+    assert!(is_in_use(daemon.add_node(&image(named("file")))));
+    let above = NodeSpec { name: None, ..raw("", "file", 0, None) };
+    assert!(is_in_use(daemon.add_node(&image(Child::New(Box::new(above))))));
+    assert_eq!(daemon.nodes().len(), 2);
+}
+
+#[test]
+fn a_node_beside_a_reader_of_its_bytes_does_not_become_writable() {
+    let daemon = Daemon::new();
+    daemon.add_node(&null("disk")).unwrap();
+    let specs = [raw("first", "disk", 0, None), raw("second", "disk", 0, None)];
+    for spec in &specs {
+        daemon.add_node(&read_only(spec.clone())).unwrap();
+    }
+    let automatic = NodeSpec { auto_read_only: true, ..specs[0].clone() };
+    for wanted in [specs.to_vec(), vec![specs[0].clone()], vec![automatic]] {
+        assert!(is_in_use(daemon.reopen_nodes(&wanted)));
+    }
+    daemon.remove_node("second").unwrap();
+    daemon.reopen_nodes(&specs[..1]).unwrap();
+    assert!(!daemon.node("first").unwrap().options().read_only);
+}
+
+#[test]
+fn a_node_is_listed_as_newer_than_what_was_made_below_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = with_data_file(folder.path());
+    daemon.remove_node("data").unwrap();
+    let data = NodeSpec { name: None, ..NodeSpec::file("", folder.path().join("data")) };
+    daemon.add_node(&image(Child::New(Box::new(data)))).unwrap();
+    let names: Vec<_> = daemon.nodes().iter().map(|entry| entry.node.name().to_string()).collect();
+    assert_eq!((names[0].as_str(), names.len()), ("image", 3), "{names:?}");
+}
