@@ -91,3 +91,61 @@ fn a_mirrors_target_reads_right_whenever_it_is_given_what_it_stands_on() {
         assert_same(folder.path(), ("top.qcow2", "qcow2"), ("t.qcow2", "qcow2"));
     }
 }
+
+#[test]
+fn what_would_stand_on_itself_is_refused() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    scene.img(&["create", "-q", "-f", "qcow2", "b.qcow2", "1M"]);
+    for name in ["a", "b"] {
+        let (file, path) = (format!("{name}f"), format!("DIR/{name}.qcow2"));
+        scene.execute(
+            "blockdev-add",
+            json!({ "driver": "file", "node-name": file.clone(), "filename": path }),
+        );
+        scene.execute("blockdev-add", json!({ "driver": "qcow2", "node-name": name, "file": file }));
+    }
+    scene.execute("blockdev-add", json!({ "driver": "blkdebug", "node-name": "over", "image": "a" }));
+    let on = |name: &str, backing: &str| json!({ "driver": "qcow2", "node-name": name, "file": format!("{name}f"), "backing": backing });
+    for options in [json!([on("a", "over")]), json!([on("a", "b"), on("b", "a")]), json!([on("a", "a")])] {
+        let refused = scene.qmp.execute("blockdev-reopen", json!({ "options": options })).unwrap_err();
+        assert!(refused.to_string().contains("would create a cycle"), "{refused}");
+    }
+    scene.end();
+}
+
+#[test]
+fn a_target_that_names_no_backing_file_gets_none_in_the_middle() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.chain();
+    scene.img(&["create", "-q", "-f", "qcow2", "t.qcow2", &(16_u64 << 20).to_string()]);
+    scene.img(&["convert", "-O", "qcow2", "mid.qcow2", "copy.qcow2"]);
+    let size: serde_json::Value =
+        serde_json::from_str(&scene.img(&["info", "--output=json", "top.qcow2"])).unwrap();
+    scene.img(&["resize", "-q", "t.qcow2", &size["virtual-size"].to_string()]);
+    scene.add("s", "top.qcow2", json!({}));
+    scene.add("copy", "copy.qcow2", json!({ "read-only": true }));
+    scene.add("t", "t.qcow2", json!({}));
+    scene.mirror(json!({ "sync": "top" }));
+    scene.qmp.wait_event("BLOCK_JOB_READY", common::wait::LIMIT).unwrap();
+    let give = json!({ "node": "copy", "overlay": "t" });
+    let refused = scene.qmp.execute("blockdev-snapshot", give).unwrap_err();
+    assert!(refused.to_string().contains("names no backing file"), "{refused}");
+    scene.end();
+}
+
+#[test]
+fn a_file_is_not_mirrored_onto_itself_under_two_names() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.img(&["create", "-q", "-f", "raw", "one.raw", "1M"]);
+    std::fs::hard_link(scene.path().join("one.raw"), scene.path().join("two.raw")).unwrap();
+    for (node, name) in [("s", "one"), ("t", "two")] {
+        let path = format!("DIR/{name}.raw");
+        let file = json!({ "driver": "file", "node-name": node, "filename": path, "locking": "off" });
+        scene.execute("blockdev-add", file);
+    }
+    let job = json!({ "job-id": "j", "device": "s", "target": "t", "sync": "full" });
+    let refused = scene.qmp.execute("blockdev-mirror", job).unwrap_err();
+    assert!(refused.to_string().contains("Can't mirror node into itself"), "{refused}");
+    scene.end();
+}
