@@ -58,5 +58,7 @@ pub(super) fn window(below: &Below, offset: u64, size: Option<u64>) -> Result<(u
     }
     let start = below.origin() + offset;
     let raw = Raw::window(below.shared(), start, Some(len))?;
-    Ok((start, if size.is_none() && !below.entry.is_fixed { raw.open_ended() } else { raw }))
+    // Else what it cuts off, or adds, would be somebody else's.
+    let ends_with_storage = !below.entry.is_bounded && start + raw.size() == below.shared().size();
+    Ok((start, if size.is_none() && ends_with_storage { raw.open_ended() } else { raw }))
 }

@@ -77,6 +77,8 @@ pub struct NodeEntry {
     pub cache: CacheUse,
     /// The operator said how long it is.
     pub is_fixed: bool,
+    /// The operator said how long it is, or how long a window below it is.
+    pub is_bounded: bool,
     /// It does not begin where its storage does.
     pub is_window: bool,
     /// What it is, where it passes requests on to its child.
@@ -99,6 +101,7 @@ impl NodeEntry {
             bitmaps: Vec::new(),
             cache,
             is_fixed: false,
+            is_bounded: false,
             is_window: false,
             filter: None,
             window_start: 0,
@@ -238,6 +241,7 @@ impl Daemon {
                     storage: Some(below.shared()),
                     child: Some(below.entry.node.name().clone()),
                     is_fixed: size.is_some(),
+                    is_bounded: size.is_some() || below.entry.is_bounded,
                     is_window: start > 0,
                     window_start: *offset,
                     ..NodeEntry::new(node, "raw", path, spec.cache)
