@@ -126,3 +126,23 @@ fn a_window_of_a_window_of_a_fixed_one_leaves_the_file_as_long_as_it_is() {
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 * MIB, "from {start}");
     }
 }
+
+#[test]
+fn a_snapshot_leaves_writable_what_others_stand_on() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("file"), b"").unwrap();
+    let daemon = Daemon::new();
+    daemon.add_node(&NodeSpec::file("file", folder.path().join("file"))).unwrap();
+    make_image(&daemon, "file", None);
+    let image = DriverSpec::Qcow2(Box::new(Qcow2Spec::new(named("file"))));
+    daemon.add_node(&NodeSpec::new(Some("overlay".to_owned()), image)).unwrap();
+    daemon.add_throttle_group("g", heliostat_block::throttle::Limits::default()).unwrap();
+    daemon.add_node(&null("disk")).unwrap();
+    let filter = DriverSpec::Throttle { group: "g".to_owned(), file: named("disk") };
+    daemon.add_node(&NodeSpec::new(Some("filter".to_owned()), filter)).unwrap();
+    daemon.add_node(&raw("first", "filter", 0, Some(MIB / 2))).unwrap();
+    daemon.add_node(&raw("second", "filter", MIB / 2, Some(MIB / 2))).unwrap();
+    daemon.snapshot("first", "overlay").unwrap();
+    let is_read_only = |name: &str| daemon.node(name).unwrap().options().read_only;
+    assert_eq!(["first", "filter", "disk"].map(is_read_only), [true, false, false]);
+}
