@@ -22,6 +22,12 @@ impl Below {
         self.entry.storage.is_some() && self.entry.node.image().is_none()
     }
 
+    /// Whether what stands on it, an image or a window, goes to its storage and not through it: its bitmaps hear
+    /// nothing of that.
+    pub(super) fn is_passed_by(&self, by_image: bool) -> bool {
+        self.shares_storage() && (!by_image || self.origin() == 0)
+    }
+
     /// The storage in which its bytes begin at [`Below::origin`]: its own, or the node itself.
     pub(super) fn shared(&self) -> Arc<dyn Storage> {
         match &self.entry.storage {

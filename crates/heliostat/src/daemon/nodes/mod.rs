@@ -233,6 +233,7 @@ impl Daemon {
                 let below = self.child(file, making)?;
                 let (start, raw) = window(&below, *offset, *size)?;
                 let shown = ByteRange::from_bounds(start, start + raw.size());
+                self.check_heard(&below, false, spec.read_only)?;
                 let place = self.attach_child(&below, &name, shown, spec.read_only)?;
                 let raw = if *is_guess { raw.guarded() } else { raw };
                 let node = self.node_of(name, Driver::Raw(raw), spec);
@@ -338,14 +339,45 @@ impl Daemon {
         })
     }
 
-    /// Checks that `name` may be written: nobody else sees what it does.
+    /// Checks that `name` may be written: nobody else sees what it does, and no bitmap misses it.
     pub(super) fn check_alone(&self, name: &NodeName) -> Result<(), DaemonError> {
         let children: Vec<_> =
             self.lock_nodes().find(name.as_str()).into_iter().flat_map(Record::children).collect();
+        if let Ok(above) = self.below(name.as_str())
+            && above.entry.filter.is_none()
+        {
+            let by_image = above.entry.node.image().is_some();
+            for (child, _) in &children {
+                self.check_heard(&self.below(child.name().as_str())?, by_image, false)?;
+            }
+        }
         match children.iter().find(|(child, seen)| self.overlaps_sibling(child, name, *seen, false)) {
             Some((child, _)) => Err(DaemonError::NodeInUse(child.name().clone())),
             None => Ok(()),
         }
+    }
+
+    /// Checks that no bitmap on `below` would miss what is written to its storage from above.
+    fn check_heard(&self, below: &Below, by_image: bool, read_only: bool) -> Result<(), DaemonError> {
+        let is_heard =
+            read_only || !below.is_passed_by(by_image) || below.entry.node.named_bitmaps().is_empty();
+        if is_heard { Ok(()) } else { Err(DaemonError::NodeInUse(below.entry.node.name().clone())) }
+    }
+
+    /// Checks that a bitmap on `node` would hear of what is written to its storage from above.
+    pub(super) fn check_hears(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
+        let nodes = self.lock_nodes();
+        let Some(record) = nodes.find(node.name().as_str()) else { return Ok(()) };
+        let passes_by = |other: &Record| {
+            let by_image = other.node().image().is_some();
+            other.below.entry.filter.is_none()
+                && record.below.is_passed_by(by_image)
+                && other.children().any(|(child, _)| Arc::ptr_eq(&child, node))
+        };
+        if nodes.list.iter().any(passes_by) {
+            return Err(DaemonError::NodeInUse(node.name().clone()));
+        }
+        Ok(())
     }
 
     /// Whether a node that is still being made stands on `child`: an image, which may use it once only.

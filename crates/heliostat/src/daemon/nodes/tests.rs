@@ -4,6 +4,7 @@ use heliostat_block::driver::Preallocation;
 use heliostat_block::driver::qcow2::create::{self, CreateOptions};
 use heliostat_block::driver::qcow2::file::ImageFile;
 
+use super::super::{BitmapAction, BitmapSpec};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -145,4 +146,24 @@ fn a_snapshot_leaves_writable_what_others_stand_on() {
     daemon.snapshot("first", "overlay").unwrap();
     let is_read_only = |name: &str| daemon.node(name).unwrap().options().read_only;
     assert_eq!(["first", "filter", "disk"].map(is_read_only), [true, false, false]);
+}
+
+#[test]
+fn a_bitmap_is_not_on_a_node_that_writes_pass_by() {
+    let daemon = Daemon::new();
+    daemon.add_node(&null("disk")).unwrap();
+    let above = raw("above", "disk", 0, None);
+    let add = |node: &str| {
+        let (node, name) = (node.to_owned(), "b".to_owned());
+        let spec = BitmapSpec { node, name, granularity: None, persistent: false, disabled: false };
+        daemon.change_bitmaps(&[BitmapAction::Add(spec)])
+    };
+    daemon.add_node(&above).unwrap();
+    assert!(is_in_use(add("disk")));
+    add("above").unwrap();
+    daemon.remove_node("above").unwrap();
+    add("disk").unwrap();
+    assert!(is_in_use(daemon.add_node(&above)));
+    daemon.add_node(&read_only(above.clone())).unwrap();
+    assert!(is_in_use(daemon.reopen_nodes(&[above])));
 }
