@@ -107,7 +107,8 @@ impl Storage for NodeStorage {
     }
 
     fn flush(&self) -> IoFuture<'_, ()> {
-        if self.node.options().read_only {
+        // One that is only read from now on may have been written to before.
+        if self.node.traits().read_only {
             return IoFuture::ready(io::Result::Ok(()));
         }
         IoFuture::pending(async move { Ok(self.node.enter().await.flush().await?) })

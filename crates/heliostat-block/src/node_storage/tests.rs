@@ -67,6 +67,16 @@ fn a_write_through_the_upper_node_marks_the_lower_ones_bitmaps() {
 }
 
 #[test]
+fn what_was_written_before_the_lower_node_was_only_read_is_flushed() {
+    let (disk, lower, upper) = stack();
+    write(&upper).now_or_never().expect("the disk answers at once");
+    lower.set_options(NodeOptions { read_only: true, ..lower.options() });
+    let flushed = async { upper.enter().await.flush().await };
+    assert!(flushed.now_or_never().expect("the disk answers at once").is_ok());
+    assert_eq!(disk.flushes(), 1);
+}
+
+#[test]
 fn a_drain_does_not_wait_for_a_limit_below() {
     let clock = Arc::new(Ticking::default());
     let disk = Disk::of(vec![0; LEN]);

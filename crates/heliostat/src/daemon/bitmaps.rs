@@ -231,6 +231,7 @@ impl Plan {
         if all.saturating_add(needed(granularity)) > MEMORY_MAX {
             return Err(BitmapError::TooLarge { node: spec.node.clone() }.into());
         }
+        daemon.check_hears(&node)?;
         let bits = Arc::new(DirtyBitmap::new(size, granularity).map_err(BitmapError::Memory)?);
         let mut bitmap = NamedBitmap::new(name.clone(), bits);
         bitmap.recording = !spec.disabled;

@@ -24,6 +24,9 @@ const POKES_MAX: usize = 64;
 /// The most texts of ended requests that wait to be asked for; the oldest is lost.
 const TEXTS_MAX: usize = 1024;
 
+/// The most bytes of all those texts: three requests whose data are printed, or any number of others.
+const TEXTS_LEN_MAX: usize = 16 << 20;
+
 /// A request.
 #[derive(Debug)]
 pub enum Poke {
@@ -209,10 +212,17 @@ impl Running {
     /// It has ended, with this to say.
     fn end(self, text: String) {
         let mut state = self.pokes.lock();
-        if state.texts.len() >= TEXTS_MAX {
-            state.texts.remove(0);
-        }
         state.texts.push((self.node.clone(), text));
+        // Those that may stay, from the newest on.
+        let mut room = TEXTS_LEN_MAX;
+        let fitting = state.texts.iter().rev().take(TEXTS_MAX).take_while(|(_, text)| {
+            let left = room.checked_sub(text.len());
+            room = left.unwrap_or(0);
+            left.is_some()
+        });
+        let kept = fitting.count();
+        let lost = state.texts.len() - kept;
+        state.texts.drain(..lost);
     }
 }
 
@@ -224,5 +234,24 @@ impl Drop for Running {
         }
         drop(state);
         self.pokes.fewer.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_texts_are_bounded_in_all_and_the_oldest_are_lost() {
+        let pokes = Arc::new(Pokes::default());
+        for byte in ["a", "b", "c", "d"] {
+            pokes.begin("n").unwrap().end(byte.repeat(TEXTS_LEN_MAX / 3));
+        }
+        let kept: Vec<_> = pokes.lock().texts.iter().map(|(_, text)| text[..1].to_owned()).collect();
+        assert_eq!(kept, ["b", "c", "d"]);
+        for _ in 0..=TEXTS_MAX {
+            pokes.begin("n").unwrap().end(String::new());
+        }
+        assert_eq!(pokes.lock().texts.len(), TEXTS_MAX);
     }
 }

@@ -223,8 +223,13 @@ impl Daemon {
             }
             self.put_on_top(&drained, overlay, node, named)
                 .map_err(|_| DaemonError::NodeInUse(node.name().clone()))?;
-            // Nobody writes it, nor what holds it, from here on.
-            for layer in self.layers(node) {
+            // Nobody writes it, nor what holds it and nothing else, from here on.
+            let layers = self.layers(node);
+            let alone = layers
+                .iter()
+                .enumerate()
+                .take_while(|(depth, layer)| *depth == 0 || self.graph.roles(layer).len() <= 1);
+            for (_, layer) in alone {
                 layer.set_options(NodeOptions { read_only: true, ..layer.options() });
             }
             Ok(())

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use heliostat_block::debug_event::DebugEvent;
 use heliostat_block::driver::fault::FaultInjector;
 use heliostat_block::error::{BlockError, ErrorKind};
+use heliostat_block::limits::NBD_PAYLOAD_MAX;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, ZeroEffort, ZeroSpace};
 use heliostat_host::runtime;
@@ -24,8 +25,12 @@ use crate::daemon::{Daemon, DaemonError, Poke, Poked, strerror};
 /// What is written where nothing is said, as in `qemu-io`.
 const PATTERN: u8 = 0xcd;
 
-/// The most bytes that are read or written at once: an operator pokes, and the memory is the daemon's.
-const LEN_MAX: u64 = 256 << 20;
+/// The most bytes that are read or written at once, as with a client: an operator pokes, and the memory is the
+/// daemon's.
+const LEN_MAX: u32 = NBD_PAYLOAD_MAX;
+
+/// The most bytes that are printed: the text is five times as long.
+const DUMP_MAX: usize = 1 << 20;
 
 /// The longest sleep, in milliseconds: a minute.
 const SLEEP_MAX: u64 = 60_000;
@@ -287,6 +292,9 @@ fn read(command: &Command, options: &Options<'_>, when: When) -> Result<Order, S
     }
     let range = range(command, options)?;
     let len = data_len(range)?;
+    if options.has('v') && !options.has('q') && len > DUMP_MAX {
+        return Err(format!("length cannot exceed {DUMP_MAX} with -v, given {len}\n"));
+    }
     let (from, count) = match (options.value('s'), options.value('l')) {
         (None, None) => (0, len),
         _ if options.value('P').is_none() => return Err(command.usage()),
@@ -365,7 +373,7 @@ fn range(command: &Command, options: &Options<'_>) -> Result<ByteRange, String> 
 }
 
 fn data_len(range: ByteRange) -> Result<usize, String> {
-    let len = usize::try_from(range.len()).ok().filter(|_| range.len() <= LEN_MAX);
+    let len = usize::try_from(range.len()).ok().filter(|_| range.len() <= u64::from(LEN_MAX));
     len.ok_or_else(|| format!("length cannot exceed {LEN_MAX}, given {}\n", range.len()))
 }
 

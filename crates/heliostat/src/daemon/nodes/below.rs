@@ -22,6 +22,12 @@ impl Below {
         self.entry.storage.is_some() && self.entry.node.image().is_none()
     }
 
+    /// Whether what stands on it, an image or a window, goes to its storage and not through it: its bitmaps hear
+    /// nothing of that.
+    pub(super) fn is_passed_by(&self, by_image: bool) -> bool {
+        self.shares_storage() && (!by_image || self.origin() == 0)
+    }
+
     /// The storage in which its bytes begin at [`Below::origin`]: its own, or the node itself.
     pub(super) fn shared(&self) -> Arc<dyn Storage> {
         match &self.entry.storage {
@@ -58,5 +64,7 @@ pub(super) fn window(below: &Below, offset: u64, size: Option<u64>) -> Result<(u
     }
     let start = below.origin() + offset;
     let raw = Raw::window(below.shared(), start, Some(len))?;
-    Ok((start, if size.is_none() && !below.entry.is_fixed { raw.open_ended() } else { raw }))
+    // Else what it cuts off, or adds, would be somebody else's.
+    let ends_with_storage = !below.entry.is_bounded && start + raw.size() == below.shared().size();
+    Ok((start, if size.is_none() && ends_with_storage { raw.open_ended() } else { raw }))
 }

@@ -3,10 +3,14 @@
 //! Groups in brackets, each a rule; in them lines of a key and a value in quotes. Parses and opens the one file that the
 //! operator has named; refuses in QEMU's words.
 
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use heliostat_block::convert::u64_from;
 use heliostat_block::debug_event::DebugEvent;
 use heliostat_block::driver::fault::{InjectError, IoType, SetState, Times};
+use rustix::fs::OFlags;
 
 use super::super::DaemonError;
 use super::super::error::strerror;
@@ -30,12 +34,23 @@ pub(super) fn read(path: &Path) -> Result<Rules, DaemonError> {
         let text = rustix::io::Errno::from_io_error(&error).map_or_else(|| error.to_string(), strerror);
         DaemonError::Filter(format!("Could not read blkdebug config file: {text}"))
     };
-    let len = std::fs::metadata(path).map_err(unreadable)?.len();
-    if len > LEN_MAX {
-        return Err(unreadable(std::io::ErrorKind::FileTooLarge.into()));
-    }
-    let text = std::fs::read(path).map_err(unreadable)?;
+    let text = contents(path).map_err(unreadable)?;
     parse(&String::from_utf8_lossy(&text)).map_err(DaemonError::Filter)
+}
+
+/// What is in the file. Others wait meanwhile, so it is one that neither waits for anybody nor goes on for ever.
+fn contents(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = std::fs::File::options().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(rustix::io::Errno::INVAL.into());
+    }
+    let mut text = Vec::new();
+    file.take(LEN_MAX + 1).read_to_end(&mut text)?;
+    if u64_from(text.len()) > LEN_MAX {
+        return Err(rustix::io::Errno::FBIG.into());
+    }
+    Ok(text)
 }
 
 fn parse(text: &str) -> Result<Rules, String> {
@@ -165,6 +180,23 @@ mod tests {
             }]
         );
         assert_eq!(states, [SetState { event: DebugEvent::FlushToDisk, state: Some(1), new_state: 2 }]);
+    }
+
+    #[test]
+    fn what_is_no_file_of_rules_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (pipe, long) = (folder.path().join("pipe"), folder.path().join("long"));
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        std::fs::File::create(&long).unwrap().set_len(LEN_MAX + 1).unwrap();
+        for (path, expected) in [
+            (&*pipe, "Invalid argument"),
+            (Path::new("/dev/zero"), "Invalid argument"),
+            (&long, "File too large"),
+        ] {
+            let error = read(path).unwrap_err().to_string();
+            assert_eq!(error, format!("Could not read blkdebug config file: {expected}"));
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod below;
 mod fault_config;
 mod filters;
 mod qcow2;
+mod siblings;
 mod spec;
 mod target;
 
@@ -77,6 +78,8 @@ pub struct NodeEntry {
     pub cache: CacheUse,
     /// The operator said how long it is.
     pub is_fixed: bool,
+    /// The operator said how long it is, or how long a window below it is.
+    pub is_bounded: bool,
     /// It does not begin where its storage does.
     pub is_window: bool,
     /// What it is, where it passes requests on to its child.
@@ -99,6 +102,7 @@ impl NodeEntry {
             bitmaps: Vec::new(),
             cache,
             is_fixed: false,
+            is_bounded: false,
             is_window: false,
             filter: None,
             window_start: 0,
@@ -230,6 +234,7 @@ impl Daemon {
                 let below = self.child(file, making)?;
                 let (start, raw) = window(&below, *offset, *size)?;
                 let shown = ByteRange::from_bounds(start, start + raw.size());
+                self.check_heard(&below, false, spec.read_only)?;
                 let place = self.attach_child(&below, &name, shown, spec.read_only)?;
                 let raw = if *is_guess { raw.guarded() } else { raw };
                 let node = self.node_of(name, Driver::Raw(raw), spec);
@@ -238,6 +243,7 @@ impl Daemon {
                     storage: Some(below.shared()),
                     child: Some(below.entry.node.name().clone()),
                     is_fixed: size.is_some(),
+                    is_bounded: size.is_some() || below.entry.is_bounded,
                     is_window: start > 0,
                     window_start: *offset,
                     ..NodeEntry::new(node, "raw", path, spec.cache)
@@ -323,34 +329,6 @@ impl Daemon {
         }
         let role = Role::Child { of: of.clone() };
         self.graph.attach(child, role).map_err(|_| in_use())
-    }
-
-    /// Whether a node other than `of` sees bytes of `child` in its part `shown`, and one of the two may be written.
-    fn overlaps_sibling(&self, child: &Arc<Node>, of: &NodeName, shown: ByteRange, read_only: bool) -> bool {
-        self.lock_nodes().list.iter().filter(|other| other.node().name() != of).any(|other| {
-            let is_read_only = other.node().options().read_only && read_only;
-            !is_read_only
-                && other.children().any(|(at, seen)| Arc::ptr_eq(&at, child) && seen.overlaps(shown))
-        })
-    }
-
-    /// Checks that `name` may be written: nobody else sees what it does.
-    pub(super) fn check_alone(&self, name: &NodeName) -> Result<(), DaemonError> {
-        let children: Vec<_> =
-            self.lock_nodes().find(name.as_str()).into_iter().flat_map(Record::children).collect();
-        match children.iter().find(|(child, seen)| self.overlaps_sibling(child, name, *seen, false)) {
-            Some((child, _)) => Err(DaemonError::NodeInUse(child.name().clone())),
-            None => Ok(()),
-        }
-    }
-
-    /// Whether a node that is still being made stands on `child`: an image, which may use it once only.
-    fn has_unlisted_user(&self, child: &Arc<Node>) -> bool {
-        let nodes = self.lock_nodes();
-        self.graph.roles(child).iter().any(|role| match role {
-            Role::Child { of } => nodes.find(of.as_str()).is_none(),
-            _ => false,
-        })
     }
 
     fn keep(&self, below: Below, places: Vec<Arc<Place>>, making: Making) -> Result<Below, DaemonError> {

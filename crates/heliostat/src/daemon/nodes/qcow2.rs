@@ -48,9 +48,11 @@ impl Daemon {
         let by = namer(&file, above);
         check_guess(image, &header, &by)?;
         let everything = ByteRange::from_bounds(0, u64::MAX);
+        self.check_heard(&file, true, spec.read_only)?;
         let mut places = vec![self.attach_image(&file, &name, spec.read_only)?];
         let data = self.data_file(spec, image, &header, &by, making)?;
         if let Some(data) = &data {
+            self.check_heard(data, true, spec.read_only)?;
             places.push(self.attach_child(data, &name, everything, spec.read_only)?);
         }
         // Listed after that through which its bytes go, which is drained after it; and before what it stands on, as in

@@ -1,8 +1,10 @@
 //! Nodes on each other: who may stand beside whom, and in which order they are listed.
 
+use heliostat_block::driver::Preallocation;
 use heliostat_block::driver::qcow2::create::{self, CreateOptions};
 use heliostat_block::driver::qcow2::file::ImageFile;
 
+use super::super::{BitmapAction, BitmapSpec};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -28,6 +30,18 @@ fn is_in_use<T>(result: Result<T, DaemonError>) -> bool {
     matches!(result, Err(DaemonError::NodeInUse(_)))
 }
 
+/// Makes an image in the empty node `file`, which is opened anew.
+fn make_image(daemon: &Daemon, file: &str, data: Option<&str>) {
+    let image = |name: &str| ImageFile::new(daemon.below(name).unwrap().storage());
+    let name = data.map(|data| data.as_bytes().to_vec());
+    let options = CreateOptions { size: MIB, data_file: name, ..CreateOptions::default() };
+    let data = data.map(image);
+    runtime::block_on(create::create(&image(file), data.as_ref(), &options)).unwrap().unwrap();
+    let path = daemon.below(file).unwrap().entry.path;
+    daemon.remove_node(file).unwrap();
+    daemon.add_node(&NodeSpec::file(file, path)).unwrap();
+}
+
 /// A daemon with the nodes `file`, which holds an image whose data are outside, and `data`.
 fn with_data_file(folder: &Path) -> Arc<Daemon> {
     let daemon = Daemon::new();
@@ -36,13 +50,9 @@ fn with_data_file(folder: &Path) -> Arc<Daemon> {
         std::fs::write(&path, b"").unwrap();
         daemon.add_node(&NodeSpec::file(name, path)).unwrap();
     }
-    let image = |name: &str| ImageFile::new(daemon.below(name).unwrap().storage());
-    let options = CreateOptions { size: MIB, data_file: Some(b"data".to_vec()), ..CreateOptions::default() };
-    runtime::block_on(create::create(&image("file"), Some(&image("data")), &options)).unwrap().unwrap();
-    for name in ["file", "data"] {
-        daemon.remove_node(name).unwrap();
-        daemon.add_node(&NodeSpec::file(name, folder.join(name))).unwrap();
-    }
+    make_image(&daemon, "file", Some("data"));
+    daemon.remove_node("data").unwrap();
+    daemon.add_node(&NodeSpec::file("data", folder.join("data"))).unwrap();
     daemon
 }
 
@@ -99,4 +109,61 @@ fn a_node_is_listed_as_newer_than_what_was_made_below_it() {
     daemon.add_node(&image(Child::New(Box::new(data)))).unwrap();
     let names: Vec<_> = daemon.nodes().iter().map(|entry| entry.node.name().to_string()).collect();
     assert_eq!((names[0].as_str(), names.len()), ("image", 3), "{names:?}");
+}
+
+#[test]
+fn a_window_of_a_window_of_a_fixed_one_leaves_the_file_as_long_as_it_is() {
+    for start in [0, 3 * MIB] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::File::create(&path).unwrap().set_len(4 * MIB).unwrap();
+        let daemon = Daemon::new();
+        daemon.add_node(&NodeSpec::file("disk", &path)).unwrap();
+        daemon.add_node(&raw("first", "disk", start, Some(MIB))).unwrap();
+        daemon.add_node(&raw("second", "first", 0, None)).unwrap();
+        let third = daemon.add_node(&raw("third", "second", 0, None)).unwrap();
+        let resized = runtime::block_on(third.resize(MIB / 2, Preallocation::Off)).unwrap();
+        assert!(resized.is_err(), "from {start}");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 * MIB, "from {start}");
+    }
+}
+
+#[test]
+fn a_snapshot_leaves_writable_what_others_stand_on() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("file"), b"").unwrap();
+    let daemon = Daemon::new();
+    daemon.add_node(&NodeSpec::file("file", folder.path().join("file"))).unwrap();
+    make_image(&daemon, "file", None);
+    let image = DriverSpec::Qcow2(Box::new(Qcow2Spec::new(named("file"))));
+    daemon.add_node(&NodeSpec::new(Some("overlay".to_owned()), image)).unwrap();
+    daemon.add_throttle_group("g", heliostat_block::throttle::Limits::default()).unwrap();
+    daemon.add_node(&null("disk")).unwrap();
+    let filter = DriverSpec::Throttle { group: "g".to_owned(), file: named("disk") };
+    daemon.add_node(&NodeSpec::new(Some("filter".to_owned()), filter)).unwrap();
+    daemon.add_node(&raw("first", "filter", 0, Some(MIB / 2))).unwrap();
+    daemon.add_node(&raw("second", "filter", MIB / 2, Some(MIB / 2))).unwrap();
+    daemon.snapshot("first", "overlay").unwrap();
+    let is_read_only = |name: &str| daemon.node(name).unwrap().options().read_only;
+    assert_eq!(["first", "filter", "disk"].map(is_read_only), [true, false, false]);
+}
+
+#[test]
+fn a_bitmap_is_not_on_a_node_that_writes_pass_by() {
+    let daemon = Daemon::new();
+    daemon.add_node(&null("disk")).unwrap();
+    let above = raw("above", "disk", 0, None);
+    let add = |node: &str| {
+        let (node, name) = (node.to_owned(), "b".to_owned());
+        let spec = BitmapSpec { node, name, granularity: None, persistent: false, disabled: false };
+        daemon.change_bitmaps(&[BitmapAction::Add(spec)])
+    };
+    daemon.add_node(&above).unwrap();
+    assert!(is_in_use(add("disk")));
+    add("above").unwrap();
+    daemon.remove_node("above").unwrap();
+    add("disk").unwrap();
+    assert!(is_in_use(daemon.add_node(&above)));
+    daemon.add_node(&read_only(above.clone())).unwrap();
+    assert!(is_in_use(daemon.reopen_nodes(&[above])));
 }

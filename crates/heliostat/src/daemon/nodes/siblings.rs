@@ -1,0 +1,85 @@
+//! Who stands on the same node: whether two see the same bytes, and whether a bitmap hears of what they write.
+//!
+//! Only looks; refuses, and changes nothing. Called where a node is put on another, becomes writable, or gets a bitmap.
+
+use std::sync::Arc;
+
+use heliostat_block::graph::Role;
+use heliostat_block::name::NodeName;
+use heliostat_block::node::Node;
+use heliostat_block::range::ByteRange;
+
+use super::super::{Daemon, DaemonError};
+use super::{Below, Record};
+
+impl Daemon {
+    /// Whether a node other than `of` sees bytes of `child` in its part `shown`, and one of the two may be written.
+    pub(super) fn overlaps_sibling(
+        &self,
+        child: &Arc<Node>,
+        of: &NodeName,
+        shown: ByteRange,
+        read_only: bool,
+    ) -> bool {
+        self.lock_nodes().list.iter().filter(|other| other.node().name() != of).any(|other| {
+            let is_read_only = other.node().options().read_only && read_only;
+            !is_read_only
+                && other.children().any(|(at, seen)| Arc::ptr_eq(&at, child) && seen.overlaps(shown))
+        })
+    }
+
+    /// Checks that `name` may be written: nobody else sees what it does, and no bitmap misses it.
+    pub(in crate::daemon) fn check_alone(&self, name: &NodeName) -> Result<(), DaemonError> {
+        let children: Vec<_> =
+            self.lock_nodes().find(name.as_str()).into_iter().flat_map(Record::children).collect();
+        if let Ok(above) = self.below(name.as_str())
+            && above.entry.filter.is_none()
+        {
+            let by_image = above.entry.node.image().is_some();
+            for (child, _) in &children {
+                self.check_heard(&self.below(child.name().as_str())?, by_image, false)?;
+            }
+        }
+        match children.iter().find(|(child, seen)| self.overlaps_sibling(child, name, *seen, false)) {
+            Some((child, _)) => Err(DaemonError::NodeInUse(child.name().clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that no bitmap on `below` would miss what is written to its storage from above.
+    pub(super) fn check_heard(
+        &self,
+        below: &Below,
+        by_image: bool,
+        read_only: bool,
+    ) -> Result<(), DaemonError> {
+        let is_heard =
+            read_only || !below.is_passed_by(by_image) || below.entry.node.named_bitmaps().is_empty();
+        if is_heard { Ok(()) } else { Err(DaemonError::NodeInUse(below.entry.node.name().clone())) }
+    }
+
+    /// Checks that a bitmap on `node` would hear of what is written to its storage from above.
+    pub(in crate::daemon) fn check_hears(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
+        let nodes = self.lock_nodes();
+        let Some(record) = nodes.find(node.name().as_str()) else { return Ok(()) };
+        let passes_by = |other: &Record| {
+            let by_image = other.node().image().is_some();
+            other.below.entry.filter.is_none()
+                && record.below.is_passed_by(by_image)
+                && other.children().any(|(child, _)| Arc::ptr_eq(&child, node))
+        };
+        if nodes.list.iter().any(passes_by) {
+            return Err(DaemonError::NodeInUse(node.name().clone()));
+        }
+        Ok(())
+    }
+
+    /// Whether a node that is still being made stands on `child`: an image, which may use it once only.
+    pub(super) fn has_unlisted_user(&self, child: &Arc<Node>) -> bool {
+        let nodes = self.lock_nodes();
+        self.graph.roles(child).iter().any(|role| match role {
+            Role::Child { of } => nodes.find(of.as_str()).is_none(),
+            _ => false,
+        })
+    }
+}
