@@ -40,10 +40,7 @@ impl Daemon {
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
         let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
         self.check_acyclic(&changes)?;
-        // From the top down: what is in flight above must find the gates below open (docs/decisions/0015). What is
-        // above another by its requests was made after it, and the newest come first.
-        let depth = |change: &Change| entries.iter().position(|entry| Arc::ptr_eq(&entry.node, &change.node));
-        changes.sort_by_key(depth);
+        self.sort_from_the_top(&mut changes);
         let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
         self.drop_orphans();
@@ -146,6 +143,12 @@ impl Daemon {
         Ok(wanted.map_or(Below::Nothing, Below::Node))
     }
 
+    /// What is in flight above must find the gates below open (docs/decisions/0015). Over the lower of two nodes are
+    /// the upper one and all that is over that.
+    fn sort_from_the_top(&self, changes: &mut [Change]) {
+        changes.sort_by_cached_key(|change| self.above(&change.node, &[]).len());
+    }
+
     /// Refuses changes after which a node would stand on itself.
     fn check_acyclic(&self, changes: &[Change]) -> Result<(), DaemonError> {
         let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
@@ -230,4 +233,35 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
     }
     check(spec.cache.direct == entry.cache.direct, "cache.direct")?;
     check(spec.cache.no_flush == entry.cache.no_flush, "cache.no-flush")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_above_closes_its_gate_first_whatever_was_made_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = Daemon::new();
+        for name in ["low", "other"] {
+            std::fs::File::create(folder.path().join(name)).unwrap().set_len(1 << 20).unwrap();
+            daemon.add_node(&NodeSpec::file(name, folder.path().join(name))).unwrap();
+        }
+        let raw = |name: &str, below: &str| {
+            let file = Child::Named(below.to_owned());
+            let driver = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+            NodeSpec::new(Some(name.to_owned()), driver)
+        };
+        daemon.add_node(&raw("mid", "low")).unwrap();
+        daemon.add_node(&raw("top", "mid")).unwrap();
+        let change = |name: &str| {
+            let node = daemon.node(name).unwrap();
+            Change { node, spec: raw(name, "low"), backing: Below::AsItIs }
+        };
+        for names in [["low", "mid", "top"], ["mid", "top", "low"], ["top", "low", "mid"]] {
+            let mut changes = names.map(change);
+            daemon.sort_from_the_top(&mut changes);
+            assert_eq!(changes.map(|change| change.node.name().to_string()), ["top", "mid", "low"]);
+        }
+    }
 }

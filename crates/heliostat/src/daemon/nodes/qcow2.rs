@@ -38,6 +38,8 @@ impl Daemon {
         above: Option<Namer>,
     ) -> Result<Below, DaemonError> {
         let file = self.child(&image.file, making)?;
+        // Listed before its data file and what it stands on, as in QEMU.
+        let at = self.lock_nodes().list.len();
         let is_read_only_below = file.entry.node.options().read_only;
         if is_read_only_below && !spec.read_only && !spec.auto_read_only {
             return Err(DaemonError::TargetReadOnly);
@@ -55,9 +57,6 @@ impl Daemon {
             self.check_heard(data, true, spec.read_only)?;
             places.push(self.attach_child(data, &name, everything, spec.read_only)?);
         }
-        // Listed after that through which its bytes go, which is drained after it; and before what it stands on, as in
-        // QEMU.
-        let at = self.lock_nodes().list.len();
         let backing = self.backing(spec, image, &header, &by, making);
         let backing = backing.map_err(|error| DaemonError::Backing(Box::new(error)))?;
         if let Some(backing) = &backing {

@@ -101,17 +101,6 @@ fn a_node_beside_a_reader_of_its_bytes_does_not_become_writable() {
 }
 
 #[test]
-fn a_node_is_listed_as_newer_than_what_was_made_below_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let daemon = with_data_file(folder.path());
-    daemon.remove_node("data").unwrap();
-    let data = NodeSpec { name: None, ..NodeSpec::file("", folder.path().join("data")) };
-    daemon.add_node(&image(Child::New(Box::new(data)))).unwrap();
-    let names: Vec<_> = daemon.nodes().iter().map(|entry| entry.node.name().to_string()).collect();
-    assert_eq!((names[0].as_str(), names.len()), ("image", 3), "{names:?}");
-}
-
-#[test]
 fn a_window_of_a_window_of_a_fixed_one_leaves_the_file_as_long_as_it_is() {
     for start in [0, 3 * MIB] {
         let folder = tempfile::tempdir().unwrap();
