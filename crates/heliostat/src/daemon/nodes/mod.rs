@@ -237,6 +237,9 @@ impl Daemon {
                 self.check_heard(&below, false, spec.read_only)?;
                 let place = self.attach_child(&below, &name, shown, spec.read_only)?;
                 let raw = if *is_guess { raw.guarded() } else { raw };
+                // It writes past the node below, which would not refuse.
+                let read_only = spec.read_only || below.entry.node.options().read_only;
+                let spec = &NodeSpec { read_only, ..spec.clone() };
                 let node = self.node_of(name, Driver::Raw(raw), spec);
                 let path = below.entry.path.clone();
                 let entry = NodeEntry {

@@ -28,8 +28,12 @@ impl Daemon {
         })
     }
 
-    /// Checks that `name` may be written: nobody else sees what it does, and no bitmap misses it.
+    /// Checks that `name` may be written: nobody else sees what it does, no bitmap misses it, and no node that an
+    /// operator holds to reading is written past.
     pub(in crate::daemon) fn check_alone(&self, name: &NodeName) -> Result<(), DaemonError> {
+        if self.is_held_to_reading(name) {
+            return Err(DaemonError::OpenedReadOnly(name.clone()));
+        }
         let children: Vec<_> =
             self.lock_nodes().find(name.as_str()).into_iter().flat_map(Record::children).collect();
         if let Ok(above) = self.below(name.as_str())
@@ -44,6 +48,15 @@ impl Daemon {
             Some((child, _)) => Err(DaemonError::NodeInUse(child.name().clone())),
             None => Ok(()),
         }
+    }
+
+    /// Says whether `name` is a window of a node that an operator made and that is only read. What was made for the
+    /// window follows it.
+    fn is_held_to_reading(&self, name: &NodeName) -> bool {
+        let nodes = self.lock_nodes();
+        let raw = nodes.find(name.as_str()).filter(|record| record.below.entry.driver == "raw");
+        let child = raw.and_then(|record| nodes.find(record.below.entry.child.as_ref()?.as_str()));
+        child.is_some_and(|child| child.is_owned && child.node().options().read_only)
     }
 
     /// Checks that no bitmap on `below` would miss what is written to its storage from above.

@@ -156,3 +156,20 @@ fn a_bitmap_is_not_on_a_node_that_writes_pass_by() {
     daemon.add_node(&read_only(above.clone())).unwrap();
     assert!(is_in_use(daemon.reopen_nodes(&[above])));
 }
+
+#[test]
+fn nobody_writes_past_a_node_that_is_only_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::File::create(&path).unwrap().set_len(MIB).unwrap();
+    let daemon = Daemon::new();
+    daemon.add_node(&NodeSpec::file("disk", &path)).unwrap();
+    daemon.add_node(&read_only(raw("reader", "disk", 0, None))).unwrap();
+    let above = daemon.add_node(&raw("above", "reader", 0, None)).unwrap();
+    assert!(above.options().read_only);
+    let reopened = daemon.reopen_nodes(&[raw("above", "reader", 0, None)]);
+    assert!(matches!(reopened, Err(DaemonError::OpenedReadOnly(_))), "{reopened:?}");
+    daemon.reopen_nodes(&[raw("reader", "disk", 0, None)]).unwrap();
+    daemon.reopen_nodes(&[raw("above", "reader", 0, None)]).unwrap();
+    assert!(!above.options().read_only);
+}
