@@ -16,6 +16,7 @@ use heliostat_block::convert::usize_from;
 use heliostat_block::driver::Driver;
 use heliostat_block::driver::qcow2::error::FormatError;
 use heliostat_block::driver::qcow2::{OpenOptions as ImageOptions, Qcow2};
+use heliostat_block::error::BlockError;
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{Discard, Node, NodeOptions};
 use heliostat_block::storage::Durability;
@@ -217,14 +218,40 @@ fn a_cluster_that_unpacks_to_more_than_a_cluster_is_cut_off() {
     let file = File::options().write(true).open(&path).unwrap();
     file.write_all_at(&bomb, DATA).unwrap();
     file.write_all_at(&(COMPRESSED | 127 << 54 | DATA).to_be_bytes(), L2).unwrap();
-    let read = block_on(async {
-        let storage = FileStorage::open(&path, &OpenOptions::default()).unwrap();
+    assert!(read_start(&path, 512).is_err());
+}
+
+/// The first `len` bytes of the disk in the image at `path`.
+fn read_start(path: &Path, len: usize) -> Result<Buffer, BlockError> {
+    block_on(async {
+        let storage = FileStorage::open(path, &OpenOptions::default()).unwrap();
         let options = ImageOptions { read_only: true, ..ImageOptions::default() };
         let qcow2 = Qcow2::open(Arc::new(storage), options).await.unwrap();
         let options = NodeOptions { read_only: true, ..NodeOptions::default() };
         let node =
             Node::new(NodeName::generated(0), Driver::Qcow2(qcow2), options, Arc::new(RealClock::new()));
-        node.enter().await.read(0, Buffer::zeroed(512)).await.map(drop)
-    });
-    assert!(read.unwrap().is_err());
+        node.enter().await.read(0, Buffer::zeroed(len)).await
+    })
+    .unwrap()
+}
+
+/// Reading over the border of two such entries took both for one long cluster, and came to an end past it.
+#[test]
+fn two_entries_for_one_compressed_cluster_are_read_as_two() {
+    if let Err(error) = run("qemu-img", &["--version"]) {
+        skipped(&error);
+        return;
+    }
+    let folder = memory_directory().unwrap();
+    let path = folder.path().join("twice.qcow2");
+    image(&path);
+    let name = path.to_str().unwrap();
+    run("qemu-io", &["-c", "write -c -P 7 64k 64k", name]).unwrap();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mut entry = [0; 8];
+    file.read_exact_at(&mut entry, L2 + 8).unwrap();
+    assert_ne!(u64::from_be_bytes(entry) & COMPRESSED, 0, "the cluster is compressed");
+    file.write_all_at(&entry, L2).unwrap();
+    let read = read_start(&path, 128 << 10).unwrap();
+    assert!(read.iter().all(|&byte| byte == 7));
 }

@@ -68,13 +68,13 @@ fn source_of(standard: Standard, layout: Layout, at: u64) -> Source {
     }
 }
 
-/// Appends a segment, as part of the last one where the two are one.
+/// Appends a segment, as part of the last one where the two are one. Compressed ones stay apart: each stands for one
+/// cluster, also where a damaged image has two entries for the same bytes.
 pub(crate) fn push(segments: &mut Vec<Segment>, next: Segment) {
     if let Some(last) = segments.last_mut() {
         let follows = match (last.source, next.source) {
             (Source::Host(one), Source::Host(other)) => one + last.range.len() == other,
             (Source::Zero, Source::Zero) | (Source::Backing, Source::Backing) => true,
-            (Source::Compressed(one), Source::Compressed(other)) => one == other,
             _ => false,
         };
         if follows && last.range.end() == next.range.offset() {
