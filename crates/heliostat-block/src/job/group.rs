@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::mirror_step::{Gate, Others, Step, View, next_step};
 use super::{Force, Job, JobEvent, JobStatus, Verb, VerbError};
+use crate::planted::{Bug, is_planted};
 
 /// Where one waits for the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +168,7 @@ impl Member {
     /// What a look at the group brings, for the mirror's [`View`].
     pub(crate) fn others(&self, gate: Gate) -> Others {
         match (self.group.state().is_closing, gate) {
+            _ if is_planted(Bug::GroupEndsOneByOne) => Others::Here,
             (true, _) => Others::Called,
             (false, Gate::Open) => Others::Here,
             (false, _) => Others::Apart,
@@ -182,6 +184,9 @@ impl Member {
             return end.step();
         }
         let point = Point::before(step);
+        if is_planted(Bug::GroupEndsOneByOne) && matches!(point, Some(Point::Gate | Point::End)) {
+            return step;
+        }
         state.at[self.index] = point;
         if state.is_closing && point == Some(Point::Gate) {
             return step;
@@ -207,6 +212,9 @@ impl Member {
 
     /// The mirror fails, or was cancelled: so do the others.
     pub(crate) fn fail(&self) {
+        if is_planted(Bug::GroupFailsAlone) {
+            return;
+        }
         self.group.state().has_failed = true;
         for job in self.group.jobs() {
             // Refused only by one that is on that way already.
