@@ -460,7 +460,11 @@ pub static COMMANDS: &[Command] = &[
         &filters::HUMAN,
         &Kind::Text,
     ),
-    command("transaction", "Does several things, or none of them; bitmaps and snapshots of all disks at one moment.", &bitmaps::TRANSACTION),
+    command(
+        "transaction",
+        "Does several things, or none of them; bitmaps and snapshots of all disks at one moment.",
+        &bitmaps::TRANSACTION,
+    ),
     command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
     command(
         "block-dirty-bitmap-remove",
