@@ -452,6 +452,7 @@ pub static COMMANDS: &[Command] = &[
         "Forgets an object that nobody uses.",
         &record(&[required("id", Kind::Text, "the object's id")]),
     ),
+    query("qom-list", "Lists the properties of an object.", &filters::PATH, &returns::PROPERTIES),
     query("qom-get", "Says what a property of an object is.", &filters::PROPERTY, &Kind::Any),
     command("qom-set", "Changes a property of an object.", &filters::NEW_PROPERTY),
     query(

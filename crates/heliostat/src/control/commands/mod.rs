@@ -84,6 +84,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
         "object-add" => objects::add(daemon, arguments),
         "object-del" => objects::delete(daemon, arguments),
+        "qom-list" => objects::list(daemon, arguments),
         "qom-get" => objects::get(daemon, arguments),
         "qom-set" => objects::set(daemon, arguments),
         "human-monitor-command" => Ok(human::run(daemon, arguments)),

@@ -195,15 +195,19 @@ pub static OBJECT: Record = Record {
     cases: Some(Cases { tag: "qom-type", by_word: &[("throttle-group", THROTTLE_GROUP)] }),
 };
 
+/// The path of an object.
+const AT: Member = required("path", Kind::Text, "the object: its id, or /objects/ and its id");
+
+/// What `qom-list` takes.
+pub static PATH: Record =
+    record(&[required("path", Kind::Text, "the object: its id, /objects/ and its id, /objects, or /")]);
+
 /// What `qom-get` takes.
-pub static PROPERTY: Record = record(&[
-    required("path", Kind::Text, "the object: its id, or /objects/ and its id"),
-    required("property", Kind::Text, "the property's name"),
-]);
+pub static PROPERTY: Record = record(&[AT, required("property", Kind::Text, "the property's name")]);
 
 /// What `qom-set` takes.
 pub static NEW_PROPERTY: Record = record(&[
-    required("path", Kind::Text, "the object: its id, or /objects/ and its id"),
+    AT,
     required("property", Kind::Text, "the property's name; only limits"),
     required("value", Kind::Any, "its new value"),
 ]);
