@@ -368,9 +368,9 @@ pub static COMMANDS: &[Command] = &[
         "Starts the NBD server.",
         &record(&[
             optional("handshake-max-seconds", Kind::Uint32, "accepted; we have our own bound"),
-            optional("tls-creds", Kind::Text, "not supported yet"),
-            optional("tls-authz", Kind::Text, "not supported yet"),
-            optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
+            exports::TLS_CREDS,
+            exports::TLS_AUTHZ,
+            exports::MAX_CONNECTIONS,
             required("addr", Kind::Object(&exports::SOCKET_ADDRESS), "where it listens"),
         ]),
     ),
