@@ -15,6 +15,8 @@ mod mirror;
 mod nodes;
 mod objects;
 mod resize;
+#[cfg(test)]
+mod schema_tests;
 mod snapshot;
 mod transaction;
 
