@@ -212,7 +212,8 @@ impl Node {
     }
 
     /// Closes the gates of all `nodes`, in their order, and then waits until what is in flight has ended at each: so
-    /// nobody waits for longer than the slowest takes. Nodes above come before those below (docs/decisions/0015).
+    /// nobody waits for longer than the slowest takes. None of them may be on top of another: what is in flight above
+    /// would wait below for ever (docs/decisions/0015).
     ///
     /// # Cancel safety
     /// Dropped before it returns, it opens the gates again.

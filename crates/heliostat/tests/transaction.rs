@@ -216,7 +216,15 @@ fn a_refused_transaction_leaves_no_file_and_cuts_none() {
     a.write(0, &[1; 512]);
     assert_eq!(a.read(0, 512), [1; 512]);
     drop(a);
-    scene.execute("transaction", json!({ "actions": [snapshot_to("a", "there"), snapshot_to("b", "new")] }));
+    // One that is made in another's place, and one that is opened.
+    scene.img(&["create", "-q", "-f", "qcow2", "new", "16M"]);
+    let mut opened = snapshot_to("b", "new");
+    opened["data"]["mode"] = json!("existing");
+    scene.execute("transaction", json!({ "actions": [snapshot_to("a", "there"), opened] }));
+    let exports = scene.execute("query-block-exports", json!({}));
+    let nodes: Vec<_> =
+        exports.as_array().unwrap().iter().map(|export| export["node-name"].clone()).collect();
+    assert_eq!(nodes, ["new", "there"]);
     let folder = scene.end();
     assert_sound(folder.path(), "there");
     assert_sound(folder.path(), "new");

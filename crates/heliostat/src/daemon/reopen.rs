@@ -40,7 +40,7 @@ impl Daemon {
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
         let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
         self.check_acyclic(&changes)?;
-        changes.sort_by_cached_key(|change| self.depth(&change.node));
+        self.sort_from_the_top(&mut changes);
         let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
         self.drop_orphans();
@@ -143,10 +143,10 @@ impl Daemon {
         Ok(wanted.map_or(Below::Nothing, Below::Node))
     }
 
-    /// How many nodes are over `node`. What is in flight above must find the gates below open (docs/decisions/0015): they
-    /// close in the order of this. Over the lower of two nodes are the upper one and all that is over that.
-    pub(super) fn depth(&self, node: &Arc<Node>) -> usize {
-        self.above(node, &[]).len()
+    /// What is in flight above must find the gates below open (docs/decisions/0015). Over the lower of two nodes are
+    /// the upper one and all that is over that.
+    fn sort_from_the_top(&self, changes: &mut [Change]) {
+        changes.sort_by_cached_key(|change| self.above(&change.node, &[]).len());
     }
 
     /// Refuses changes after which a node would stand on itself.
@@ -260,7 +260,7 @@ mod tests {
         };
         for names in [["low", "mid", "top"], ["mid", "top", "low"], ["top", "low", "mid"]] {
             let mut changes = names.map(change);
-            changes.sort_by_cached_key(|change| daemon.depth(&change.node));
+            daemon.sort_from_the_top(&mut changes);
             assert_eq!(changes.map(|change| change.node.name().to_string()), ["top", "mid", "low"]);
         }
     }

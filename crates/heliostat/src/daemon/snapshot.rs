@@ -8,9 +8,11 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::future::try_join_all;
+use futures_util::future::{Either, select, try_join_all};
 use heliostat_block::error::BlockError;
 use heliostat_block::graph::{GraphError, Onto, Role};
 use heliostat_block::name::NodeName;
@@ -24,6 +26,10 @@ use super::gate::CHAIN_MAX;
 use super::mirror::conflict;
 use super::nodes::Named;
 use super::{Action, Beneath, Daemon, DaemonError, Export, NodeEntry, TargetMode};
+
+/// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
+/// drivers in guests take a disk for dead.
+const DRAIN_MAX: Duration = Duration::from_secs(20);
 
 /// A snapshot that makes, or opens, its overlay.
 #[derive(Clone, Debug)]
@@ -389,21 +395,32 @@ impl Snapshots {
     /// that moment, too.
     ///
     /// # Errors
-    /// `Unflushed`, `NodeInUse`; nothing has changed then.
+    /// `Unflushed`, `Undrained`, `NodeInUse`; nothing has changed then.
     pub(super) fn take(&self, daemon: &Daemon, changes: &[(Arc<Node>, Change)]) -> Result<(), DaemonError> {
-        runtime::block_on(self.take_here(daemon, changes)).map_err(DaemonError::Engine)?
+        runtime::block_on(self.take_within(DRAIN_MAX, daemon, changes)).map_err(DaemonError::Engine)?
     }
 
-    async fn take_here(&self, daemon: &Daemon, changes: &[(Arc<Node>, Change)]) -> Result<(), DaemonError> {
+    async fn take_within(
+        &self,
+        limit: Duration,
+        daemon: &Daemon,
+        changes: &[(Arc<Node>, Change)],
+    ) -> Result<(), DaemonError> {
         let unflushed = |error: BlockError| DaemonError::Unflushed(error);
         let is_left = |node: &Arc<Node>| self.is_left(node) && !node.options().read_only;
-        let mut nodes = self.nodes();
-        nodes.sort_by_cached_key(|node| daemon.depth(node));
+        // None of them is on top of another: that would be somebody's use, and is refused.
+        let nodes = self.nodes();
         // The long one, beside clients.
         let written = nodes.iter().filter(|node| is_left(node));
         try_join_all(written.map(async |node| node.enter().await.flush().await)).await.map_err(unflushed)?;
         // All gates close before any waits. What mirrors are writing to overlays ends with what it began with.
-        let drained = Node::drain_all(&nodes).await;
+        let clock = daemon.clock();
+        let drained =
+            match select(pin!(Node::drain_all(&nodes)), clock.sleep_until(clock.now() + limit)).await {
+                Either::Left((drained, _)) => drained,
+                // The gates open again.
+                Either::Right(_) => return Err(undrained(&nodes, limit)),
+            };
         let written = drained.iter().filter(|drained| is_left(drained.node()));
         try_join_all(written.map(Drained::flush)).await.map_err(unflushed)?;
         let gate = |node: &Arc<Node>| drained.iter().find(|drained| Arc::ptr_eq(drained.node(), node));
@@ -429,6 +446,11 @@ impl Snapshots {
         }
         nodes
     }
+}
+
+fn undrained(nodes: &[Arc<Node>], limit: Duration) -> DaemonError {
+    let busy = nodes.iter().filter(|node| node.in_flight() > 0).map(|node| format!("'{}'", node.name()));
+    DaemonError::Undrained { nodes: busy.collect::<Vec<_>>().join(", "), limit }
 }
 
 /// Checks what can be known of the overlay before anything is made.
@@ -471,4 +493,56 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
         Some((std::fs::canonicalize(folder).ok()?, path.file_name()?.to_owned()))
     };
     (identity(a).is_some() && identity(a) == identity(b)) || (place(a).is_some() && place(a) == place(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use heliostat_block::driver::qcow2::create::{CreateOptions, create};
+    use heliostat_block::driver::qcow2::file::ImageFile;
+    use heliostat_host::file::FileStorage;
+    use heliostat_host::open::{Existing, OpenOptions};
+
+    use super::*;
+    use crate::daemon::{Child, DriverSpec, NodeSpec, Qcow2Spec};
+
+    /// A daemon with the images `names`, each a node.
+    fn with_images(folder: &Path, names: &[&str]) -> Arc<Daemon> {
+        let daemon = Daemon::new();
+        for name in names {
+            let path = folder.join(name);
+            let storage = FileStorage::create(&path, 0, Existing::Replace, &OpenOptions::default()).unwrap();
+            let options = CreateOptions { size: 1 << 20, ..CreateOptions::default() };
+            runtime::block_on(create(&ImageFile::new(Arc::new(storage)), None, &options)).unwrap().unwrap();
+            let file = Child::New(Box::new(NodeSpec::new(
+                None,
+                DriverSpec::at(path, super::super::Sharing::Locked),
+            )));
+            let driver = DriverSpec::Qcow2(Box::new(Qcow2Spec::new(file)));
+            daemon.add_node(&NodeSpec::new(Some((*name).to_owned()), driver)).unwrap();
+        }
+        daemon
+    }
+
+    #[test]
+    fn a_disk_that_does_not_come_to_rest_is_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a", "b", "oa", "ob"]);
+        let mut snapshots = Snapshots::default();
+        snapshots.add(&daemon, "a", "oa").unwrap();
+        snapshots.add(&daemon, "b", "ob").unwrap();
+        let take = |limit| runtime::block_on(snapshots.take_within(limit, &daemon, &[])).unwrap();
+        let b = daemon.node("b").unwrap();
+        let request = b.enter().now_or_never().expect("the gate is open");
+        let refused = take(Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(&refused, DaemonError::Undrained { nodes, .. } if nodes == "'b'"), "{refused}");
+        for node in ["a", "b", "oa", "ob"] {
+            let node = daemon.node(node).unwrap();
+            assert!(node.enter().now_or_never().is_some(), "the gates are open again");
+            assert!(node.backing().is_none() && !node.options().read_only);
+        }
+        drop(request);
+        take(DRAIN_MAX).unwrap();
+        assert!(Arc::ptr_eq(&daemon.node("ob").unwrap().backing().unwrap(), &b) && b.options().read_only);
+    }
 }
