@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
-use super::{bitmaps, mirror};
+use super::{bitmaps, mirror, snapshot};
 use crate::daemon::{Action, CompletionMode, Daemon, DaemonError, TransactionError};
 
 pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
@@ -19,7 +19,9 @@ pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
         let action = match (word, data) {
             ("abort", _) => Some(Action::Abort),
             ("blockdev-mirror", Some(data)) => Some(Action::Mirror(Box::new(mirror::of(daemon, data)))),
-            (_, Some(data)) => bitmaps::action(word, data).map(Action::Bitmap),
+            (_, Some(data)) => {
+                bitmaps::action(word, data).map(Action::Bitmap).or_else(|| snapshot::action(word, data))
+            }
             (_, None) => None,
         };
         let refused = || DaemonError::from(TransactionError::Grouped(word.to_owned()));

@@ -44,6 +44,14 @@ pub(super) static VERSION: Kind =
 /// `query-commands`.
 pub(super) static COMMAND_NAMES: Kind = Kind::List(&Kind::Object(&record(&[text("name")])));
 
+/// `qom-list`.
+pub(super) static PROPERTIES: Kind = Kind::List(&Kind::Object(&record(&[
+    text("name"),
+    text("type"),
+    optional("description", Kind::Text, ""),
+    optional("default-value", Kind::Any, ""),
+])));
+
 static CACHE: Record = record(&[flag("writeback"), flag("direct"), flag("no-flush")]);
 
 static SNAPSHOT: Record = record(&[
