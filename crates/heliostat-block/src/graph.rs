@@ -1,11 +1,14 @@
-//! [`Graph`]: the nodes by name, and who uses them. [`Place`]: where a user of a node stands.
+//! [`Graph`]: the nodes by name, and who uses them. [`Place`]: where a user of a node stands. [`Spot`]: which node that
+//! is now.
 //!
-//! An export holds a place, not a node; a pivot puts another node there while the gate is closed. The graph
+//! An export holds a place, not a node, and a filter's requests go to a spot; a pivot puts another node there while the
+//! gate is closed. The graph
 //! does no I/O and knows no protocol. Called by the control plane and by jobs.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
+use crate::clock::Moment;
 use crate::name::NodeName;
 use crate::named_bitmap::follow;
 use crate::node::Node;
@@ -41,12 +44,6 @@ pub enum Role {
         /// The upper node.
         of: NodeName,
     },
-}
-
-impl Role {
-    const fn moves_with_a_pivot(&self) -> bool {
-        matches!(self, Self::Export { .. })
-    }
 }
 
 /// Why a node cannot be had.
@@ -85,11 +82,14 @@ struct State {
 /// Where one user of a node stands. Dropped, the use has ended.
 pub struct Place {
     role: Role,
-    /// Changed only by a pivot, while the gate of the node that stands here is closed and quiet.
-    node: RwLock<Arc<Node>>,
+    spot: Arc<Spot>,
 }
 
 impl Place {
+    fn new(role: Role, node: &Arc<Node>) -> Arc<Self> {
+        Arc::new(Self { role, spot: Spot::of(Arc::clone(node)) })
+    }
+
     /// What this user does.
     #[must_use]
     pub const fn role(&self) -> &Role {
@@ -99,7 +99,13 @@ impl Place {
     /// The node that stands here now.
     #[must_use]
     pub fn node(&self) -> Arc<Node> {
-        Arc::clone(&self.node.read().unwrap_or_else(PoisonError::into_inner))
+        self.spot.node()
+    }
+
+    /// Where requests go that are to follow the place, for as long as there is one.
+    #[must_use]
+    pub const fn spot(&self) -> &Arc<Spot> {
+        &self.spot
     }
 
     /// Enters whichever node stands here when the gate lets the request through; a guest's way in.
@@ -107,10 +113,46 @@ impl Place {
     /// # Cancel safety
     /// Dropped before it returns, it has not entered.
     pub async fn enter(&self) -> Tracked {
+        let arrived = self.node().clock().now();
+        self.spot.enter_as(Some(arrived)).await
+    }
+}
+
+/// Which node stands somewhere.
+pub struct Spot {
+    /// Changed only while the gate of the node that stands here is closed and quiet.
+    node: RwLock<Arc<Node>>,
+}
+
+impl Spot {
+    /// One for `node`.
+    #[must_use]
+    pub fn of(node: Arc<Node>) -> Arc<Self> {
+        Arc::new(Self { node: RwLock::new(node) })
+    }
+
+    /// The node that stands here now.
+    #[must_use]
+    pub fn node(&self) -> Arc<Node> {
+        Arc::clone(&self.node.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Enters whichever node stands here when the gate lets the request through; the way in for what comes from above.
+    ///
+    /// # Cancel safety
+    /// As [`Place::enter`].
+    pub(crate) async fn enter(&self) -> Tracked {
+        self.enter_as(None).await
+    }
+
+    /// Enters, for a guest that arrived then, or for a job.
+    async fn enter_as(&self, guest: Option<Moment>) -> Tracked {
         let mut node = self.node();
-        let arrived = node.clock().now();
         loop {
-            let tracked = node.enter_for_guest(arrived).await;
+            let tracked = match guest {
+                Some(arrived) => node.enter_for_guest(arrived).await,
+                None => node.enter().await,
+            };
             // Inside, the gate cannot be passed by a pivot: what stands here now stays until we leave.
             let standing = self.node();
             if Arc::ptr_eq(&standing, &node) {
@@ -119,6 +161,10 @@ impl Place {
             tracked.turn_back();
             node = standing;
         }
+    }
+
+    fn put(&self, node: &Arc<Node>) {
+        *self.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(node);
     }
 }
 
@@ -192,7 +238,7 @@ impl Graph {
         if let Some(place) = conflict {
             return Err(GraphError::InUse { node: node.name().clone(), role: place.role.clone() });
         }
-        let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(node)) });
+        let place = Place::new(role, node);
         state.places.retain(|place| place.strong_count() > 0);
         state.places.push(Arc::downgrade(&place));
         Ok(place)
@@ -203,15 +249,12 @@ impl Graph {
         self.state().places.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(place)));
     }
 
-    /// Puts `target` in the place of the drained node under every export: the pivot. Who waits at the closed
-    /// gate goes to `target` when it opens. The named bitmaps of the drained node follow.
+    /// Puts `target` in the place of the drained node under every export, and under every filter: the pivot. Who waits
+    /// at the closed gate goes to `target` when it opens. The named bitmaps of the drained node follow.
+    ///
+    /// Where filters stand on the drained node, the caller has drained those before it, from the top down.
     pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
-        let state = self.state();
-        // Before anybody can write there: a write that they do not hear of would be lost to them.
-        follow(drained.node(), target);
-        for place in state.places_at(drained.node()).filter(|place| place.role.moves_with_a_pivot()) {
-            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
-        }
+        self.state().pivot(drained.node(), target);
     }
 
     /// As [`Graph::pivot`], with `target` standing on `below` from then on: in one step, so that nobody comes
@@ -226,18 +269,16 @@ impl Graph {
         below: &Arc<Node>,
     ) -> Result<Arc<Place>, GraphError> {
         let mut state = self.state();
-        let moves =
-            |place: &Place| place.role.moves_with_a_pivot() && Arc::ptr_eq(&place.node(), drained.node());
         let role = Role::Backing { of: target.name().clone() };
-        let others = state.places_at(below).filter(|place| !moves(place));
-        if let Some(place) = others.into_iter().find(|place| conflicts(&place.role, &role)) {
+        let moves = Arc::ptr_eq(below, drained.node());
+        let conflict = state
+            .places_at(below)
+            .find(|place| !(moves && state.moves_with_a_pivot(place)) && conflicts(&place.role, &role));
+        if let Some(place) = conflict {
             return Err(GraphError::InUse { node: below.name().clone(), role: place.role.clone() });
         }
-        follow(drained.node(), target);
-        for place in state.places_at(drained.node()).filter(|place| moves(place)) {
-            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
-        }
-        let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(below)) });
+        state.pivot(drained.node(), target);
+        let place = Place::new(role, below);
         state.places.push(Arc::downgrade(&place));
         Ok(place)
     }
@@ -250,6 +291,23 @@ impl Graph {
 impl State {
     fn places_at(&self, node: &Arc<Node>) -> impl Iterator<Item = Arc<Place>> {
         self.places.iter().filter_map(Weak::upgrade).filter(|place| Arc::ptr_eq(&place.node(), node))
+    }
+
+    fn pivot(&self, replaced: &Arc<Node>, target: &Arc<Node>) {
+        // Before anybody can write there: a write that they do not hear of would be lost to them.
+        follow(replaced, target);
+        for place in self.places_at(replaced).filter(|place| self.moves_with_a_pivot(place)) {
+            place.spot.put(target);
+        }
+    }
+
+    /// Exports do, and filters, whose requests go wherever their place is. What else stands on a node stays on it.
+    fn moves_with_a_pivot(&self, place: &Place) -> bool {
+        match &place.role {
+            Role::Export { .. } => true,
+            Role::Child { of } => self.nodes.get(of).is_some_and(|upper| upper.passes_on_to().is_some()),
+            Role::MirrorSource { .. } | Role::MirrorTarget { .. } | Role::Backing { .. } => false,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::buffer::Buffer;
 use crate::convert::u64_from;
-use crate::node::Node;
+use crate::graph::Spot;
 use crate::node_storage::NodeStorage;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
@@ -24,9 +24,9 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// Makes one over `child`, as a member of `group`.
+    /// Makes one over whatever node is at `child`, as a member of `group`.
     #[must_use]
-    pub fn new(child: Arc<Node>, group: Arc<ThrottleGroup>) -> Self {
+    pub fn new(child: Arc<Spot>, group: Arc<ThrottleGroup>) -> Self {
         Self { below: NodeStorage::of_layer(child), member: group.join(), group }
     }
 

@@ -32,6 +32,7 @@ use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
+use crate::node::Node;
 
 pub use self::end::Succession;
 pub use super::options::MirrorOptions;
@@ -65,6 +66,8 @@ pub struct Mirror {
     tally: Tally,
     /// Taken when it is called.
     succession: Option<Succession>,
+    /// The nodes below the source down to the one that is to be replaced, where that is not the source.
+    below: Vec<Arc<Node>>,
     by_bitmap: Option<ByBitmap>,
 }
 
@@ -113,6 +116,7 @@ impl Mirror {
             tally,
             clock,
             succession: None,
+            below: Vec::new(),
             by_bitmap: None,
         }
     }
@@ -163,10 +167,7 @@ impl Mirror {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
-                Step::Pivot if self.may_end(End::Complete) => match self.pivot() {
-                    Ok(()) => return self.end(),
-                    Err(failure) => self.failure = Some(failure),
-                },
+                Step::Pivot if self.try_pivot().await => return self.end(),
                 Step::EndWithCopy if self.may_end(End::Copy) => return self.end(),
                 step => self.carry_out(step).await,
             }

@@ -17,6 +17,8 @@ pub(crate) mod mirror_step;
 mod mirror_tests;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod replace_tests;
 pub mod options;
 pub mod progress;
 pub(crate) mod range_table;

@@ -36,6 +36,24 @@ impl Node {
         }
     }
 
+    /// The node to which it passes its requests on as they are, where it is a filter.
+    #[must_use]
+    pub fn passes_on_to(&self) -> Option<Arc<Self>> {
+        match self.driver() {
+            Driver::Filter(filter) => Some(filter.child()),
+            Driver::Raw(_) | Driver::Qcow2(_) => None,
+        }
+    }
+
+    /// The node whose layer it shows: itself, or one below that is no filter.
+    pub(super) fn owner(self: &Arc<Self>) -> Arc<Self> {
+        let mut owner = Arc::clone(self);
+        while let Some(below) = owner.passes_on_to() {
+            owner = below;
+        }
+        owner
+    }
+
     /// The fault injector that it is, where it is one.
     #[must_use]
     pub fn fault_injector(&self) -> Option<&Arc<FaultInjector>> {

@@ -85,7 +85,7 @@ fn a_drain_does_not_wait_for_a_limit_below() {
     limits.get_mut(Counted::RequestsTotal).rate = 1;
     let clock: Arc<dyn crate::clock::Clock> = clock;
     let group = ThrottleGroup::new(limits, Arc::clone(&clock)).unwrap();
-    let throttle = Driver::Filter(Filter::Throttle(Throttle::new(bottom, group)));
+    let throttle = Driver::Filter(Filter::Throttle(Throttle::new(Spot::of(bottom), group)));
     let lower =
         Node::new(NodeName::new("lower").unwrap(), throttle, NodeOptions::default(), Arc::clone(&clock));
     let raw = Driver::Raw(crate::driver::Raw::whole(NodeStorage::new(lower)));

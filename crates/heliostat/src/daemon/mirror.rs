@@ -30,7 +30,7 @@ pub struct MirrorSpec {
     pub source: String,
     /// The node to mirror it to.
     pub target: String,
-    /// The node whose place the target takes; only the source itself.
+    /// The node whose place the target takes: the source, or one to which it passes its requests on.
     pub replaces: Option<String>,
     /// A name that is kept free for QEMU's clients: there is no filter node here.
     pub filter_node_name: Option<String>,
@@ -137,6 +137,7 @@ struct Start {
     bitmaps: Bitmaps,
     by_bitmap: Option<ByBitmap>,
     beneath: Beneath,
+    replaced: Vec<Arc<Node>>,
 }
 
 /// What a mirror is to be made of, when all arguments have been checked.
@@ -153,6 +154,8 @@ pub(super) struct Prepared {
     granularity: u32,
     bitmaps: Bitmaps,
     by_bitmap: Option<ByBitmap>,
+    /// The nodes below the source down to the one to be replaced, where that is not the source.
+    replaced: Vec<Arc<Node>>,
 }
 
 /// A mirror that has all it needs.
@@ -231,7 +234,7 @@ impl Daemon {
         if let Some(target) = target.node {
             self.check_target(target)?;
         }
-        self.check_replaces(spec, source)?;
+        let replaced = self.check_replaces(spec, source)?;
         check_options(spec)?;
         let by_bitmap = self.check_bitmap_use(spec, source)?;
         if target.node.is_some_and(|target| self.are_same_bytes(source, target)) {
@@ -245,7 +248,7 @@ impl Daemon {
         // Before the job is announced: what has no memory is refused, and does not fail in the middle.
         let bitmaps = Bitmaps::new(source, granularity)
             .map_err(|error| DaemonError::Bitmaps { job: spec.job_id.clone(), error })?;
-        Ok(Prepared { granularity, bitmaps, by_bitmap })
+        Ok(Prepared { granularity, bitmaps, by_bitmap, replaced })
     }
 
     /// Starts what has been prepared.
@@ -290,6 +293,7 @@ impl Daemon {
             bitmaps: prepared.bitmaps,
             by_bitmap: prepared.by_bitmap,
             beneath,
+            replaced: prepared.replaced,
         };
         sender.send(start).expect("the job's thread waits for this");
         // From here on every write is heard: with `sync: none` the reply promises no less.
@@ -307,10 +311,11 @@ impl Daemon {
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
-            let Start { job, source, target, options, bitmaps, by_bitmap, beneath } = start;
+            let Start { job, source, target, options, bitmaps, by_bitmap, beneath, replaced } = start;
             give_way();
             let told = Arc::clone(&job);
-            let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock).with_lanes(lanes);
+            let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock);
+            let mirror = mirror.with_lanes(lanes).with_replaced(replaced);
             let heir = Weak::clone(&daemon);
             let mirror = mirror.with_succession(Box::new(move |drained, target| {
                 let daemon = heir.upgrade().ok_or("the daemon is gone")?;
@@ -358,13 +363,21 @@ impl Daemon {
         }
     }
 
-    fn check_replaces(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<(), DaemonError> {
-        let Some(replaces) = &spec.replaces else { return Ok(()) };
+    /// Checks that `spec` names a node that may be replaced by a copy of `source`: this, or one to which it passes its
+    /// requests on. Answers the nodes below the source down to that.
+    fn check_replaces(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<Vec<Arc<Node>>, DaemonError> {
+        let Some(replaces) = &spec.replaces else { return Ok(Vec::new()) };
         let node = self.graph.node(replaces).map_err(|_| DaemonError::NodeNameNotFound(replaces.clone()))?;
-        if Arc::ptr_eq(&node, source) {
-            return Ok(());
+        let mut below = Vec::new();
+        let mut at = Arc::clone(source);
+        while !Arc::ptr_eq(&at, &node) {
+            at = at.passes_on_to().ok_or_else(|| DaemonError::CannotReplace {
+                replaces: node.name().clone(),
+                source_node: source.name().clone(),
+            })?;
+            below.push(Arc::clone(&at));
         }
-        Err(DaemonError::CannotReplace { replaces: node.name().clone(), source_node: source.name().clone() })
+        Ok(below)
     }
 
     fn check_filter_name(&self, spec: &MirrorSpec) -> Result<(), DaemonError> {

@@ -1,7 +1,9 @@
 //! What a mirror has to do with a named bitmap, and how it ends: the pivot, the copy that is left behind, the abort. Called by the loop, when everything that it
 //! needs is so.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use super::Mirror;
 use crate::clock::Clock;
@@ -15,9 +17,10 @@ use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::tracked::Drained;
 
-/// Puts the target in the source's place. Called once, when the source is drained, everything is copied and flushed,
-/// and nothing is on its way to the target. Must not block. An error fails the job, with the source in its place: so
-/// nothing may have changed then.
+/// Puts the target in the place of the node that is to be replaced: of the source, or of one to which the source passes
+/// its requests on. Called once, when that is drained and all above it, everything is copied and flushed, and nothing is
+/// on its way to the target. Must not block. An error fails the job, with the node in its place: so nothing may have
+/// changed then.
 pub type Succession = Box<dyn FnOnce(&Drained, &Arc<Node>) -> Result<(), String> + Send>;
 
 impl Mirror {
@@ -41,12 +44,57 @@ impl Mirror {
         (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
     }
 
-    pub(super) fn pivot(&mut self) -> Result<(), String> {
+    /// Lets the target take the place of the last of `below` instead of the source's. These are the nodes through which
+    /// the source's requests go, from the top down; each passes them on as they are, and its bytes are the source's.
+    #[must_use]
+    pub fn with_replaced(mut self, below: Vec<Arc<Node>>) -> Self {
+        self.below = below;
+        self
+    }
+
+    /// Puts the target where it belongs, if no verb stands in the way; says whether it did. Behind the closed gate.
+    pub(super) async fn try_pivot(&mut self) -> bool {
+        let Some(below) = self.drain_below().await else {
+            self.open_gate();
+            return false;
+        };
+        if !self.may_end(End::Complete) {
+            return false;
+        }
+        match self.pivot(below.last()) {
+            Ok(()) => true,
+            Err(failure) => {
+                self.failure = Some(failure);
+                false
+            }
+        }
+    }
+
+    /// Closes the gates below the source, down to that of the node to be replaced. Nothing of the source's is in flight
+    /// there, nor of the mirror's, which reads through them; but others may be reading. Not later than when guests have
+    /// been held long enough.
+    async fn drain_below(&self) -> Option<Vec<Drained>> {
+        let mut timer = self.clock.sleep_until(self.gate.held_until()?);
+        let mut drained = Vec::new();
+        for node in &self.below {
+            let mut drain = pin!(node.drain());
+            let quiet = std::future::poll_fn(|cx| match drain.as_mut().poll(cx) {
+                Poll::Ready(quiet) => Poll::Ready(Some(quiet)),
+                Poll::Pending => timer.as_mut().poll(cx).map(|()| None),
+            });
+            drained.push(quiet.await?);
+        }
+        Some(drained)
+    }
+
+    /// Puts the target in the place of `below`, or of the source.
+    fn pivot(&mut self, below: Option<&Drained>) -> Result<(), String> {
         // From here on nobody may write the target but whoever gets it.
         self.doubling.close();
-        let Some(drained) = self.gate.drained() else { return Ok(()) };
+        let Some(source) = self.gate.drained() else { return Ok(()) };
+        let drained = below.unwrap_or(source);
         // First: a bitmap that is on the target hears of what guests write there.
-        let named = self.by_bitmap.take().map(|mut named| (named.succeed(drained.node()), named));
+        let named = self.by_bitmap.take().map(|mut named| (named.succeed(source.node()), named));
         let pivoted = match self.succession.take() {
             Some(succession) => succession(drained, &self.route.target),
             None => {
@@ -55,7 +103,7 @@ impl Mirror {
             }
         };
         if let (Err(_), Some((Some(old), named))) = (&pivoted, named) {
-            named.take_back(drained.node(), &old);
+            named.take_back(source.node(), &old);
         }
         pivoted
     }

@@ -11,6 +11,7 @@ use heliostat_block::driver::fault::{FaultInjector, InjectError, RequestLimits, 
 use heliostat_block::driver::null::{NullStorage, ReadsZero};
 use heliostat_block::driver::throttle::Throttle;
 use heliostat_block::driver::{Driver, Filter, Raw};
+use heliostat_block::graph::Spot;
 use heliostat_block::name::NodeName;
 use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
@@ -199,7 +200,7 @@ impl Daemon {
         filter: FilterEntry,
         below: &Below,
         making: Making,
-        make: impl FnOnce(Arc<Node>) -> Filter,
+        make: impl FnOnce(Arc<Spot>) -> Filter,
     ) -> Result<Below, DaemonError> {
         if below.entry.node.options().read_only && !spec.read_only && !spec.auto_read_only {
             return Err(DaemonError::TargetReadOnly);
@@ -207,7 +208,7 @@ impl Daemon {
         // What it stands on may grow.
         let shown = ByteRange::from_bounds(0, u64::MAX);
         let place = self.attach_child(below, &name, shown, spec.read_only)?;
-        let node = self.node_of(name, Driver::Filter(make(Arc::clone(&below.entry.node))), spec);
+        let node = self.node_of(name, Driver::Filter(make(Arc::clone(place.spot()))), spec);
         let entry = NodeEntry {
             child: Some(below.entry.node.name().clone()),
             filter: Some(filter),

@@ -96,6 +96,10 @@ impl Daemon {
             })),
         };
         let node = self.make_node(&NodeSpec { name, driver, ..below.clone() }, making)?.entry.node;
+        if node.image().is_some_and(|image| image.header().backing_file.is_none()) {
+            // It stands on nothing by its own account, too.
+            self.change_record(&node, |record| record.below.entry.backing_is_given = false);
+        }
         if is_guess
             && let Some(image) = node.image().map(|image| image.header())
             && let Some(backing) = image.backing_file
@@ -147,8 +151,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Puts `target` on what it is to stand on, and in the place of the drained source, in this order: nobody sees it
-    /// without. Called on the job's thread, which must not wait for an operator's change to end.
+    /// Puts `target` on what it is to stand on, and in the place of the drained node, the source or one below it, in
+    /// this order: nobody sees it without. Called on the job's thread, which must not wait for an operator's change to end.
     ///
     /// # Errors
     /// With the reason; nothing has changed then.
@@ -174,12 +178,14 @@ impl Daemon {
                 return Err("What the target stands on is not open".to_owned());
             }
             self.graph.pivot(drained, target);
+            self.follow_filters(source, target);
             return Ok(());
         };
         if beneath == Beneath::FromHeader {
             target.set_backing(Some(below));
             self.change_record(target, |record| record.below.entry.backing_is_given = false);
             self.graph.pivot(drained, target);
+            self.follow_filters(source, target);
             return Ok(());
         }
         self.put_on_top(drained, target, &below, Named::ByImage).map_err(|error| error.to_string())
@@ -207,7 +213,32 @@ impl Daemon {
             record.below.entry.backing_is_given = named == Named::ByOperator;
             record.places.push(place);
         });
+        self.follow_filters(drained.node(), target);
         Ok(())
+    }
+
+    /// Takes note that the filters over `replaced` stand on `target` now.
+    fn follow_filters(&self, replaced: &Arc<Node>, target: &Arc<Node>) {
+        let mut nodes = self.lock_nodes();
+        let Some(below) = nodes.find(target.name().as_str()).map(|record| record.below.clone()) else { return };
+        for record in &mut nodes.list {
+            let entry = &mut record.below.entry;
+            if entry.filter.is_some() && entry.child.as_ref() == Some(replaced.name()) {
+                entry.child = Some(target.name().clone());
+            }
+        }
+        // What is below several filters is in another file for all of them.
+        let mut lower = vec![below];
+        while let Some(below) = lower.pop() {
+            for record in &mut nodes.list {
+                let entry = &mut record.below.entry;
+                if entry.filter.is_some() && entry.child.as_ref() == Some(below.entry.node.name()) {
+                    entry.path = below.entry.path.clone();
+                    record.below.identity = below.identity;
+                    lower.push(record.below.clone());
+                }
+            }
+        }
     }
 
     /// Puts other nodes, or none, below images: all or none. The caller holds the gates of the images' nodes.
