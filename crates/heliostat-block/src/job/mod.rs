@@ -17,12 +17,12 @@ pub(crate) mod mirror_step;
 mod mirror_tests;
 #[cfg(test)]
 mod model_tests;
-#[cfg(test)]
-mod replace_tests;
 pub mod options;
 pub mod progress;
 pub(crate) mod range_table;
 pub(crate) mod rate;
+#[cfg(test)]
+mod replace_tests;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;

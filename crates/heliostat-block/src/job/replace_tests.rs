@@ -98,7 +98,10 @@ fn the_target_takes_the_place_of_a_node_below_filters_and_guests_stay_above_them
     stack.replace_low(|| ());
     assert!(Arc::ptr_eq(&stack.bench.export.node(), &stack.bench.source));
     assert!(Arc::ptr_eq(&stack.middle.passes_on_to().unwrap(), &stack.bench.target));
-    assert!(Arc::ptr_eq(&readers[0].node(), &stack.bench.target), "who read the replaced node reads the target");
+    assert!(
+        Arc::ptr_eq(&readers[0].node(), &stack.bench.target),
+        "who read the replaced node reads the target"
+    );
     assert!(Arc::ptr_eq(&readers[1].node(), &stack.middle));
     assert!(stack.bench.graph.roles(&stack.low).is_empty(), "nobody uses the replaced node any more");
     write(&stack.bench.export, 0, 9).now_or_never().expect("all gates are open");

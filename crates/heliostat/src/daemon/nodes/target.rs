@@ -220,7 +220,9 @@ impl Daemon {
     /// Takes note that the filters over `replaced` stand on `target` now.
     fn follow_filters(&self, replaced: &Arc<Node>, target: &Arc<Node>) {
         let mut nodes = self.lock_nodes();
-        let Some(below) = nodes.find(target.name().as_str()).map(|record| record.below.clone()) else { return };
+        let Some(below) = nodes.find(target.name().as_str()).map(|record| record.below.clone()) else {
+            return;
+        };
         for record in &mut nodes.list {
             let entry = &mut record.below.entry;
             if entry.filter.is_some() && entry.child.as_ref() == Some(replaced.name()) {
