@@ -12,9 +12,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use nbd::Guest;
 use common::wait;
 use heliostat_block::nbd::ReplyStyle;
+use nbd::Guest;
 use qmp::Peer;
 use qmp::wire::Wire;
 use serde_json::{Value, json};

@@ -20,8 +20,9 @@ use super::by_bitmap::ByBitmap;
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, Doubling};
 use super::figures::{Standing, Tally};
+use super::group::Member;
 use super::lanes::Lanes;
-use super::mirror_step::{Scan, Step, View, next_step};
+use super::mirror_step::{Others, Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
 use super::scan::SyncMode;
 use super::source_gate::SourceGate;
@@ -32,7 +33,6 @@ use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
-use crate::node::Node;
 
 pub use self::end::Succession;
 pub use super::options::MirrorOptions;
@@ -66,9 +66,8 @@ pub struct Mirror {
     tally: Tally,
     /// Taken when it is called.
     succession: Option<Succession>,
-    /// The nodes below the source down to the one that is to be replaced, where that is not the source.
-    below: Vec<Arc<Node>>,
     by_bitmap: Option<ByBitmap>,
+    member: Option<Member>,
 }
 
 impl Mirror {
@@ -116,8 +115,8 @@ impl Mirror {
             tally,
             clock,
             succession: None,
-            below: Vec::new(),
             by_bitmap: None,
+            member: None,
         }
     }
 
@@ -161,13 +160,20 @@ impl Mirror {
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
-            let step = next_step(self.view());
+            let view = self.view();
+            let step = next_step(view);
             self.tell_figures(step.is_said());
-            match step {
+            match self.member.as_ref().map_or(step, |member| member.meet(step, view)) {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
-                Step::Pivot if self.try_pivot().await => return self.end(),
+                Step::Pivot if self.may_end(End::Complete) => match self.pivot() {
+                    Ok(()) => return self.end(),
+                    Err(failure) => {
+                        self.member = None;
+                        self.failure = Some(failure);
+                    }
+                },
                 Step::EndWithCopy if self.may_end(End::Copy) => return self.end(),
                 step => self.carry_out(step).await,
             }
@@ -212,8 +218,10 @@ impl Mirror {
             flush: self.unflushed.state(),
             flushed: self.attempt.is_flushed() && self.unflushed.bytes() <= flush_budget,
             gate: self.gate.view(),
+            closed_below: self.gate.is_closed_below(),
             held_too_long: self.gate.held_until().is_some_and(|until| until <= now),
             resting: self.rest.until(now).is_some(),
+            others: self.member.as_ref().map_or(Others::Here, |member| member.others(self.gate.view())),
         }
     }
 
@@ -234,10 +242,7 @@ impl Mirror {
                 let done = self.underway.flush().await;
                 self.take_in(done);
             }
-            Step::BecomeReady => {
-                self.job.become_status(JobStatus::Ready);
-                self.job.say(JobEvent::Ready);
-            }
+            Step::BecomeReady => self.job.become_ready(),
             Step::BecomePaused => self.job.become_status(match self.job.status() {
                 JobStatus::Ready => JobStatus::Standby,
                 _ => JobStatus::Paused,
@@ -260,9 +265,11 @@ impl Mirror {
                 let source = Arc::clone(&self.route.source);
                 self.gate.close(source, self.clock.now()).await;
             }
+            Step::CloseBelow => self.close_below().await,
             Step::OpenGate => self.open_gate(),
             Step::Abort => {
                 self.job.become_status(JobStatus::Aborting);
+                self.member.iter().for_each(Member::fail);
                 self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
                 self.route.source.detach_doubling();
                 self.doubling.close();

@@ -49,7 +49,7 @@ impl Refusal {
                 format!("The block job for device '{job}' is currently paused")
             }
             VerbError::CannotComplete => format!("The active block job '{job}' cannot be completed"),
-            VerbError::AlreadyPaused | VerbError::NotPaused => error.to_string(),
+            VerbError::AlreadyPaused | VerbError::NotPaused | VerbError::Other { .. } => error.to_string(),
         })
     }
 

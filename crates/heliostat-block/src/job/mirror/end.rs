@@ -1,13 +1,12 @@
 //! What a mirror has to do with a named bitmap, and how it ends: the pivot, the copy that is left behind, the abort. Called by the loop, when everything that it
 //! needs is so.
 
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 
 use super::Mirror;
 use crate::clock::Clock;
 use crate::job::by_bitmap::ByBitmap;
+use crate::job::group::Member;
 use crate::job::mirror_step::Scan;
 use crate::job::scan::SyncMode;
 use crate::job::{End, JobEvent, JobStatus};
@@ -34,6 +33,13 @@ impl Mirror {
         self
     }
 
+    /// Lets it end together with the others of its group.
+    #[must_use]
+    pub fn with_group(mut self, member: Member) -> Self {
+        self.member = Some(member);
+        self
+    }
+
     /// What lies behind has not been looked at.
     pub(super) fn unscanned_from(&self) -> u64 {
         if self.scan == Scan::Over { self.route.source.size() } else { self.scanned_to }
@@ -48,51 +54,20 @@ impl Mirror {
     /// the source's requests go, from the top down; each passes them on as they are, and its bytes are the source's.
     #[must_use]
     pub fn with_replaced(mut self, below: Vec<Arc<Node>>) -> Self {
-        self.below = below;
+        self.gate.replace(below);
         self
     }
 
-    /// Puts the target where it belongs, if no verb stands in the way; says whether it did. Behind the closed gate.
-    pub(super) async fn try_pivot(&mut self) -> bool {
-        let Some(below) = self.drain_below().await else {
+    pub(super) async fn close_below(&mut self) {
+        if !self.gate.close_below(&*self.clock).await {
             self.open_gate();
-            return false;
-        };
-        if !self.may_end(End::Complete) {
-            return false;
-        }
-        match self.pivot(below.last()) {
-            Ok(()) => true,
-            Err(failure) => {
-                self.failure = Some(failure);
-                false
-            }
         }
     }
 
-    /// Closes the gates below the source, down to that of the node to be replaced. Nothing of the source's is in flight
-    /// there, nor of the mirror's, which reads through them; but others may be reading. Not later than when guests have
-    /// been held long enough.
-    async fn drain_below(&self) -> Option<Vec<Drained>> {
-        let mut timer = self.clock.sleep_until(self.gate.held_until()?);
-        let mut drained = Vec::new();
-        for node in &self.below {
-            let mut drain = pin!(node.drain());
-            let quiet = std::future::poll_fn(|cx| match drain.as_mut().poll(cx) {
-                Poll::Ready(quiet) => Poll::Ready(Some(quiet)),
-                Poll::Pending => timer.as_mut().poll(cx).map(|()| None),
-            });
-            drained.push(quiet.await?);
-        }
-        Some(drained)
-    }
-
-    /// Puts the target in the place of `below`, or of the source.
-    fn pivot(&mut self, below: Option<&Drained>) -> Result<(), String> {
+    pub(super) fn pivot(&mut self) -> Result<(), String> {
         // From here on nobody may write the target but whoever gets it.
         self.doubling.close();
-        let Some(source) = self.gate.drained() else { return Ok(()) };
-        let drained = below.unwrap_or(source);
+        let Some((source, drained)) = self.gate.drained() else { return Ok(()) };
         // First: a bitmap that is on the target hears of what guests write there.
         let named = self.by_bitmap.take().map(|mut named| (named.succeed(source.node()), named));
         let pivoted = match self.succession.take() {
