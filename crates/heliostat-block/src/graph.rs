@@ -120,7 +120,8 @@ impl Place {
 
 /// Which node stands somewhere.
 pub struct Spot {
-    /// Changed only while the gate of the node that stands here is closed and quiet.
+    /// Changed only while nothing is on its way through it, and no new request can come: the gate of the node that
+    /// stands here is closed and quiet, or that of the filter whose spot it is.
     node: RwLock<Arc<Node>>,
 }
 
@@ -281,6 +282,17 @@ impl Graph {
         let place = Place::new(role, below);
         state.places.push(Arc::downgrade(&place));
         Ok(place)
+    }
+
+    /// Puts the drained node, a filter that stands at `place`, on `below` instead. The caller has seen to it that the
+    /// users of `below` allow that, and that nobody reads through the filter past its gate.
+    pub fn move_filter(&self, drained: &Drained, place: &Place, below: &Arc<Node>) {
+        let _state = self.state();
+        debug_assert!(
+            matches!(&place.role, Role::Child { of } if of == drained.node().name()),
+            "another node stands there"
+        );
+        place.spot.put(below);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

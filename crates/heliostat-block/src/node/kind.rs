@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Node;
 use crate::driver::fault::FaultInjector;
+use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter, Qcow2};
 
 impl Node {
@@ -52,6 +53,15 @@ impl Node {
             owner = below;
         }
         owner
+    }
+
+    /// The throttling that it is, where it is one.
+    #[must_use]
+    pub fn throttle(&self) -> Option<&Throttle> {
+        match self.driver() {
+            Driver::Filter(Filter::Throttle(throttle)) => Some(throttle),
+            Driver::Raw(_) | Driver::Qcow2(_) | Driver::Filter(_) => None,
+        }
     }
 
     /// The fault injector that it is, where it is one.

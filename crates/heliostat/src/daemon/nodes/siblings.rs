@@ -55,6 +55,12 @@ impl Daemon {
         }
     }
 
+    /// Whether anything that stands on the node `name` may write its bytes, through it or past it.
+    pub(in crate::daemon) fn is_written(&self, name: &NodeName) -> bool {
+        let nodes = self.lock_nodes();
+        nodes.find(name.as_str()).is_some_and(|record| nodes.is_written(record))
+    }
+
     /// Says whether `name` is a window of a node that an operator made and that is only read. What was made for the
     /// window follows it.
     fn is_held_to_reading(&self, name: &NodeName) -> bool {

@@ -13,7 +13,9 @@ use heliostat_block::tracked::Drained;
 use super::super::gate::Format;
 use super::super::{Daemon, DaemonError};
 use super::qcow2::{namer, probe};
-use super::{BackingSpec, Child, DEPTH_MAX, DriverSpec, Making, NodeSpec, Qcow2Spec, Record};
+use super::{
+    BackingSpec, Child, DEPTH_MAX, DriverSpec, FilterEntry, Making, NodeSpec, Nodes, Qcow2Spec, Record,
+};
 
 /// What the target of a mirror stands on when it has taken the source's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,27 +222,26 @@ impl Daemon {
     /// Takes note that the filters over `replaced` stand on `target` now.
     fn follow_filters(&self, replaced: &Arc<Node>, target: &Arc<Node>) {
         let mut nodes = self.lock_nodes();
-        let Some(below) = nodes.find(target.name().as_str()).map(|record| record.below.clone()) else {
-            return;
-        };
-        for record in &mut nodes.list {
-            let entry = &mut record.below.entry;
-            if entry.filter.is_some() && entry.child.as_ref() == Some(replaced.name()) {
+        let entries = nodes.list.iter_mut().map(|record| &mut record.below.entry);
+        for entry in entries.filter(|entry| entry.filter.is_some()) {
+            if entry.child.as_ref() == Some(replaced.name()) {
                 entry.child = Some(target.name().clone());
             }
         }
-        // What is below several filters is in another file for all of them.
-        let mut lower = vec![below];
-        while let Some(below) = lower.pop() {
-            for record in &mut nodes.list {
-                let entry = &mut record.below.entry;
-                if entry.filter.is_some() && entry.child.as_ref() == Some(below.entry.node.name()) {
-                    entry.path = below.entry.path.clone();
-                    record.below.identity = below.identity;
-                    lower.push(record.below.clone());
-                }
-            }
-        }
+        nodes.follow_file(target);
+    }
+
+    /// Puts the drained node, a filter, on `below` instead of what it stands on; see
+    /// [`heliostat_block::graph::Graph::move_filter`].
+    pub(in super::super) fn change_child(&self, drained: &Drained, below: &Arc<Node>) {
+        let mut nodes = self.lock_nodes();
+        let is_it = |record: &&mut Record| Arc::ptr_eq(record.node(), drained.node());
+        let Some(record) = nodes.list.iter_mut().find(is_it) else { return };
+        let mut places = record.places.iter();
+        let Some(place) = places.find(|place| matches!(place.role(), Role::Child { .. })) else { return };
+        self.graph.move_filter(drained, place, below);
+        record.below.entry.child = Some(below.name().clone());
+        nodes.follow_file(below);
     }
 
     /// Puts other nodes, or none, below images: all or none. The caller holds the gates of the images' nodes.
@@ -267,6 +268,17 @@ impl Daemon {
             });
         }
         Ok(())
+    }
+
+    /// Keeps what is only said of a node, for who asks.
+    pub(in super::super) fn keep_said(&self, node: &Arc<Node>, spec: &NodeSpec) {
+        self.change_record(node, |record| {
+            let entry = &mut record.below.entry;
+            entry.cache = spec.cache;
+            if let DriverSpec::Throttle { group, .. } = &spec.driver {
+                entry.filter = Some(FilterEntry::Throttle { group: group.clone() });
+            }
+        });
     }
 
     fn change_record(&self, node: &Arc<Node>, change: impl FnOnce(&mut Record)) {
@@ -309,5 +321,23 @@ impl Record {
     async fn close_here(self) {
         // As closing a file does: who cared has flushed.
         let _ = self.node().close().await;
+    }
+}
+
+impl Nodes {
+    /// Takes note that `node` has come below filters: these are in its file now.
+    fn follow_file(&mut self, node: &Arc<Node>) {
+        let mut lower: Vec<_> =
+            self.find(node.name().as_str()).map(|record| record.below.clone()).into_iter().collect();
+        while let Some(below) = lower.pop() {
+            for record in &mut self.list {
+                let entry = &mut record.below.entry;
+                if entry.filter.is_some() && entry.child.as_ref() == Some(below.entry.node.name()) {
+                    entry.path.clone_from(&below.entry.path);
+                    record.below.identity = below.identity;
+                    lower.push(record.below.clone());
+                }
+            }
+        }
     }
 }
