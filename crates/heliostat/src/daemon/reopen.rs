@@ -326,12 +326,11 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
         (DriverSpec::Throttle { .. }, "throttle") => {}
         _ => return Err(DaemonError::Fixed("driver")),
     }
-    // What is above a file has nothing of its own to cache or to flush.
+    // What is above a file has no cache of its own.
     if entry.child.is_some() {
         return Ok(());
     }
-    check(spec.cache.direct == entry.cache.direct, "cache.direct")?;
-    check(spec.cache.no_flush == entry.cache.no_flush, "cache.no-flush")
+    check(spec.cache.direct == entry.cache.direct, "cache.direct")
 }
 
 #[cfg(test)]

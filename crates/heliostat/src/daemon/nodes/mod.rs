@@ -64,6 +64,8 @@ pub struct NodeEntry {
     pub path: PathBuf,
     /// The storage that it stands on, alone or not.
     pub storage: Option<Arc<dyn Storage>>,
+    /// The file, where it is the node of one.
+    pub file: Option<Arc<FileStorage>>,
     /// The name of the node below, through which its bytes go.
     pub child: Option<NodeName>,
     /// The name of the node that holds what this one does not.
@@ -95,6 +97,7 @@ impl NodeEntry {
             driver,
             path,
             storage: None,
+            file: None,
             child: None,
             backing: None,
             backing_is_given: false,
@@ -285,10 +288,11 @@ impl Daemon {
     ) -> Result<Below, DaemonError> {
         let identity = file.identity().ok();
         let driver = if file.is_device() { "host_device" } else { "file" };
-        let storage: Arc<dyn Storage> = Arc::new(file);
+        let file = Arc::new(file);
+        let storage: Arc<dyn Storage> = Arc::<FileStorage>::clone(&file);
         let node = self.node_of(name, Driver::Raw(Raw::whole(Arc::clone(&storage))), spec);
         let entry = NodeEntry::new(node, driver, path.to_owned(), spec.cache);
-        let entry = NodeEntry { storage: Some(storage), ..entry };
+        let entry = NodeEntry { storage: Some(storage), file: Some(file), ..entry };
         self.keep(Below { entry, start: 0, identity }, Vec::new(), making)
     }
 

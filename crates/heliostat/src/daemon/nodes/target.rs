@@ -11,6 +11,7 @@ use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
 
 use super::super::gate::Format;
+use super::super::open::flush;
 use super::super::{Daemon, DaemonError};
 use super::qcow2::{namer, probe};
 use super::{
@@ -270,11 +271,14 @@ impl Daemon {
         Ok(())
     }
 
-    /// Keeps what is only said of a node, for who asks.
+    /// Keeps what is said of a node, for who asks; and lets its file flush as it is said.
     pub(in super::super) fn keep_said(&self, node: &Arc<Node>, spec: &NodeSpec) {
         self.change_record(node, |record| {
             let entry = &mut record.below.entry;
             entry.cache = spec.cache;
+            if let Some(file) = &entry.file {
+                file.set_flush(flush(spec.cache));
+            }
             if let DriverSpec::Throttle { group, .. } = &spec.driver {
                 entry.filter = Some(FilterEntry::Throttle { group: group.clone() });
             }
