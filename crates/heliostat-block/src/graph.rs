@@ -38,12 +38,23 @@ pub enum Role {
     Child {
         /// The upper node.
         of: NodeName,
+        /// What it asks for beyond that.
+        claims: Claims,
     },
     /// Is what another node stands on: read through it, and not to change meanwhile.
     Backing {
         /// The upper node.
         of: NodeName,
     },
+}
+
+/// What a node asks for below it beyond what its requests need: for tests of who may use what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// Nobody else may read.
+    pub reads_alone: bool,
+    /// It may change the length.
+    pub resizes: bool,
 }
 
 /// Why a node cannot be had.
@@ -289,7 +300,7 @@ impl Graph {
     pub fn move_filter(&self, drained: &Drained, place: &Place, below: &Arc<Node>) {
         let _state = self.state();
         debug_assert!(
-            matches!(&place.role, Role::Child { of } if of == drained.node().name()),
+            matches!(&place.role, Role::Child { of, .. } if of == drained.node().name()),
             "another node stands there"
         );
         place.spot.put(below);
@@ -317,7 +328,7 @@ impl State {
     fn moves_with_a_pivot(&self, place: &Place) -> bool {
         match &place.role {
             Role::Export { .. } => true,
-            Role::Child { of } => self.nodes.get(of).is_some_and(|upper| upper.passes_on_to().is_some()),
+            Role::Child { of, .. } => self.nodes.get(of).is_some_and(|upper| upper.passes_on_to().is_some()),
             Role::MirrorSource { .. } | Role::MirrorTarget { .. } | Role::Backing { .. } => false,
         }
     }
@@ -333,6 +344,11 @@ fn conflicts(present: &Role, wanted: &Role) -> bool {
         (Role::Backing { .. }, Role::Backing { .. } | Role::MirrorSource { .. })
         | (Role::MirrorSource { .. }, Role::Backing { .. }) => false,
         // What is written through the upper node passes this one by: nobody may rely on hearing of it here.
+        // Who reads relies on the length.
+        (Role::Child { claims, .. }, Role::Export { writable: false, .. })
+        | (Role::Export { writable: false, .. }, Role::Child { claims, .. }) => {
+            claims.reads_alone || claims.resizes
+        }
         (Role::Child { .. } | Role::Backing { .. }, other)
         | (other, Role::Child { .. } | Role::Backing { .. }) => {
             !matches!(other, Role::Export { writable: false, .. })

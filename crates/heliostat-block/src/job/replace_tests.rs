@@ -15,7 +15,7 @@ use crate::buffer::Buffer;
 use crate::clock::Clock;
 use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter};
-use crate::graph::{Graph, Place, Role};
+use crate::graph::{Claims, Graph, Place, Role};
 use crate::limits::PAUSE_BUDGET_LAST;
 use crate::name::NodeName;
 use crate::node::{Node, NodeOptions};
@@ -31,7 +31,8 @@ fn disk(byte: u8) -> Arc<Disk> {
 /// Puts a filter on `below`.
 fn filter(bench: &Bench, name: &str, below: &Arc<Node>) -> (Arc<Node>, Arc<Place>) {
     let name = NodeName::new(name).unwrap();
-    let place = bench.graph.attach(below, Role::Child { of: name.clone() }).unwrap();
+    let place =
+        bench.graph.attach(below, Role::Child { of: name.clone(), claims: Claims::default() }).unwrap();
     let clock: Arc<dyn Clock> = bench.clock.clone();
     let group = ThrottleGroup::new(Limits::default(), Arc::clone(&clock)).unwrap();
     let driver = Driver::Filter(Filter::Throttle(Throttle::new(Arc::clone(place.spot()), group)));

@@ -16,6 +16,7 @@ use heliostat_block::named_bitmap::{Change, change};
 use heliostat_block::node::{DetectZeroes, Node};
 use heliostat_host::runtime::{Thread, give_way};
 
+use super::conflict::conflict;
 use super::events::Happening;
 use super::jobs::JobKind;
 use super::mirror_bitmap::unstorable;
@@ -475,19 +476,6 @@ fn granularity_alone(asked: Option<u32>, size: u64, target: &Clusters) -> Result
         Some(bytes) if is_too_fine(bytes) => Err(DaemonError::GranularityTooFine { bytes, size }),
         Some(bytes) => Ok(bytes),
     }
-}
-
-/// QEMU's words for a use that another use leaves no room for.
-pub(super) fn conflict(node: NodeName, present: &Role, writes: bool) -> DaemonError {
-    let unnamed = format!("an unnamed block device (uses node '{node}' as 'root' child)");
-    let (user, user_writes) = match present {
-        Role::Backing { of } => return DaemonError::NodeIsBacking { node, of: of.clone() },
-        Role::Child { of } => (format!("node '{of}' (uses node '{node}' as 'file' child)"), true),
-        Role::Export { writable, .. } => (unnamed.clone(), *writable),
-        Role::MirrorSource { .. } | Role::MirrorTarget { .. } => (unnamed.clone(), writes),
-    };
-    let permissions = if user_writes { "consistent read, write" } else { "consistent read" };
-    DaemonError::PermissionConflict { node, permissions, user, other: unnamed }
 }
 
 #[cfg(test)]

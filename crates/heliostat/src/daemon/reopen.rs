@@ -113,7 +113,7 @@ impl Daemon {
         self.graph.roles(node).iter().any(|role| match role {
             Role::Export { writable, .. } => *writable,
             Role::MirrorTarget { .. } => true,
-            Role::Child { of } => {
+            Role::Child { of, .. } => {
                 let above = entries.iter().find(|entry| entry.node.name() == of);
                 above.is_some_and(|above| !above.node.options().read_only)
             }
@@ -167,7 +167,7 @@ impl Daemon {
             let Some(file) = &change.file else { continue };
             let is_free = self.graph.roles(file).iter().all(|role| match role {
                 Role::Export { writable, .. } => !writable,
-                Role::Child { of } => leaves(of) || (change.spec.read_only && !self.is_written(of)),
+                Role::Child { of, .. } => leaves(of) || (change.spec.read_only && !self.is_written(of)),
                 Role::MirrorSource { .. } | Role::MirrorTarget { .. } | Role::Backing { .. } => false,
             });
             let comes_too = |other: &&Change| {
@@ -255,7 +255,7 @@ impl Daemon {
             let roles =
                 self.graph.node(name.as_str()).map(|node| self.graph.roles(&node)).unwrap_or_default();
             let now = roles.into_iter().filter_map(|role| match role {
-                Role::Child { of } | Role::Backing { of } => Some(of),
+                Role::Child { of, .. } | Role::Backing { of } => Some(of),
                 _ => None,
             });
             let then = moves.iter().filter(|(_, below)| below.as_ref().is_some_and(|b| *b.name() == name));

@@ -83,7 +83,7 @@ impl Daemon {
         let is_below = roles.iter().any(|role| matches!(role, Role::Child { .. }));
         // QEMU names the user that came last.
         match roles.last() {
-            Some(Role::Child { of }) => {
+            Some(Role::Child { of, .. }) => {
                 let above = format!("node '{of}' (uses node '{}' as 'file' child)", node.name());
                 return Err(conflict(node, root(node), above));
             }

@@ -13,9 +13,9 @@ use heliostat_block::name::NodeName;
 use heliostat_block::node::{Node, NodeOptions};
 use heliostat_host::runtime;
 
+use super::conflict::conflict;
 use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer};
 use super::gate::CHAIN_MAX;
-use super::mirror::conflict;
 use super::nodes::Named;
 use super::{Beneath, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 

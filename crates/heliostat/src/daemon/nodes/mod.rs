@@ -20,7 +20,7 @@ use std::time::Duration;
 use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::{Driver, Raw};
-use heliostat_block::graph::{Place, Role};
+use heliostat_block::graph::{Claims, Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
 use heliostat_block::range::ByteRange;
@@ -324,6 +324,17 @@ impl Daemon {
         shown: ByteRange,
         read_only: bool,
     ) -> Result<Arc<Place>, DaemonError> {
+        self.attach_claiming(child, of, shown, read_only, Claims::default())
+    }
+
+    fn attach_claiming(
+        &self,
+        child: &Below,
+        of: &NodeName,
+        shown: ByteRange,
+        read_only: bool,
+        claims: Claims,
+    ) -> Result<Arc<Place>, DaemonError> {
         let child = &child.entry.node;
         let in_use = || DaemonError::NodeInUse(child.name().clone());
         let is_bystander =
@@ -334,8 +345,10 @@ impl Daemon {
         if self.overlaps_sibling(child, of, shown, read_only) || self.has_unlisted_user(child) {
             return Err(in_use());
         }
-        let role = Role::Child { of: of.clone() };
-        self.graph.attach(child, role).map_err(|_| in_use())
+        let role = Role::Child { of: of.clone(), claims };
+        self.graph
+            .attach(child, role)
+            .map_err(|_| super::conflict::claimed(child.name(), of, claims).unwrap_or_else(in_use))
     }
 
     fn keep(&self, below: Below, places: Vec<Arc<Place>>, making: Making) -> Result<Below, DaemonError> {

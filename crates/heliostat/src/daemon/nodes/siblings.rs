@@ -102,7 +102,7 @@ impl Daemon {
     pub(super) fn has_unlisted_user(&self, child: &Arc<Node>) -> bool {
         let nodes = self.lock_nodes();
         self.graph.roles(child).iter().any(|role| match role {
-            Role::Child { of } => nodes.find(of.as_str()).is_none(),
+            Role::Child { of, .. } => nodes.find(of.as_str()).is_none(),
             _ => false,
         })
     }
