@@ -377,9 +377,16 @@ impl Node {
     }
 
     /// How `range` reads, through all layers: a hole is one in each of them. As [`Node::extents_of_layer`] else.
-    pub(crate) async fn extents_below(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
-        let layer = self.extents_of_layer(range).await?;
-        let Some(backing) = self.backing() else { return Ok(layer) };
+    pub(crate) async fn extents_below(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
+        let (layer, backing) = loop {
+            let owner = self.owner();
+            let found = (self.extents_of_layer(range).await?, self.backing());
+            // Else a pivot below came between: a hole of the one would be looked for below the other.
+            if Arc::ptr_eq(&owner, &self.owner()) {
+                break found;
+            }
+        };
+        let Some(backing) = backing else { return Ok(layer) };
         let mut merged = Vec::new();
         for extent in layer {
             if extent.status != ExtentStatus::Hole {

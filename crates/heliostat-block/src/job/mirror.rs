@@ -218,6 +218,7 @@ impl Mirror {
             flush: self.unflushed.state(),
             flushed: self.attempt.is_flushed() && self.unflushed.bytes() <= flush_budget,
             gate: self.gate.view(),
+            closed_below: self.gate.is_closed_below(),
             held_too_long: self.gate.held_until().is_some_and(|until| until <= now),
             resting: self.rest.until(now).is_some(),
             others: self.member.as_ref().map_or(Others::Here, |member| member.others(self.gate.view())),
@@ -264,6 +265,7 @@ impl Mirror {
                 let source = Arc::clone(&self.route.source);
                 self.gate.close(source, self.clock.now()).await;
             }
+            Step::CloseBelow => self.close_below().await,
             Step::OpenGate => self.open_gate(),
             Step::Abort => {
                 self.job.become_status(JobStatus::Aborting);

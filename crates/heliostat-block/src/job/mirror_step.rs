@@ -77,6 +77,9 @@ pub(crate) struct View {
     /// little; so that the one at the closed gate is short.
     pub flushed: bool,
     pub gate: Gate,
+    /// The gates below the source's are closed, down to that of the node that is replaced, with nothing behind them.
+    /// Nothing can be copied then: the copies pass them.
+    pub closed_below: bool,
     /// Guests have waited at the gate long enough.
     pub held_too_long: bool,
     /// An ignored error asks for a rest.
@@ -107,6 +110,8 @@ pub(crate) enum Step {
     BecomePending,
     /// Close the source's gate.
     CloseGate,
+    /// Close those below it, down to that of the node that is replaced.
+    CloseBelow,
     /// Open it again: the end was withdrawn, or the job is to pause.
     OpenGate,
     /// Put the target in the source's place, and end.
@@ -239,6 +244,7 @@ fn behind_closed_gate(view: View) -> Step {
     match (view.flush, view.orders.end) {
         (TargetFlush::Running, _) => Step::Wait,
         (TargetFlush::Needed, _) => Step::Flush,
+        (TargetFlush::Good, Some(End::Complete)) if !view.closed_below => Step::CloseBelow,
         (TargetFlush::Good, Some(end)) => end.step(),
         (TargetFlush::Good, None) => Step::OpenGate,
     }
@@ -274,6 +280,7 @@ mod tests {
         flush: TargetFlush::Good,
         flushed: false,
         gate: Gate::Open,
+        closed_below: true,
         held_too_long: false,
         resting: false,
         others: Others::Here,
@@ -460,6 +467,19 @@ mod tests {
             ("nor while it rests", View { others: Called, resting: true, ..busy }, Step::WaitForMarks),
             ("behind the gate it is as alone", View { others: Called, ..CLOSED }, Step::Pivot),
             ("the others have opened theirs", View { others: Apart, ..CLOSED }, Step::OpenGate),
+        ]);
+    }
+
+    #[test]
+    fn where_a_node_below_is_replaced() {
+        let closed = View { closed_below: false, ..CLOSED };
+        let copy = Orders { end: Some(End::Copy), ..COMPLETE };
+        check(&[
+            ("the gates below are closed last", closed, Step::CloseBelow),
+            ("not before the flush", View { flush: TargetFlush::Needed, ..closed }, Step::Flush),
+            ("nor while something is left", View { clean: false, copyable: true, ..closed }, Step::Copy),
+            ("nor for a copy, which replaces nothing", View { orders: copy, ..closed }, Step::EndWithCopy),
+            ("then comes the pivot", View { closed_below: true, ..closed }, Step::Pivot),
         ]);
     }
 

@@ -24,6 +24,8 @@ pub mod options;
 pub mod progress;
 pub(crate) mod range_table;
 pub(crate) mod rate;
+#[cfg(test)]
+mod replace_tests;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;

@@ -160,7 +160,7 @@ impl Daemon {
         }
         let role = Role::Export { id: spec.id.clone(), writable: spec.writable };
         let place = self.graph.attach(&node, role).map_err(|error| match error {
-            GraphError::InUse { node, role } => super::mirror::conflict(node, &role, spec.writable),
+            GraphError::InUse { node, role } => super::conflict::conflict(node, &role, spec.writable),
             _ => DaemonError::NodeNotFound(spec.node.clone()),
         })?;
         let name = spec.name.clone().unwrap_or_else(|| spec.node.clone());

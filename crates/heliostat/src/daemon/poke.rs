@@ -15,7 +15,7 @@ use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, ZeroEffort, ZeroSpace};
 use heliostat_host::runtime::{self, Thread};
 
-use super::mirror::conflict;
+use super::conflict::conflict;
 use super::{Daemon, DaemonError};
 
 /// The most requests at once. Each has a thread of its own; a test that wants more wants a client.

@@ -21,9 +21,9 @@ use heliostat_block::node::{Node, NodeOptions};
 use heliostat_block::tracked::Drained;
 use heliostat_host::runtime;
 
+use super::conflict::conflict;
 use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer};
 use super::gate::CHAIN_MAX;
-use super::mirror::conflict;
 use super::nodes::Named;
 use super::{Action, Beneath, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 

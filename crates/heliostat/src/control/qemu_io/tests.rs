@@ -7,8 +7,8 @@ fn with_a_node() -> Arc<Daemon> {
     let daemon = Daemon::new();
     let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
     let image = Child::New(Box::new(NodeSpec::new(None, null)));
-    let limits = FaultLimits::default();
-    let faults = FaultSpec { image, config: None, limits, errors: Vec::new(), states: Vec::new() };
+    let (limits, claims) = (FaultLimits::default(), heliostat_block::graph::Claims::default());
+    let faults = FaultSpec { image, config: None, limits, errors: Vec::new(), states: Vec::new(), claims };
     let node = NodeSpec::new(Some("n".to_owned()), DriverSpec::Faults(Box::new(faults)));
     daemon.add_node(&node).unwrap();
     let raw = DriverSpec::Raw { file: Child::Named("n".to_owned()), offset: 0, size: None, is_guess: false };
@@ -122,9 +122,10 @@ fn nodes_on_each_other_are_reopened_in_any_order_while_a_request_is_between_them
     says(&daemon, "wait_break A");
     let image =
         daemon.nodes().iter().find_map(|entry| entry.filter.as_ref().and(entry.child.clone())).unwrap();
-    let limits = FaultLimits::default();
+    let (limits, claims) = (FaultLimits::default(), heliostat_block::graph::Claims::default());
     let (errors, states, image) = (Vec::new(), Vec::new(), Child::Named(image.to_string()));
-    let lower = DriverSpec::Faults(Box::new(FaultSpec { image, config: None, limits, errors, states }));
+    let lower =
+        DriverSpec::Faults(Box::new(FaultSpec { image, config: None, limits, errors, states, claims }));
     let file = Child::Named("n".to_owned());
     let upper = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
     let specs =
