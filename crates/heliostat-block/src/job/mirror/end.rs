@@ -61,6 +61,7 @@ impl Mirror {
     pub(super) async fn close_below(&mut self) {
         if !self.gate.close_below(&*self.clock).await {
             self.open_gate();
+            self.member.iter().for_each(Member::open);
         }
     }
 
