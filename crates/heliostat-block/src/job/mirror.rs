@@ -180,8 +180,10 @@ impl Mirror {
         let now = self.clock.now();
         self.pace.set_speed(orders.speed, now);
         self.attempt.aim(orders.end.is_some(), now);
-        // A target that has just failed is left alone for a while, by guests' writes too.
-        let doubles = orders.copy_mode == CopyMode::WriteBlocking && self.rest.until(now).is_none();
+        // A target that has just failed is left alone for a while, by guests' writes too; for ever, where that was the
+        // end of the job, which may be held still.
+        let is_left_alone = self.failure.is_some() || self.rest.until(now).is_some();
+        let doubles = orders.copy_mode == CopyMode::WriteBlocking && !is_left_alone;
         self.doubling.set_write_blocking(doubles);
     }
 
@@ -407,7 +409,8 @@ impl Mirror {
                 self.rest.begin(self.clock.now());
             }
         }
-        // Last: who hears of it may resume or finalize at once.
+        // Last: who hears of it may ask for the figures, resume or finalize at once.
+        self.tell_figures(true);
         self.job.say(JobEvent::Error {
             operation,
             action,

@@ -273,6 +273,8 @@ impl Daemon {
         if let Some(export) = export {
             // A client may still be letting go of it; who hears of the end may remove the node at once.
             self.graph.detach(&export.place);
+            // Or open its file again.
+            drop(export);
             self.drop_orphans_alone();
             self.events.say(Happening::ExportDeleted { id: id.to_owned() });
         }

@@ -79,7 +79,15 @@ impl Mirror {
             self.unflushed.flush_failed(dirty);
             named.fail(&self.route.source, dirty, self.options.sync == SyncMode::Bitmap);
         }
-        self.failure.take().map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure)))
+        match self.failure.take() {
+            // Cancelled while it was held: it says so, and its error is what it had met.
+            Some(failure) if self.job.orders().cancelled => {
+                self.job.keep_failure(failure);
+                JobEvent::Cancelled
+            }
+            Some(failure) => JobEvent::Completed(Some(failure)),
+            None => JobEvent::Cancelled,
+        }
     }
 }
 
