@@ -37,6 +37,10 @@ pub enum Bug {
     BitmapClearedOnFailure,
     /// A named bitmap that is kept up to date at every end forgets what had not been copied.
     BitmapForgetsRest,
+    /// A named bitmap that was handed over for a pivot is not given back when that is refused.
+    BitmapNotTakenBack,
+    /// The gate stays closed when a pivot was refused.
+    GateLeftClosed,
     /// qcow2: a mapping is visible before its data is there.
     MappingBeforeData,
     /// qcow2: L2 tables are written without waiting for reference counts and data to be durable.

@@ -130,9 +130,16 @@ impl Search {
         }
         let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!(
-            "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met; {} requests by \
-             lanes",
-            seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors, seen.on_lanes
+            "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed, {} refused at the pivot; {} \
+             errors met; {} requests by lanes",
+            seen.requests,
+            seen.pivots,
+            seen.copies,
+            seen.cancelled,
+            seen.failed,
+            seen.refused,
+            seen.errors,
+            seen.on_lanes
         );
     }
 

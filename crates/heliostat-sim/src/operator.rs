@@ -14,7 +14,7 @@ use crate::bench::Bench;
 use crate::lanes::LaneTasks;
 use crate::named::{Named, Wish};
 use crate::random::Random;
-use crate::watch::{Known, Watch};
+use crate::watch::{Known, REFUSAL, Watch};
 use crate::world::Executor;
 
 /// How a job is to end, when it has been played with for long enough.
@@ -47,6 +47,8 @@ pub(crate) struct Errand {
     pub(crate) hush: Option<Duration>,
     /// What it has to do with the bitmap, where there is one.
     pub(crate) wish: Option<Wish>,
+    /// The pivot is refused, as where something else minds.
+    pub(crate) is_refused: bool,
 }
 
 /// Starts jobs and sees to them.
@@ -115,6 +117,7 @@ impl Operator {
             auto_finalize: errand.job.auto_finalize,
             doubles: errand.job.copy_mode == CopyMode::WriteBlocking,
             impulse: errand.impulse,
+            is_refused: errand.is_refused,
         };
         self.bench.world.trace(|| format!("operator: mirror {known:?} {:?} {:?}", errand.job, errand.mirror));
         if errand.job.copy_mode == CopyMode::WriteBlocking {
@@ -129,6 +132,9 @@ impl Operator {
             Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, bitmaps, clock);
         if let Some(by_bitmap) = by_bitmap {
             mirror = mirror.with_bitmap(by_bitmap);
+        }
+        if errand.is_refused {
+            mirror = mirror.with_succession(Box::new(|_, _| Err(REFUSAL.to_owned())));
         }
         if let Some(lanes) = &mut self.lanes {
             mirror = mirror.with_lanes(lanes.lanes(&self.bench.world, &self.executor));

@@ -130,6 +130,7 @@ fn run_in(running: &Running, mut random: Random, mut apart: Random) -> Result<Se
         Named::begin(&bench, apart.pick(&[512, 4096, 64 << 10, 1 << 20]));
         draw_wishes(&mut errands, &mut apart);
     }
+    errands.iter_mut().for_each(|errand| errand.is_refused = apart.chance(150));
     let operator = Operator {
         bench: Arc::clone(&bench),
         executor: executor.clone(),
@@ -392,6 +393,7 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
         patient: random.chance(200),
         hush: None,
         wish: None,
+        is_refused: false,
     }
 }
 

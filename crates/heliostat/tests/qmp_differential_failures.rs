@@ -9,6 +9,8 @@
 //! What may differ is what may in `qmp_differential_verbs`. There is no conversation about a pending job: nothing of
 //! QEMU's can fail there, as it holds guests; what ours does then is shown alone.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod common;
 #[path = "common/nbd.rs"]
 mod nbd;

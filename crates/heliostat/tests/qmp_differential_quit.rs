@@ -6,6 +6,8 @@
 //! matter of threads, so each job's are compared alone. What may differ is what may in `qmp_differential_verbs`: how
 //! far a job has come that is held on its way.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod common;
 #[path = "common/nbd.rs"]
 mod nbd;

@@ -54,8 +54,12 @@ impl Mirror {
                 Ok(())
             }
         };
+        let named = named.filter(|_| !is_planted(Bug::BitmapNotTakenBack));
         if let (Err(_), Some((Some(old), named))) = (&pivoted, named) {
             named.take_back(drained.node(), &old);
+        }
+        if pivoted.is_err() && is_planted(Bug::GateLeftClosed) {
+            self.gate.lose();
         }
         pivoted
     }

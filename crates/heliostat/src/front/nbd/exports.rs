@@ -93,6 +93,8 @@ pub(super) struct Exports {
     /// Held for look-ups and changes only. Lock order: this, then an export's clients.
     by_name: Mutex<BTreeMap<String, Arc<Export>>>,
     stopping: AtomicBool,
+    /// Connections are taken.
+    is_open: AtomicBool,
     /// Tells connections to look whether they are to end.
     changed: Event,
 }
@@ -108,8 +110,30 @@ pub(super) struct Client {
 pub struct Removed(Arc<Export>);
 
 impl Exports {
-    pub(super) const fn new() -> Self {
-        Self { by_name: Mutex::new(BTreeMap::new()), stopping: AtomicBool::new(false), changed: Event::new() }
+    pub(super) const fn new(is_open: bool) -> Self {
+        Self {
+            by_name: Mutex::new(BTreeMap::new()),
+            stopping: AtomicBool::new(false),
+            is_open: AtomicBool::new(is_open),
+            changed: Event::new(),
+        }
+    }
+
+    /// Lets connections be taken.
+    pub(super) fn open(&self) {
+        self.is_open.store(true, Ordering::SeqCst);
+        self.changed.notify(usize::MAX);
+    }
+
+    /// Waits until connections are taken.
+    pub(super) async fn opened(&self) {
+        loop {
+            let changed = self.changed.listen();
+            if self.is_open.load(Ordering::SeqCst) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     pub(super) fn add(&self, settings: ExportSettings) -> Result<(), ExportError> {
