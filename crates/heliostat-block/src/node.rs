@@ -207,13 +207,18 @@ impl Node {
     /// Dropped before it returns, it opens the gate again.
     pub async fn drain(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
-        let mut hurry = Hurry::default();
-        self.driver().hurry(&mut hurry);
-        let drained = Drained::of_closed(Arc::clone(self), hurry);
+        let drained = Drained::of_closed(Arc::clone(self), self.hurry());
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;
         }
         drained
+    }
+
+    /// Lets no request that it has wait for a limit, as long as the value lives. What passes counts all the same.
+    pub(crate) fn hurry(&self) -> Hurry {
+        let mut hurry = Hurry::default();
+        self.driver().hurry(&mut hurry);
+        hurry
     }
 
     /// How many mirrors hear of its writes.

@@ -32,6 +32,7 @@ use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
+use crate::throttle::Hurry;
 
 pub use self::end::Succession;
 pub use super::options::MirrorOptions;
@@ -66,6 +67,8 @@ pub struct Mirror {
     /// Taken when it is called.
     succession: Option<Succession>,
     by_bitmap: Option<ByBitmap>,
+    /// It has given up, and its target's limits hold nothing up.
+    hurry: Hurry,
 }
 
 impl Mirror {
@@ -114,6 +117,7 @@ impl Mirror {
             clock,
             succession: None,
             by_bitmap: None,
+            hurry: Hurry::default(),
         }
     }
 
@@ -267,6 +271,8 @@ impl Mirror {
                 self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
                 self.route.source.detach_doubling();
                 self.doubling.close();
+                // Nothing more is launched, and what is on its way must end.
+                self.hurry = self.route.give_up();
             }
             // The loop's own; an end that a verb stood in the way of is decided anew.
             Step::Wait | Step::WaitForMarks | Step::Pivot | Step::EndWithCopy | Step::EndAborted => {}
