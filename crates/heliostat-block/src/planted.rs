@@ -37,6 +37,8 @@ pub enum Bug {
     BitmapClearedOnFailure,
     /// A named bitmap that is kept up to date at every end forgets what had not been copied.
     BitmapForgetsRest,
+    /// A source that the target will stand on is not flushed with it.
+    StandsOnUnflushed,
     /// A named bitmap that was handed over for a pivot is not given back when that is refused.
     BitmapNotTakenBack,
     /// The gate stays closed when a pivot was refused.

@@ -37,6 +37,8 @@ pub(crate) struct Known {
     pub(crate) doubles: bool,
     /// A verb that is said in the very moment in which a status is announced.
     pub(crate) impulse: Option<(JobStatus, Verb)>,
+    /// After the pivot the target stands on the source.
+    pub(crate) stands: bool,
     /// Its pivot is refused.
     pub(crate) is_refused: bool,
 }
@@ -279,9 +281,24 @@ impl Watch {
                 ));
             }
         }
-        if pivoted {
-            bench.moved(self.known.target, to);
+        match pivoted {
+            true if self.known.stands => self.stand(from),
+            true => bench.moved(self.known.target, to),
+            false => {}
         }
+    }
+
+    /// The target shows what the source does, through what it does not hold.
+    fn stand(&self, image: Vec<u8>) {
+        let bench = &self.bench;
+        let (source, target) = (&bench.disks[self.known.source], &bench.disks[self.known.target]);
+        // Guests' flushes go to the target alone from here on.
+        if source.storage.flush_failures() == 0 && source.storage.durable() != image {
+            self.fail("what the target stands on is not durable");
+        }
+        target.storage.hold(image.clone());
+        bench.seen().stood += 1;
+        bench.moved(self.known.target, image);
     }
 
     /// Nothing of the job is left on the nodes.
