@@ -43,6 +43,10 @@ pub enum Bug {
     BitmapNotTakenBack,
     /// The gate stays closed when a pivot was refused.
     GateLeftClosed,
+    /// Each mirror of a group closes its gate for itself, and ends when it can.
+    GroupEndsOneByOne,
+    /// One of a group that fails does not take the others with it.
+    GroupFailsAlone,
     /// qcow2: a mapping is visible before its data is there.
     MappingBeforeData,
     /// qcow2: L2 tables are written without waiting for reference counts and data to be durable.

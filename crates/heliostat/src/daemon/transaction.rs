@@ -4,7 +4,7 @@
 //! places at nodes) is had then. Only when all have passed is anything done, and nothing of that can fail: bitmaps
 //! change at one moment over all nodes, then mirrors start.
 
-use heliostat_block::job::Job;
+use heliostat_block::job::Group;
 
 use super::bitmaps::Plan;
 use super::mirror::{Launch, Prospect, Ready};
@@ -19,6 +19,16 @@ pub enum Action {
     Mirror(Box<MirrorSpec>),
     /// All is refused.
     Abort,
+}
+
+/// How the jobs of a transaction end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompletionMode {
+    /// Each for itself.
+    #[default]
+    Individual,
+    /// At one moment, all or none (MIRROR.md section 7, groups). They end by themselves only where each of them may.
+    Grouped,
 }
 
 /// Why there is no transaction. The texts are QEMU's.
@@ -37,7 +47,7 @@ impl Daemon {
     ///
     /// # Errors
     /// Of the first action that cannot be done.
-    pub fn transaction(&self, actions: &[Action]) -> Result<(), DaemonError> {
+    pub fn transaction(&self, actions: &[Action], mode: CompletionMode) -> Result<(), DaemonError> {
         let _change = self.begin_change()?;
         let mut plan = Plan::default();
         let mut mirrors: Vec<Ready> = Vec::new();
@@ -56,10 +66,19 @@ impl Daemon {
             }
         }
         plan.carry_out();
-        for ready in mirrors {
-            let _job: std::sync::Arc<Job> = self.go(ready);
-        }
+        self.go_all(mirrors, mode);
         Ok(())
+    }
+
+    fn go_all(&self, mirrors: Vec<Ready>, mode: CompletionMode) {
+        let group = (mode == CompletionMode::Grouped).then(|| Group::new(mirrors.len()));
+        let auto_finalize = mirrors.iter().all(Ready::auto_finalize);
+        for mut ready in mirrors {
+            if group.is_some() {
+                ready.set_auto_finalize(auto_finalize);
+            }
+            let _job = self.go(ready, group.as_ref());
+        }
     }
 
     /// Checks all that a mirror needs and has it ready to start.
