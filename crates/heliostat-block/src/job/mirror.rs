@@ -271,24 +271,10 @@ impl Mirror {
                 self.gate.close(source, self.clock.now()).await;
             }
             Step::OpenGate => self.open_gate(),
-            Step::Abort => {
-                self.job.become_status(JobStatus::Aborting);
-                self.member.iter().for_each(Member::fail);
-                self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
-                self.route.source.detach_doubling();
-                self.doubling.close();
-                // Nothing more is launched, and what is on its way must end.
-                self.hurry = self.route.give_up();
-            }
+            Step::Abort => self.abort(),
             // The loop's own; an end that a verb stood in the way of is decided anew.
             Step::Wait | Step::WaitForMarks | Step::Pivot | Step::EndWithCopy | Step::EndAborted => {}
         }
-    }
-
-    fn open_gate(&mut self) {
-        self.attempt.retry();
-        let pause = self.gate.reopen(self.clock.now());
-        self.tally.paused_guests_for(pause);
     }
 
     async fn start_halves(&mut self) {

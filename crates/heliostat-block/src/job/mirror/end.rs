@@ -83,6 +83,22 @@ impl Mirror {
         JobEvent::Completed(None)
     }
 
+    /// Gives up: nothing more is launched, and what is on its way must end.
+    pub(super) fn abort(&mut self) {
+        self.job.become_status(JobStatus::Aborting);
+        self.member.iter().for_each(Member::fail);
+        self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
+        self.route.source.detach_doubling();
+        self.doubling.close();
+        self.hurry = self.route.give_up();
+    }
+
+    pub(super) fn open_gate(&mut self) {
+        self.attempt.retry();
+        let pause = self.gate.reopen(self.clock.now());
+        self.tally.paused_guests_for(pause);
+    }
+
     pub(super) fn end_aborted(mut self) -> JobEvent {
         self.tell_figures(true);
         if let Some(mut named) = self.by_bitmap.take() {
