@@ -227,9 +227,7 @@ impl Node {
 
     fn close_gate(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
-        let mut hurry = Hurry::default();
-        self.driver().hurry(&mut hurry);
-        Drained::of_closed(Arc::clone(self), hurry)
+        Drained::of_closed(Arc::clone(self), self.hurry())
     }
 
     /// Waits until nothing is in flight.
@@ -237,6 +235,13 @@ impl Node {
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;
         }
+    }
+
+    /// Lets no request that it has wait for a limit, as long as the value lives. What passes counts all the same.
+    pub(crate) fn hurry(&self) -> Hurry {
+        let mut hurry = Hurry::default();
+        self.driver().hurry(&mut hurry);
+        hurry
     }
 
     /// How many mirrors hear of its writes.

@@ -37,6 +37,12 @@ pub enum Bug {
     BitmapClearedOnFailure,
     /// A named bitmap that is kept up to date at every end forgets what had not been copied.
     BitmapForgetsRest,
+    /// A source that the target will stand on is not flushed with it.
+    StandsOnUnflushed,
+    /// A named bitmap that was handed over for a pivot is not given back when that is refused.
+    BitmapNotTakenBack,
+    /// The gate stays closed when a pivot was refused.
+    GateLeftClosed,
     /// Each mirror of a group closes its gate for itself, and ends when it can.
     GroupEndsOneByOne,
     /// One of a group that fails does not take the others with it.

@@ -150,7 +150,8 @@ pub(crate) fn next_step(view: View) -> Step {
         let work_over = view.copies == 0 && view.scan != Scan::Running && view.flush != TargetFlush::Running;
         return if work_over && view.doubled + view.unknown == 0 { Step::EndAborted } else { Step::Wait };
     }
-    if view.orders.cancelled || view.failed {
+    // One that is held keeps its failure until it is let go, as QEMU's does.
+    if view.orders.cancelled || (view.failed && !view.orders.paused) {
         return match (view.gate, view.status) {
             (Gate::Closing | Gate::Closed, _) => Step::OpenGate,
             (Gate::Open, JobStatus::Paused | JobStatus::Standby) => Step::Continue,
@@ -501,6 +502,17 @@ mod tests {
             ("cancel", View { orders: cancel, ..READY }, Step::Abort),
             ("cancel beats pause", View { orders: Orders { paused: true, ..cancel }, ..READY }, Step::Abort),
             ("failure", View { failed: true, ..READY }, Step::Abort),
+            (
+                "a paused job that has failed waits to be let go",
+                View { failed: true, orders: pause, status: JobStatus::Standby, ..READY },
+                Step::Wait,
+            ),
+            (
+                "then it goes on before it aborts",
+                View { failed: true, status: JobStatus::Standby, ..READY },
+                Step::Continue,
+            ),
+            ("it can be paused still", View { failed: true, orders: pause, ..READY }, Step::BecomePaused),
             ("failure opens the gate first", View { failed: true, ..CLOSED }, Step::OpenGate),
             (
                 "a paused job goes on before it aborts",

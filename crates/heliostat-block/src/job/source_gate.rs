@@ -111,6 +111,11 @@ impl SourceGate {
         (self.view() != Gate::Open).then(|| self.closed_at + self.patience)
     }
 
+    /// Believes that it is open, which it is not: for a test that plants this.
+    pub(crate) fn lose(&mut self) {
+        std::mem::forget(std::mem::replace(&mut self.state, State::Open));
+    }
+
     /// Opens it; says how long it was closed. Held too long, guests are held for twice as long the next time,
     /// so that a target that is slow to flush has its end too.
     pub(crate) fn reopen(&mut self, now: Moment) -> Duration {

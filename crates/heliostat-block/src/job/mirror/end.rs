@@ -78,8 +78,12 @@ impl Mirror {
                 Ok(())
             }
         };
+        let named = named.filter(|_| !is_planted(Bug::BitmapNotTakenBack));
         if let (Err(_), Some((Some(old), named))) = (&pivoted, named) {
             named.take_back(source.node(), &old);
+        }
+        if pivoted.is_err() && is_planted(Bug::GateLeftClosed) {
+            self.gate.lose();
         }
         pivoted
     }
@@ -95,6 +99,22 @@ impl Mirror {
         JobEvent::Completed(None)
     }
 
+    /// Gives up: nothing more is launched, and what is on its way must end.
+    pub(super) fn abort(&mut self) {
+        self.job.become_status(JobStatus::Aborting);
+        self.member.iter().for_each(Member::fail);
+        self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
+        self.route.source.detach_doubling();
+        self.doubling.close();
+        self.hurry = self.route.give_up();
+    }
+
+    pub(super) fn open_gate(&mut self) {
+        self.attempt.retry();
+        let pause = self.gate.reopen(self.clock.now());
+        self.tally.paused_guests_for(pause);
+    }
+
     pub(super) fn end_aborted(mut self) -> JobEvent {
         self.tell_figures(true);
         if let Some(mut named) = self.by_bitmap.take() {
@@ -103,7 +123,15 @@ impl Mirror {
             self.unflushed.flush_failed(dirty);
             named.fail(&self.route.source, dirty, self.options.sync == SyncMode::Bitmap);
         }
-        self.failure.take().map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure)))
+        match self.failure.take() {
+            // Cancelled while it was held: it says so, and its error is what it had met.
+            Some(failure) if self.job.orders().cancelled => {
+                self.job.keep_failure(failure);
+                JobEvent::Cancelled
+            }
+            Some(failure) => JobEvent::Completed(Some(failure)),
+            None => JobEvent::Cancelled,
+        }
     }
 }
 

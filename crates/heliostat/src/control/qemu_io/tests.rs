@@ -74,6 +74,37 @@ fn requests_are_carried_out_and_reported() {
 }
 
 #[test]
+fn requests_that_are_held_up_take_no_more_than_a_bounded_memory() {
+    let daemon = with_a_node();
+    let null = DriverSpec::NullCo { size: 1 << 30, read_zeroes: true };
+    let faults = FaultSpec {
+        image: Child::New(Box::new(NodeSpec::new(None, null))),
+        config: None,
+        limits: FaultLimits::default(),
+        errors: Vec::new(),
+        states: Vec::new(),
+    };
+    let faults = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
+    let raw = DriverSpec::Raw { file: faults, offset: 0, size: None, is_guess: false };
+    daemon.add_node(&NodeSpec::new(Some("big".to_owned()), raw)).unwrap();
+    let ask = |line: &str| run(&daemon, "big", line);
+    for (tag, at) in [("A", "0"), ("B", "32M")] {
+        for line in
+            [format!("break write_aio {tag}"), format!("aio_write {at} 32M"), format!("wait_break {tag}")]
+        {
+            assert_eq!(ask(&line).unwrap(), "", "{line}");
+        }
+    }
+    for line in ["aio_write 64M 512", "write 64M 512", "read 64M 512"] {
+        assert!(matches!(ask(line), Err(DaemonError::TooMany { .. })), "{line}");
+    }
+    assert_eq!(ask("discard -q 64M 512").unwrap(), "", "it has no data");
+    assert_eq!([ask("resume A").unwrap(), ask("resume B").unwrap()], ["", ""]);
+    assert!(ask("aio_flush").unwrap().contains("wrote 33554432/33554432 bytes at offset 33554432"));
+    assert!(ask("write 64M 512").unwrap().starts_with("wrote 512/512"));
+}
+
+#[test]
 fn a_write_is_held_up_at_a_breakpoint_and_goes_on() {
     let daemon = with_a_node();
     for line in ["break write_aio A", "aio_write -P 3 0 4k", "wait_break A"] {
