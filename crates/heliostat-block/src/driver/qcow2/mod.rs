@@ -20,6 +20,7 @@ mod extension;
 mod extents;
 pub mod file;
 pub mod header;
+mod header_change;
 mod hollow;
 mod in_flight;
 pub mod layout;
