@@ -458,3 +458,5 @@ impl Qcow2 {
 mod crash_tests;
 #[cfg(all(test, not(loom)))]
 mod fault_tests;
+#[cfg(test)]
+mod test_memory;

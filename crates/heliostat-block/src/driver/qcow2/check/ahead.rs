@@ -59,10 +59,10 @@ mod tests {
     use std::cell::Cell;
     use std::pin::pin;
 
-    use super::super::tests::run;
     use super::*;
     use crate::clock::yield_once;
     use crate::driver::qcow2::layout::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN};
+    use crate::driver::qcow2::test_memory::{Memory, run};
 
     /// Reads that say how many of them there were, and how many at once.
     #[derive(Default)]
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn what_is_wanted_of_an_empty_image_reads_as_zero() {
         let layout = Layout { cluster_bits: 9, refcount_order: 4, extended_l2: false, version: 3 };
-        let file = ImageFile::new(super::super::tests::Memory::new(Vec::new(), 0));
+        let file = ImageFile::new(Memory::of(Vec::new()));
         let mut stream = pin!(clusters(&file, layout, [(Some(512), 'a'), (None, 'b')]));
         let first = run(stream.next()).unwrap().unwrap();
         assert_eq!((first.0.unwrap().to_vec(), first.1), (vec![0; 512], 'a'));

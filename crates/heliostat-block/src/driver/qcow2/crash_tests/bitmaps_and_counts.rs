@@ -69,7 +69,7 @@ fn an_image_whose_counts_stand_where_its_tables_do_is_not_repaired_on_opening() 
         let mut files = not_closed();
         damage(&mut files.bytes[0]);
         let journal = Journal::default();
-        let memory = Memory::new(0, files.bytes[0].clone(), &journal);
+        let memory = memory(0, files.bytes[0].clone(), &journal);
         let refused = now(Qcow2::open(memory, OpenOptions::default()));
         assert!(matches!(refused, Err(FormatError::Invalid(_))));
         assert!(lock(&journal).is_empty(), "nothing has been written");
@@ -197,7 +197,7 @@ fn a_repair_that_gives_up_bitmaps_leaves_a_header_at_whatever_sector_it_is_cut_o
         let encoded = old.encode().unwrap();
         bytes[..encoded.len()].copy_from_slice(&encoded);
         let journal = Journal::default();
-        let memory = Memory::new(0, bytes.clone(), &journal);
+        let memory = memory(0, bytes.clone(), &journal);
         let all = check::CheckOptions { repair: check::Repair::All, ..check::CheckOptions::default() };
         assert!(now(check::check(&ImageFile::new(memory), all)).unwrap().is_clean());
         let (mut with, mut without) = (0, 0);
