@@ -40,7 +40,8 @@ pub(super) async fn name_bitmaps(file: &ImageFile, header: &Header) -> Result<()
 fn changes(old: &[u8], header: &Header) -> Result<Vec<Change>, FormatError> {
     let new = match edited(old, header, |_| true).or_else(|| edited(old, header, is_needed)) {
         Some(new) => new,
-        // The backing file's name moves. One sector holds all but for very long names.
+        // The backing file's name moves. One sector holds all of it, but for bitmaps that come where clusters are below 4 KiB
+        // and names long: a crash could leave half of that.
         None => {
             let short = header.encode_short()?;
             let rest = old.get(short.len()..).unwrap_or_default();

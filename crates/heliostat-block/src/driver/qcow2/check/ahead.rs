@@ -82,7 +82,11 @@ mod tests {
                 yield_once().await;
             }
             self.under_way.set(self.under_way.get() - 1);
-            if offset % 2 == 0 { Ok(2 * offset) } else { Err(FormatError::Invalid(offset.to_string())) }
+            if offset.is_multiple_of(2) {
+                Ok(2 * offset)
+            } else {
+                Err(FormatError::Invalid(offset.to_string()))
+            }
         }
 
         /// What comes of reading `wanted`, `at_once` at a time; whoever gets it takes a while over each.
