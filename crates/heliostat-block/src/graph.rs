@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use crate::name::NodeName;
-use crate::named_bitmap::follow;
+use crate::named_bitmap::{Change, change, follow};
 use crate::node::Node;
 use crate::tracked::{Drained, Tracked};
 
@@ -87,6 +87,17 @@ pub struct Place {
     role: Role,
     /// Changed only by a pivot, while the gate of the node that stands here is closed and quiet.
     node: RwLock<Arc<Node>>,
+}
+
+/// A pivot to a node that stands on something from then on.
+#[derive(Clone, Copy)]
+pub struct Onto<'a> {
+    /// The node whose users move.
+    pub drained: &'a Drained,
+    /// Where they move to.
+    pub target: &'a Arc<Node>,
+    /// What that stands on.
+    pub below: &'a Arc<Node>,
 }
 
 impl Place {
@@ -206,40 +217,41 @@ impl Graph {
     /// Puts `target` in the place of the drained node under every export: the pivot. Who waits at the closed
     /// gate goes to `target` when it opens. The named bitmaps of the drained node follow.
     pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
-        let state = self.state();
-        // Before anybody can write there: a write that they do not hear of would be lost to them.
-        follow(drained.node(), target);
-        for place in state.places_at(drained.node()).filter(|place| place.role.moves_with_a_pivot()) {
-            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
-        }
+        self.state().pivot(drained, target);
     }
 
-    /// As [`Graph::pivot`], with `target` standing on `below` from then on: in one step, so that nobody comes
-    /// between who minds. Answers the place of that.
+    /// As [`Graph::pivot`] for each of `moves`, in their order, with its target standing on something from then on: all
+    /// in one step, so that nobody comes between who minds, and nobody sees some without the others. `bitmaps` change at
+    /// the same point, before those of the drained nodes follow. Answers the places of what is below.
     ///
     /// # Errors
-    /// [`GraphError::InUse`] where a user of `below` that does not move minds; nothing has changed then.
-    pub fn pivot_onto(
+    /// [`GraphError::InUse`] where a user of what is to be below that does not move minds; nothing has changed then.
+    pub fn pivot_all_onto(
         &self,
-        drained: &Drained,
-        target: &Arc<Node>,
-        below: &Arc<Node>,
-    ) -> Result<Arc<Place>, GraphError> {
+        moves: &[Onto<'_>],
+        bitmaps: &[(Arc<Node>, Change)],
+    ) -> Result<Vec<Arc<Place>>, GraphError> {
         let mut state = self.state();
-        let moves =
-            |place: &Place| place.role.moves_with_a_pivot() && Arc::ptr_eq(&place.node(), drained.node());
-        let role = Role::Backing { of: target.name().clone() };
-        let others = state.places_at(below).filter(|place| !moves(place));
-        if let Some(place) = others.into_iter().find(|place| conflicts(&place.role, &role)) {
-            return Err(GraphError::InUse { node: below.name().clone(), role: place.role.clone() });
+        for Onto { drained, target, below } in moves {
+            let role = Role::Backing { of: target.name().clone() };
+            let stays = |place: &Arc<Place>| {
+                !(place.role.moves_with_a_pivot() && Arc::ptr_eq(&place.node(), drained.node()))
+            };
+            let minds = |place: &Arc<Place>| stays(place) && conflicts(&place.role, &role);
+            if let Some(place) = state.places_at(below).find(minds) {
+                return Err(GraphError::InUse { node: below.name().clone(), role: place.role.clone() });
+            }
         }
-        follow(drained.node(), target);
-        for place in state.places_at(drained.node()).filter(|place| moves(place)) {
-            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
+        change(bitmaps);
+        let mut standing = Vec::new();
+        for Onto { drained, target, below } in moves {
+            state.pivot(drained, target);
+            let role = Role::Backing { of: target.name().clone() };
+            let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(below)) });
+            state.places.push(Arc::downgrade(&place));
+            standing.push(place);
         }
-        let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(below)) });
-        state.places.push(Arc::downgrade(&place));
-        Ok(place)
+        Ok(standing)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -250,6 +262,14 @@ impl Graph {
 impl State {
     fn places_at(&self, node: &Arc<Node>) -> impl Iterator<Item = Arc<Place>> {
         self.places.iter().filter_map(Weak::upgrade).filter(|place| Arc::ptr_eq(&place.node(), node))
+    }
+
+    fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
+        // Before anybody can write there: a write that they do not hear of would be lost to them.
+        follow(drained.node(), target);
+        for place in self.places_at(drained.node()).filter(|place| place.role.moves_with_a_pivot()) {
+            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
+        }
     }
 }
 

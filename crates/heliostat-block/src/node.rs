@@ -206,14 +206,37 @@ impl Node {
     /// # Cancel safety
     /// Dropped before it returns, it opens the gate again.
     pub async fn drain(self: &Arc<Self>) -> Drained {
+        let drained = self.close_gate();
+        drained.wait_quiet().await;
+        drained
+    }
+
+    /// Closes the gates of all `nodes`, in their order, and then waits until what is in flight has ended at each: so
+    /// nobody waits for longer than the slowest takes. None of them may be on top of another: what is in flight above
+    /// would wait below for ever (docs/decisions/0015).
+    ///
+    /// # Cancel safety
+    /// Dropped before it returns, it opens the gates again.
+    pub async fn drain_all(nodes: &[Arc<Self>]) -> Vec<Drained> {
+        let drained: Vec<_> = nodes.iter().map(Self::close_gate).collect();
+        for one in &drained {
+            one.wait_quiet().await;
+        }
+        drained
+    }
+
+    fn close_gate(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
         let mut hurry = Hurry::default();
         self.driver().hurry(&mut hurry);
-        let drained = Drained::of_closed(Arc::clone(self), hurry);
+        Drained::of_closed(Arc::clone(self), hurry)
+    }
+
+    /// Waits until nothing is in flight.
+    pub(crate) async fn wait_quiet(&self) {
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;
         }
-        drained
     }
 
     /// How many mirrors hear of its writes.

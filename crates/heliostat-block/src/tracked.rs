@@ -172,6 +172,11 @@ impl Drained {
         &self.node
     }
 
+    /// For a gate that was closed a moment ago.
+    pub(crate) async fn wait_quiet(&self) {
+        self.node.wait_quiet().await;
+    }
+
     /// Makes durable everything that was written before the gate closed.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ mod common;
 mod qmp;
 
 use common::qcow2::{qemu_img, try_qemu_img};
-use qmp::transcript::Step::{self, Do};
+use qmp::transcript::Step::{self, Differs, Do};
 use qmp::transcript::{Script, compare_on};
 use serde_json::{Value, json};
 
@@ -270,6 +270,56 @@ fn throttle_groups_are_made_changed_and_refused_alike() {
         get("i", "limits"),
         Do("object-del", json!({ "id": "zork" })),
         Do("object-del", json!({ "id": "i" })),
+    ]);
+    compare(&script);
+}
+
+#[test]
+fn objects_are_found_by_their_paths_and_listed_alike() {
+    let list = |path: &str| Do("qom-list", json!({ "path": path }));
+    let mut script = vec![
+        list("/objects"),
+        object("g", json!({ "limits": { "iops-total": 9 } })),
+        Do("qom-list", json!({})),
+        Do("qom-list", json!({ "path": 5 })),
+        Do("qom-list", json!({ "path": "/objects", "zork": 1 })),
+        Do("qom-list", json!({ "path": "" })),
+        Differs("qom-list", json!({ "path": "/" }), "chardevs and what is QEMU's own are not there"),
+    ];
+    let paths = [
+        "",
+        "/objects",
+        "/objects/",
+        "objects",
+        "//objects",
+        "/objects/g",
+        "/objects//g",
+        "/objects/g/",
+        "objects/g",
+        "g",
+        "/g",
+        "zork",
+        "/zork",
+        "/objects/zork",
+        "/objects/g/limits",
+        "g/limits",
+        "/machine",
+        "/objects/objects",
+    ];
+    for path in paths {
+        script.extend([list(path), get(path, "type"), get(path, "limits"), get(path, "g")]);
+    }
+    script.extend([get("/", "type"), get("/", "objects"), get("/", "zork")]);
+    for (path, property) in
+        [("/objects", "type"), ("/objects", "g"), ("/objects", "zork"), ("/", "objects"), ("g", "zork")]
+    {
+        script.push(Do("qom-set", json!({ "path": path, "property": property, "value": 5 })));
+    }
+    script.extend([
+        object("objects", json!({})),
+        list("objects"),
+        list("/objects/objects"),
+        get("objects", "type"),
     ]);
     compare(&script);
 }

@@ -295,6 +295,8 @@ fn what_is_answered_and_said_is_what_the_schema_says() {
         ("query-block-exports", json!({})),
         ("query-jobs", json!({})),
         ("query-block-jobs", json!({})),
+        ("qom-list", json!({ "path": "/" })),
+        ("human-monitor-command", json!({ "command-line": "info block" })),
     ] {
         let reply = wire.execute(command, &arguments);
         let misfit = misfit(&schema, &schema.0[command]["ret-type"], &reply["return"]);

@@ -36,14 +36,50 @@ fn list() -> Step {
     Do("query-named-block-nodes", json!({ "flat": true }))
 }
 
-fn compare(mut script: Vec<Step>) {
-    script.insert(0, open("b"));
-    script.insert(0, open("a"));
+const IMAGES: [&str; 4] = ["a", "b", "o", "p"];
+
+fn compare(script: Vec<Step>) {
+    let script: Vec<Step> = IMAGES.iter().map(|node| open(node)).chain(script).collect();
     compare_on(&script, |peer| {
-        for image in ["a.qcow2", "b.qcow2"] {
-            qemu_img(peer.folder(), &["create", "-q", "-f", "qcow2", image, "1M"]);
+        for image in IMAGES {
+            qemu_img(peer.folder(), &["create", "-q", "-f", "qcow2", &format!("{image}.qcow2"), "1M"]);
         }
     });
+}
+
+fn snapshot(node: &str, overlay: &str) -> Value {
+    json!({ "type": "blockdev-snapshot", "data": { "node": node, "overlay": overlay } })
+}
+
+/// Onto a new overlay, named as its file is.
+fn snapshot_to(node: &str, file: &str) -> Value {
+    named_snapshot_to(
+        &json!({ "node-name": node, "snapshot-node-name": file, "snapshot-file": format!("DIR/{file}") }),
+    )
+}
+
+fn named_snapshot_to(data: &Value) -> Value {
+    json!({ "type": "blockdev-snapshot-sync", "data": data })
+}
+
+fn abort() -> Value {
+    json!({ "type": "abort", "data": {} })
+}
+
+fn exports() -> Step {
+    Do("query-block-exports", json!({}))
+}
+
+fn with_exports(script: Vec<Step>) -> Vec<Step> {
+    let start = Do("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } }));
+    let export = |node: &str| {
+        let id = format!("e{node}");
+        Do(
+            "block-export-add",
+            json!({ "type": "nbd", "id": id, "name": id, "node-name": node, "writable": true }),
+        )
+    };
+    std::iter::once(start).chain(["a", "b"].map(export)).chain(script).collect()
 }
 
 #[test]
@@ -64,8 +100,8 @@ fn all_of_it_is_done_or_nothing() {
         all(&[bitmap("add", "a", "z", &none), bitmap("clear", "zz", "x", &none)]),
         all(&[bitmap("add", "a", "z", &none), merge("a", "z", json!(["nope"]))]),
         all(&[bitmap("disable", "a", "x", &none), bitmap("remove", "a", "nope", &none)]),
-        all(&[bitmap("add", "a", "z", &none), json!({ "type": "abort", "data": {} })]),
-        all(&[json!({ "type": "abort", "data": {} })]),
+        all(&[bitmap("add", "a", "z", &none), abort()]),
+        all(&[abort()]),
         list(),
         all(&[bitmap("remove", "a", "x", &none), bitmap("add", "a", "x", &none)]),
         all(&[bitmap("remove", "a", "x", &none), bitmap("clear", "a", "x", &none)]),
@@ -101,6 +137,123 @@ fn arguments_are_refused_in_the_same_words() {
         with(json!({ "foo": 1 })),
         with(json!({ "completion-mode": "grouped" })),
         with(json!({ "completion-mode": "individual" })),
+        list(),
+    ]);
+}
+
+#[test]
+fn snapshots_of_several_nodes_are_taken_or_none() {
+    let none = json!({});
+    compare(with_exports(vec![
+        all(&[snapshot("a", "o"), snapshot("b", "zz")]),
+        all(&[snapshot("a", "o"), snapshot("zz", "p")]),
+        all(&[snapshot("a", "o"), bitmap("clear", "b", "nope", &none)]),
+        all(&[snapshot("a", "o"), snapshot("b", "p"), abort()]),
+        all(&[bitmap("add", "b", "x", &none), snapshot("a", "o"), snapshot("b", "o")]),
+        all(&[snapshot("a", "o"), snapshot("o", "o")]),
+        all(&[snapshot("a", "o"), snapshot("a", "o")]),
+        all(&[snapshot("a", "o"), snapshot("a", "p")]),
+        list(),
+        exports(),
+        all(&[snapshot("a", "o"), bitmap("add", "o", "x", &none), snapshot("b", "p")]),
+        exports(),
+        list(),
+        all(&[snapshot("o", "a"), snapshot("b", "p")]),
+        Do("blockdev-del", json!({ "node-name": "a" })),
+        Do("block-export-del", json!({ "id": "ea" })),
+    ]));
+}
+
+#[test]
+fn a_snapshot_of_an_overlay_of_the_same_transaction_stands_on_that() {
+    compare(with_exports(vec![
+        all(&[snapshot("a", "o"), snapshot("o", "a")]),
+        all(&[snapshot("a", "o"), snapshot("b", "a")]),
+        all(&[snapshot("a", "o"), snapshot("o", "p")]),
+        exports(),
+        all(&[snapshot_to("p", "n"), snapshot_to("b", "m"), snapshot_to("n", "n2")]),
+        exports(),
+    ]));
+}
+
+#[test]
+fn nodes_of_nobodys_use_are_refused_in_the_same_words() {
+    compare(vec![
+        all(&[snapshot("a", "o"), snapshot("b", "o")]),
+        all(&[snapshot("a", "o"), snapshot("o", "a")]),
+        all(&[snapshot("a", "o"), snapshot("o", "o")]),
+        all(&[snapshot("a", "o"), bitmap("add", "b", "z", &json!({})), snapshot("o", "p")]),
+        list(),
+    ]);
+}
+
+#[test]
+fn snapshots_that_make_their_overlays_are_taken_or_none() {
+    let none = json!({});
+    compare(with_exports(vec![
+        all(&[snapshot_to("a", "n"), snapshot_to("zz", "m")]),
+        all(&[
+            snapshot_to("a", "n"),
+            named_snapshot_to(&json!({ "device": "zz", "snapshot-file": "DIR/m" })),
+        ]),
+        all(&[snapshot_to("a", "n"), named_snapshot_to(&json!({ "snapshot-file": "DIR/m" }))]),
+        all(&[
+            snapshot_to("a", "n"),
+            named_snapshot_to(&json!({ "node-name": "b", "snapshot-file": "DIR/m" })),
+        ]),
+        all(&[snapshot_to("a", "n"), snapshot_to("b", "n")]),
+        all(&[snapshot_to("a", "n"), snapshot_to("b", "a")]),
+        all(&[snapshot_to("a", "n"), snapshot_to("a", "m")]),
+        all(&[snapshot_to("a", "n"), snapshot_to("b", "none/m")]),
+        all(&[
+            snapshot_to("a", "n"),
+            named_snapshot_to(&json!({
+                "node-name": "b", "snapshot-node-name": "m", "snapshot-file": "DIR/n",
+            })),
+        ]),
+        all(&[
+            snapshot_to("a", "n"),
+            named_snapshot_to(&json!({
+                "node-name": "b", "snapshot-node-name": "m", "snapshot-file": "DIR/m", "format": "zork",
+            })),
+        ]),
+        all(&[
+            snapshot_to("a", "n"),
+            named_snapshot_to(&json!({
+                "node-name": "b", "snapshot-node-name": "m", "snapshot-file": "DIR/nope", "mode": "existing",
+            })),
+        ]),
+        all(&[snapshot_to("a", "n"), snapshot_to("b", "m"), abort()]),
+        all(&[snapshot_to("a", "n"), bitmap("add", "n", "x", &none), bitmap("clear", "n", "y", &none)]),
+        exports(),
+        list(),
+        all(&[
+            snapshot_to("a", "n3"),
+            snapshot_to("b", "m3"),
+            bitmap("add", "n3", "x", &none),
+            bitmap("add", "m3", "x", &none),
+        ]),
+        exports(),
+        all(&[snapshot_to("a", "n4")]),
+    ]));
+}
+
+#[test]
+fn a_snapshots_arguments_are_refused_in_the_same_words() {
+    let grouped = |action: Value| {
+        let properties = json!({ "completion-mode": "grouped" });
+        Do("transaction", json!({ "actions": [action], "properties": properties }))
+    };
+    compare(vec![
+        all(&[snapshot("a", "o"), json!({ "type": "blockdev-snapshot", "data": { "node": "b" } })]),
+        all(&[
+            snapshot("a", "o"),
+            json!({ "type": "blockdev-snapshot", "data": { "node": "b", "overlay": 5 } }),
+        ]),
+        all(&[named_snapshot_to(&json!({ "node-name": "a" }))]),
+        all(&[named_snapshot_to(&json!({ "node-name": "a", "snapshot-file": "DIR/n", "mode": "zork" }))]),
+        grouped(snapshot("a", "o")),
+        grouped(snapshot_to("a", "n")),
         list(),
     ]);
 }

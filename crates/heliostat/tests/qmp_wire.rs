@@ -32,6 +32,10 @@ fn null_node(wire: &mut Wire, name: &str) {
 const INPUTS: &[(&str, usize)] = &[
     ("{'execute':'query-jobs','id':1}{\"execute\":\"query-jobs\",\"id\":\"a\"}\r\n", 2),
     ("{'execute':\n'query-jobs'\n,\n'id':\n5}", 1),
+    ("{'execute':\r\n'query-jobs'\r\n,\t'id':\r\n5}\r\n\r\n{'execute':'query-jobs'}\r\n", 2),
+    ("{\"id\":6,'arguments':{},\"execute\":'query-jobs'}", 1),
+    ("{'execute':'block-job-pause','arguments':{'device':'a','device':'b'}}", 1),
+    ("{'execute':'query-jobs','arguments':{},'arguments':{}}", 1),
     ("{'execute':'query-jobs','id':null}", 1),
     ("{'execute':'query-jobs','id':[-1,0,true,null,'\\u00e9\\ud83d\\ude00\\n\\'\\/',123456789012345678]}", 1),
     ("{'execute':'query-jobs','id':'\u{e9}\u{1f600}\u{7f}'}", 1),

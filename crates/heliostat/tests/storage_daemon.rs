@@ -181,6 +181,10 @@ fn what_is_not_there_is_refused_with_what_to_do() {
         (&["--object", "tls-creds-x509,id=t,dir=/x"], "and no TLS yet, so it takes no 'tls-creds-x509'"),
         (&["--chardev", "stdio,id=c"], "heliostat has no char driver 'stdio', only socket"),
         (&["--chardev", "socket,id=c,host=0.0.0.0,port=0,server=on"], "can be reached from other hosts"),
+        (
+            &["--chardev", "socket,id=c,host=0.0.0.0,port=0,server=on"],
+            "listen on 127.0.0.1 or [::1], or on a Unix",
+        ),
     ] {
         let mut all = vec!["storage-daemon"];
         all.extend(arguments);
@@ -323,10 +327,38 @@ fn it_takes_as_many_open_files_as_it_may() {
 }
 
 #[test]
+fn a_control_socket_is_its_owners_alone_whatever_the_mask() {
+    for (mask, mode) in [("000", 0o600), ("022", 0o600), ("077", 0o600), ("0377", 0o400)] {
+        let folder = common::folder();
+        let socket = folder.path().join("control");
+        let path = socket.to_string_lossy();
+        let chardev = format!("socket,id=c,path={path},server=on,wait=off");
+        let ways: [&[&str]; 2] = [
+            &["serve", "--control", &path],
+            &["storage-daemon", "--chardev", &chardev, "--monitor", "chardev=c"],
+        ];
+        for way in ways {
+            let mut command = Command::new("sh");
+            command.args(["-c", &format!("umask {mask}; exec \"$0\" \"$@\""), HELIOSTAT]).args(way);
+            let mut daemon = Daemon::start(&mut command).unwrap();
+            let there = || std::fs::metadata(&socket).ok();
+            let there = wait::until("the socket", wait::LIMIT, there).unwrap();
+            let found = std::os::unix::fs::PermissionsExt::mode(&there.permissions()) & 0o777;
+            assert_eq!(found, mode, "{way:?} under {mask}: {found:o}");
+            assert!(daemon.is_running().unwrap());
+            assert!(daemon.stop().unwrap().success());
+            assert!(!socket.exists());
+        }
+    }
+}
+
+#[test]
 fn orders_are_taken_from_those_who_may_give_them() {
     let folder = common::folder();
     let control = folder.path().join("control");
-    let arguments = ["serve", "--control", &control.to_string_lossy(), "--control-allow", "user:4711"];
+    let control_path = control.to_string_lossy();
+    let allow = ["--control-allow", "user:4711", "--control-allow", "group:4713"];
+    let arguments = ["serve", "--control", &control_path].into_iter().chain(allow);
     let mut daemon = common::start_heliostat(arguments);
     daemon.listens(&control).unwrap();
     let greeting = |stream: UnixStream| {
@@ -348,20 +380,22 @@ fn orders_are_taken_from_those_who_may_give_them() {
     let program = folder.path().join("heliostat");
     std::fs::copy(common::HELIOSTAT, &program).unwrap();
     std::fs::set_permissions(&program, open()).unwrap();
-    let as_user = |user: &str| {
-        let id = [format!("--reuid={user}"), format!("--regid={user}"), "--clear-groups".to_owned()];
+    let as_user = |user: &str, group: &str| {
+        let id = [format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".to_owned()];
         let mut command = Command::new(&setpriv);
         command.args(id).arg(&program).args(["job", "list", "--control"]).arg(&control);
         let output = command.output().unwrap();
         let text = [output.stdout, output.stderr].concat();
         (output.status.success(), String::from_utf8_lossy(&text).into_owned())
     };
-    let (is_allowed, said) = as_user("4711");
+    let (is_allowed, said) = as_user("4711", "4711");
     if !is_allowed && said.contains("setpriv") {
         return common::skip("cannot become another user here");
     }
     assert!(is_allowed && said.contains("There is no job"), "{said}");
-    let (is_allowed, refused) = as_user("4712");
-    assert!(!is_allowed);
+    let (is_allowed, said) = as_user("4714", "4713");
+    assert!(is_allowed, "by its group: {said}");
+    let (is_allowed, refused) = as_user("4712", "4711");
+    assert!(!is_allowed, "a user's number is no group's");
     assert!(refused.contains("the user 4712 may not give orders here"), "{refused}");
 }

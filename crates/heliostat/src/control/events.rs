@@ -89,3 +89,90 @@ fn timestamp(at: SystemTime) -> Value {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     json!({ "seconds": since.as_secs(), "microseconds": since.subsec_micros() })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use heliostat_block::job::JobStatus;
+    use heliostat_block::range::ByteRange;
+
+    use super::*;
+    use crate::control::schema::{EVENTS, Need};
+
+    /// Whatever happens, with all that may be said of it and without what may be missing.
+    fn all() -> Vec<Happening> {
+        let range = Some(ByteRange::from_bounds(0, 512));
+        let job =
+            |event, pause| Happening::Job { id: "j".to_owned(), event, offset: 1, len: 2, pause, speed: 3 };
+        let error = |range, errno| JobEvent::Error {
+            operation: Operation::Read,
+            action: ErrorAction::Stop,
+            node: "n".to_owned(),
+            range,
+            errno,
+        };
+        let corrupt = |range| Happening::ImageCorrupt {
+            node: "n".to_owned(),
+            text: "t".to_owned(),
+            range,
+            is_fatal: true,
+        };
+        vec![
+            Happening::ExportDeleted { id: "e".to_owned() },
+            Happening::BitmapNotStored { node: "n".to_owned(), name: "b".to_owned() },
+            corrupt(None),
+            corrupt(range),
+            job(JobEvent::Status(JobStatus::Running), None),
+            job(JobEvent::Ready, None),
+            job(JobEvent::Pending, None),
+            job(JobEvent::Completed(None), Some(Duration::from_micros(1))),
+            job(JobEvent::Completed(None), None),
+            job(JobEvent::Completed(Some("no".to_owned())), None),
+            job(JobEvent::Cancelled, None),
+            job(error(None, None), None),
+            job(error(range, Some(5)), None),
+        ]
+    }
+
+    #[test]
+    fn every_event_says_what_the_schema_says_and_the_schema_has_no_other() {
+        let mut said = BTreeSet::new();
+        for what in all() {
+            // A new one belongs into the list above.
+            match &what {
+                Happening::ExportDeleted { .. }
+                | Happening::BitmapNotStored { .. }
+                | Happening::ImageCorrupt { .. } => {}
+                Happening::Job { event, .. } => match event {
+                    JobEvent::Status(_)
+                    | JobEvent::Ready
+                    | JobEvent::Pending
+                    | JobEvent::Completed(_)
+                    | JobEvent::Cancelled
+                    | JobEvent::Error { .. } => {}
+                },
+            }
+            let message = message(&Event { at: SystemTime::now(), what });
+            let name = message["event"].as_str().unwrap();
+            let event = EVENTS.iter().find(|event| event.name == name);
+            let event = event.unwrap_or_else(|| panic!("{name} is not in the schema"));
+            let data = message["data"].as_object().unwrap();
+            for key in data.keys() {
+                let is_known = event.says.members.iter().any(|member| member.name == key);
+                assert!(is_known, "{name}: {key} is not in the schema");
+                said.insert((name.to_owned(), key.clone()));
+            }
+            let missing = event
+                .says
+                .members
+                .iter()
+                .find(|member| member.need == Need::Required && !data.contains_key(member.name));
+            assert!(missing.is_none(), "{name}: {missing:?} is missing");
+        }
+        let known = EVENTS.iter().flat_map(|event| {
+            event.says.members.iter().map(|member| (event.name.to_owned(), member.name.to_owned()))
+        });
+        assert_eq!(known.collect::<BTreeSet<_>>(), said);
+    }
+}

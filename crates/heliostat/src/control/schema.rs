@@ -368,9 +368,9 @@ pub static COMMANDS: &[Command] = &[
         "Starts the NBD server.",
         &record(&[
             optional("handshake-max-seconds", Kind::Uint32, "accepted; we have our own bound"),
-            optional("tls-creds", Kind::Text, "not supported yet"),
-            optional("tls-authz", Kind::Text, "not supported yet"),
-            optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
+            exports::TLS_CREDS,
+            exports::TLS_AUTHZ,
+            exports::MAX_CONNECTIONS,
             required("addr", Kind::Object(&exports::SOCKET_ADDRESS), "where it listens"),
         ]),
     ),
@@ -452,6 +452,7 @@ pub static COMMANDS: &[Command] = &[
         "Forgets an object that nobody uses.",
         &record(&[required("id", Kind::Text, "the object's id")]),
     ),
+    query("qom-list", "Lists the properties of an object.", &filters::PATH, &returns::PROPERTIES),
     query("qom-get", "Says what a property of an object is.", &filters::PROPERTY, &Kind::Any),
     command("qom-set", "Changes a property of an object.", &filters::NEW_PROPERTY),
     query(
@@ -460,7 +461,11 @@ pub static COMMANDS: &[Command] = &[
         &filters::HUMAN,
         &Kind::Text,
     ),
-    command("transaction", "Does several things, or none of them.", &bitmaps::TRANSACTION),
+    command(
+        "transaction",
+        "Does several things, or none of them; bitmaps and snapshots of all disks at one moment.",
+        &bitmaps::TRANSACTION,
+    ),
     command("block-dirty-bitmap-add", "Makes a dirty bitmap.", &bitmaps::ADD),
     command(
         "block-dirty-bitmap-remove",

@@ -62,8 +62,10 @@ impl ControlSocket {
     /// `PermissionDenied` for any other: nobody is asked for a password there. Any of the host's.
     pub(super) fn bind_tcp(address: SocketAddr) -> io::Result<Self> {
         if !address.ip().is_loopback() {
-            let text =
-                format!("{address} can be reached from other hosts, and nobody is asked for a password");
+            let text = format!(
+                "{address} can be reached from other hosts, and nobody is asked for a password; listen on 127.0.0.1 \
+                 or [::1], or on a Unix socket, and let others in by a tunnel (ssh -L)"
+            );
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
         }
         TcpListener::bind(address).map(Self::Tcp)

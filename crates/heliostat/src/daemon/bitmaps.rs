@@ -155,10 +155,30 @@ impl Daemon {
     }
 }
 
+impl BitmapAction {
+    /// The nodes that it names.
+    pub(super) fn nodes(&self) -> Vec<&str> {
+        match self {
+            Self::Add(spec) => vec![&spec.node],
+            Self::Remove(node, _) | Self::Clear(node, _) | Self::Enable(node, _) | Self::Disable(node, _) => {
+                vec![node]
+            }
+            Self::Merge(node, _, from) => {
+                std::iter::once(node).chain(from.iter().map(|(node, _)| node)).map(String::as_str).collect()
+            }
+        }
+    }
+}
+
 impl Plan {
     /// Makes the changes, at one moment.
-    pub(super) fn carry_out(self) {
+    pub(super) fn carry_out(&self) {
         change(&self.changes);
+    }
+
+    /// What is to be changed at that moment, for who makes it.
+    pub(super) fn changes(&self) -> &[(Arc<Node>, Change)] {
+        &self.changes
     }
 
     /// Adds an action to what was planned before.

@@ -234,10 +234,10 @@ const fn whole_of(sync: SyncMode) -> SyncMode {
 }
 
 /// A file that was made for a mirror: gone again when that does not start, if nothing was there before.
-pub(super) struct Made<'a>(Option<&'a Path>);
+pub(super) struct Made(Option<PathBuf>);
 
-impl<'a> Made<'a> {
-    pub(super) fn new(new: &'a New, source: &NodeEntry) -> Result<Self, DaemonError> {
+impl Made {
+    pub(super) fn new(new: &New, source: &NodeEntry) -> Result<Self, DaemonError> {
         let path = &new.path;
         let is_device = is_device(path);
         let was_there = path.symlink_metadata().is_ok();
@@ -251,7 +251,7 @@ impl<'a> Made<'a> {
             false => FileStorage::create(path, len, Existing::Replace, &options),
         };
         let storage = storage.map_err(|error| creation(DaemonError::from(error)))?;
-        let made = Self((!was_there).then_some(path));
+        let made = Self((!was_there).then(|| path.clone()));
         if let Some(image) = &new.image {
             let file = ImageFile::new(Arc::new(storage));
             block_on(create(&file, None, image)).map_err(DaemonError::Engine)??;
@@ -259,19 +259,14 @@ impl<'a> Made<'a> {
         Ok(made)
     }
 
-    /// Nothing that would have to go.
-    pub(super) const fn nothing() -> Self {
-        Self(None)
-    }
-
     pub(super) fn keep(mut self) {
         self.0 = None;
     }
 }
 
-impl Drop for Made<'_> {
+impl Drop for Made {
     fn drop(&mut self) {
-        if let Some(path) = self.0 {
+        if let Some(path) = &self.0 {
             // Nothing more can be done about it.
             let _ = std::fs::remove_file(path);
         }

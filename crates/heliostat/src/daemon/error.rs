@@ -104,6 +104,17 @@ pub enum DaemonError {
     /// What clients have written cannot be made durable before they leave it.
     #[error("cannot make durable what was written: {0}")]
     Unflushed(BlockError),
+    /// Requests to the nodes, which clients are to leave, do not end.
+    #[error(
+        "what is in flight at {nodes} has not ended within {} s; nothing has changed, see what keeps the disk",
+        limit.as_secs()
+    )]
+    Undrained {
+        /// The nodes.
+        nodes: String,
+        /// How long it was waited.
+        limit: std::time::Duration,
+    },
     /// An option that stays as it was when the node was opened.
     #[error("Cannot change the option '{0}'")]
     Fixed(&'static str),

@@ -1,23 +1,35 @@
-//! Snapshots: a new overlay takes a node's place under its exports, and stands on it from then on.
+//! Snapshots: new overlays take nodes' places under their exports, and stand on them from then on: of several disks at
+//! one moment.
 //!
-//! Everything that can take long (making the file, opening it, flushing) comes before the gate closes. While it is
-//! closed, the node is flushed once more, so that what was acknowledged to clients is durable in the layer that they
-//! leave: from then on they flush the overlay only. Called by operators.
+//! What is asked is planned first, each as what those before it would leave; so all is refused or nothing is. Everything
+//! that can take long (making files, opening them, flushing) comes before the gates close. While they are closed, the
+//! nodes are flushed once more, so that what was acknowledged to clients is durable in the layers that they leave: from
+//! then on they flush the overlays only. Called by `transaction`, of which a command for one snapshot is one.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::future::{Either, select, try_join_all};
 use heliostat_block::error::BlockError;
-use heliostat_block::graph::Role;
+use heliostat_block::graph::{GraphError, Onto, Role};
 use heliostat_block::name::NodeName;
+use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::{Node, NodeOptions};
+use heliostat_block::tracked::Drained;
 use heliostat_host::runtime;
 
 use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer};
 use super::gate::CHAIN_MAX;
 use super::mirror::conflict;
 use super::nodes::Named;
-use super::{Beneath, Daemon, DaemonError, Export, NodeEntry, TargetMode};
+use super::{Action, Beneath, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
+
+/// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
+/// drivers in guests take a disk for dead.
+const DRAIN_MAX: Duration = Duration::from_secs(20);
 
 /// A snapshot that makes, or opens, its overlay.
 #[derive(Clone, Debug)]
@@ -36,6 +48,36 @@ pub struct SnapshotSpec {
     pub mode: TargetMode,
 }
 
+/// What planning does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    /// It looks, and makes no file.
+    Check,
+    /// It makes what is needed.
+    Make,
+}
+
+/// Snapshots that are to be taken at one moment, in their order. Dropped, what was made for them goes.
+#[derive(Default)]
+pub(super) struct Snapshots {
+    list: Vec<Planned>,
+    /// Files that were made.
+    made: Vec<Made>,
+    /// Names of nodes that there will be.
+    promised: Vec<String>,
+    /// Files that will be made.
+    files: Vec<PathBuf>,
+}
+
+struct Planned {
+    node: Arc<Node>,
+    /// The overlay's.
+    name: NodeName,
+    /// `None` where it is only looked whether it could be made.
+    overlay: Option<Arc<Node>>,
+    named: Named,
+}
+
 impl Daemon {
     /// Puts the node `overlay` in the place of `node`, on top of it.
     ///
@@ -43,12 +85,10 @@ impl Daemon {
     /// `NodeNotFound`; `NodeBusy`, `NodeIsBacking`, `NodeIsChild` by who uses `node`; `Snapshot` by what is wrong with
     /// the overlay; `PermissionConflict`; `Unflushed`. Nothing has changed then.
     pub fn snapshot(&self, node: &str, overlay: &str) -> Result<(), DaemonError> {
-        let _change = self.begin_change()?;
-        let node = self.node(node)?;
-        let overlay = self.node(overlay)?;
-        self.check_source_of_snapshot(&node)?;
-        self.check_overlay(&node, &overlay)?;
-        self.stack(&node, &overlay, Named::ByOperator)
+        self.transaction(
+            &[Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() }],
+            CompletionMode::Individual,
+        )
     }
 
     /// Makes or opens an overlay, and puts it in the place of a node, on top of it.
@@ -56,87 +96,224 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`.
     pub fn snapshot_to_file(&self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
-        let _change = self.begin_change()?;
-        let node = self.node_of_snapshot(spec)?;
+        self.transaction(&[Action::SnapshotToFile(spec.clone())], CompletionMode::Individual)
+    }
+
+    /// The node, and those through which its bytes go.
+    fn layers(&self, node: &Arc<Node>) -> Vec<Arc<Node>> {
+        let entries = self.nodes();
+        let entry = |name: &NodeName| entries.iter().find(|entry| entry.node.name() == name);
+        let lower = |above: &&NodeEntry| entry(above.child.as_ref()?);
+        std::iter::successors(entry(node.name()), lower).map(|entry| Arc::clone(&entry.node)).collect()
+    }
+
+    /// Nobody writes the node, nor what holds it and nothing else, from here on.
+    fn keep_as_it_is(&self, node: &Arc<Node>) {
+        let layers = self.layers(node);
+        let is_alone = |layer: &Arc<Node>| self.graph.roles(layer).len() <= 1;
+        for (depth, layer) in layers.iter().enumerate() {
+            if depth > 0 && !is_alone(layer) {
+                return;
+            }
+            layer.set_options(NodeOptions { read_only: true, ..layer.options() });
+        }
+    }
+}
+
+impl Snapshots {
+    pub(super) const fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// The files that were made: gone when that is dropped.
+    pub(super) fn take_made(&mut self) -> Vec<Made> {
+        std::mem::take(&mut self.made)
+    }
+
+    /// Says whether a node of that name will be there, and is not yet.
+    pub(super) fn promises(&self, name: &str) -> bool {
+        self.promised.iter().any(|promised| promised == name)
+    }
+
+    /// The name of the node that `device`, a node's name or an export's id, would mean.
+    pub(super) fn meant(&self, daemon: &Daemon, device: &str) -> String {
+        let exports = daemon.exports();
+        match exports.iter().find(|export| export.id == device) {
+            Some(export) if daemon.node(device).is_err() => self.top(&export.node()).to_string(),
+            _ => device.to_owned(),
+        }
+    }
+
+    /// The name of the node at which the exports of `node` would be.
+    fn top(&self, node: &Arc<Node>) -> NodeName {
+        let mut top = node.name();
+        while let Some(above) = self.list.iter().find(|planned| planned.node.name() == top) {
+            top = &above.name;
+        }
+        top.clone()
+    }
+
+    /// Says whether `node` would have another on top of it.
+    pub(super) fn is_left(&self, node: &Arc<Node>) -> bool {
+        self.list.iter().any(|planned| Arc::ptr_eq(&planned.node, node))
+    }
+
+    /// Refuses a mirror's target that takes part.
+    pub(super) fn check_target(&self, daemon: &Daemon, target: &Arc<Node>) -> Result<(), DaemonError> {
+        if !self.is_left(target) && self.below(target).is_none() {
+            return Ok(());
+        }
+        let name = target.name().clone();
+        Err(match self.roles(daemon, target).first() {
+            Some(role) => conflict(name, role, false),
+            None => DaemonError::NodeInUse(name),
+        })
+    }
+
+    /// What a planned overlay would stand on.
+    fn below(&self, overlay: &Arc<Node>) -> Option<&Arc<Node>> {
+        self.list.iter().find(|planned| planned.name == *overlay.name()).map(|planned| &planned.node)
+    }
+
+    /// Who would use `node`.
+    fn roles(&self, daemon: &Daemon, node: &Arc<Node>) -> Vec<Role> {
+        let moves = |role: &Role| matches!(role, Role::Export { .. });
+        let mut roles = daemon.graph.roles(node);
+        let mut lower = self.below(node);
+        while let Some(node) = lower {
+            roles.extend(daemon.graph.roles(node).into_iter().filter(moves));
+            lower = self.below(node);
+        }
+        if let Some(planned) = self.list.iter().find(|planned| Arc::ptr_eq(&planned.node, node)) {
+            roles.retain(|role| !moves(role));
+            roles.push(Role::Backing { of: planned.name.clone() });
+        }
+        roles
+    }
+
+    /// The node and what it would stand on.
+    fn chain(&self, node: &Arc<Node>) -> Vec<Arc<Node>> {
+        let lower = |layer: &Arc<Node>| self.below(layer).cloned().or_else(|| layer.backing());
+        std::iter::successors(Some(Arc::clone(node)), lower).collect()
+    }
+
+    /// Plans a snapshot onto a node that is there.
+    ///
+    /// # Errors
+    /// As [`Daemon::snapshot`].
+    pub(super) fn add(&mut self, daemon: &Daemon, node: &str, overlay: &str) -> Result<(), DaemonError> {
+        let node = daemon.node(node)?;
+        let overlay = daemon.node(overlay)?;
+        self.check_node(daemon, &node)?;
+        self.check_overlay(daemon, &node, &overlay)?;
+        self.plan(node, overlay, Named::ByOperator);
+        Ok(())
+    }
+
+    /// Plans a snapshot whose overlay is made or opened.
+    ///
+    /// # Errors
+    /// As [`Daemon::snapshot_to_file`].
+    pub(super) fn add_file(
+        &mut self,
+        daemon: &Daemon,
+        spec: &SnapshotSpec,
+        pass: Pass,
+    ) -> Result<(), DaemonError> {
+        let node = self.node_of(daemon, spec)?;
         if spec.node_name.is_some() && spec.overlay_name.is_none() {
             return Err(DaemonError::Snapshot("New overlay node-name missing".to_owned()));
         }
-        if spec.overlay_name.as_ref().is_some_and(|name| self.graph.node(name).is_ok()) {
+        let is_taken = |name: &String| daemon.graph.node(name).is_ok() || self.promises(name);
+        if spec.overlay_name.as_ref().is_some_and(is_taken) {
             return Err(DaemonError::Snapshot("New overlay node-name already in use".to_owned()));
         }
-        self.check_source_of_snapshot(&node)?;
-        let entries = self.nodes();
+        self.check_node(daemon, &node)?;
+        self.check_depth(&node)?;
+        let entries = daemon.nodes();
         let entry = entries.iter().find(|entry| Arc::ptr_eq(&entry.node, &node));
         let entry = entry.ok_or_else(|| DaemonError::NodeNotFound(node.name().to_string()))?;
-        let there = self.make_overlay_file(spec, entry)?;
+        let there = overlay_file(daemon, spec, entry)?;
         let named = match spec.mode {
             TargetMode::AbsolutePaths => Named::ByImage,
             TargetMode::Existing => Named::ByOperator,
         };
-        let wanted = there.layer.wanted();
-        let made = match spec.mode {
-            TargetMode::AbsolutePaths => Made::new(&there, entry)?,
-            TargetMode::Existing => Made::nothing(),
-        };
-        let below = file_spec(&spec.file, entry);
-        let stacked = self.make_target(&below, spec.overlay_name.clone(), wanted).and_then(|overlay| {
-            self.check_overlay(&node, &overlay)?;
-            self.stack(&node, &overlay, named)
-        });
-        if stacked.is_ok() {
-            made.keep();
+        if spec.mode == TargetMode::AbsolutePaths {
+            if pass == Pass::Check {
+                let name = match &spec.overlay_name {
+                    Some(name) => NodeName::new(name)?,
+                    None => daemon.graph.generate_name(),
+                };
+                self.promise(name.as_str(), &spec.file)?;
+                self.list.push(Planned { node, name, overlay: None, named });
+                return Ok(());
+            }
+            self.made.push(Made::new(&there, entry)?);
         }
-        // Without an export nobody uses the overlay; it goes, and the file stays, as in QEMU.
-        self.drop_orphans();
-        stacked
+        let below = file_spec(&spec.file, entry);
+        let overlay = daemon.make_target(&below, spec.overlay_name.clone(), there.layer.wanted())?;
+        self.check_overlay(daemon, &node, &overlay)?;
+        self.plan(node, overlay, named);
+        Ok(())
     }
 
-    fn node_of_snapshot(&self, spec: &SnapshotSpec) -> Result<Arc<Node>, DaemonError> {
+    /// Takes note of a snapshot of a node that is made by one before it, and can only be looked at then.
+    ///
+    /// # Errors
+    /// `Create` where two make one file.
+    pub(super) fn defer(&mut self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
+        let name = spec.overlay_name.as_deref().unwrap_or_default();
+        if spec.mode == TargetMode::AbsolutePaths {
+            return self.promise(name, &spec.file);
+        }
+        self.promised.push(name.to_owned());
+        Ok(())
+    }
+
+    /// Refuses to make anything in the place of a file that is there, when not all could be looked at.
+    ///
+    /// # Errors
+    /// `Snapshot`.
+    pub(super) fn check_new_files(&self) -> Result<(), DaemonError> {
+        match self.files.iter().find(|file| file.symlink_metadata().is_ok()) {
+            None => Ok(()),
+            Some(file) => Err(DaemonError::Snapshot(format!(
+                "'{}' is there already, and would be lost before all actions can be checked, as some name nodes that \
+                 this transaction makes; make the overlay first, and use mode=existing",
+                file.display()
+            ))),
+        }
+    }
+
+    fn promise(&mut self, name: &str, file: &Path) -> Result<(), DaemonError> {
+        if self.files.iter().any(|other| is_same_file(other, file)) {
+            return Err(DaemonError::Create("Failed to get \"write\" lock".to_owned()));
+        }
+        self.files.push(file.to_owned());
+        self.promised.push(name.to_owned());
+        Ok(())
+    }
+
+    fn plan(&mut self, node: Arc<Node>, overlay: Arc<Node>, named: Named) {
+        let name = overlay.name().clone();
+        self.list.push(Planned { node, name, overlay: Some(overlay), named });
+    }
+
+    fn node_of(&self, daemon: &Daemon, spec: &SnapshotSpec) -> Result<Arc<Node>, DaemonError> {
         let by_export = spec
             .device
             .as_ref()
-            .and_then(|device| self.exports().iter().find(|export| &export.id == device).map(Export::node));
-        let by_name = spec.node_name.as_ref().and_then(|name| self.graph.node(name).ok());
+            .and_then(|device| daemon.exports().iter().find(|export| &export.id == device).map(Export::node))
+            .and_then(|node| daemon.graph.node(self.top(&node).as_str()).ok());
+        let by_name = spec.node_name.as_ref().and_then(|name| daemon.graph.node(name).ok());
         by_export.or(by_name).ok_or_else(|| DaemonError::NoDeviceNorNode {
             device: spec.device.clone().unwrap_or_default(),
             node: spec.node_name.clone().unwrap_or_default(),
         })
     }
 
-    /// Checks what can be known of the overlay before anything is made.
-    fn make_overlay_file(&self, spec: &SnapshotSpec, node: &NodeEntry) -> Result<New, DaemonError> {
-        let Some(layer) = layer(&spec.format) else {
-            return Err(match spec.mode {
-                TargetMode::AbsolutePaths => {
-                    DaemonError::Create(format!("Unknown file format '{}'", spec.format))
-                }
-                TargetMode::Existing => DaemonError::UnknownDriver(spec.format.clone()),
-            });
-        };
-        let mut new = New { path: spec.file.clone(), layer, beneath: Beneath::Source, image: None };
-        if spec.mode == TargetMode::Existing {
-            return Ok(new);
-        }
-        if !layer.is_image() {
-            let text = format!("Backing file not supported for file format '{}'", spec.format);
-            return Err(DaemonError::Create(text));
-        }
-        let is_same = std::fs::canonicalize(&spec.file)
-            .is_ok_and(|file| std::fs::canonicalize(&node.path).is_ok_and(|path| path == file));
-        if is_same {
-            let text = "Error: Trying to create an image with the same filename as the backing file";
-            return Err(DaemonError::Create(text.to_owned()));
-        }
-        new.image = Some(image_of(node, Some(node))?);
-        check_creatable(&spec.file, node, &self.files_in_use())?;
-        if let Some(name) = &spec.overlay_name {
-            NodeName::new(name)?;
-        }
-        Ok(new)
-    }
-
-    fn check_source_of_snapshot(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
-        for role in self.graph.roles(node) {
+    fn check_node(&self, daemon: &Daemon, node: &Arc<Node>) -> Result<(), DaemonError> {
+        for role in self.roles(daemon, node) {
             let name = node.name().clone();
             match role {
                 Role::MirrorSource { .. } | Role::MirrorTarget { .. } => {
@@ -151,28 +328,50 @@ impl Daemon {
         Ok(())
     }
 
-    fn check_overlay(&self, node: &Arc<Node>, overlay: &Arc<Node>) -> Result<(), DaemonError> {
+    fn check_depth(&self, node: &Arc<Node>) -> Result<(), DaemonError> {
+        match self.chain(node).len() {
+            images if images >= CHAIN_MAX => Err(DaemonError::Snapshot(format!(
+                "{images} images stand on each other already, which is the most"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_overlay(
+        &self,
+        daemon: &Daemon,
+        node: &Arc<Node>,
+        overlay: &Arc<Node>,
+    ) -> Result<(), DaemonError> {
         let refused = |text: String| Err(DaemonError::Snapshot(text));
-        let roles = self.graph.roles(overlay);
+        let roles = self.roles(daemon, overlay);
+        let users = self.roles(daemon, node);
+        let is_below = self.chain(node).iter().any(|layer| Arc::ptr_eq(layer, overlay));
         let target = roles.iter().find(|role| matches!(role, Role::MirrorTarget { .. }));
         if let Some(role) = target
-            && !self.graph.roles(node).is_empty()
+            && !users.is_empty()
         {
             return Err(conflict(overlay.name().clone(), role, true));
         }
         // A mirror only writes its target: nobody sees yet what that reads as, so it may be given what it stands on.
-        if !roles.is_empty() && target.is_none() {
+        // A layer of a chain without users fails further down, as in QEMU.
+        let is_idle = is_below && users.is_empty();
+        if !roles.is_empty() && target.is_none() && !is_idle {
             return refused("The overlay is already in use".to_owned());
         }
-        if Arc::ptr_eq(node, overlay) {
-            let name = node.name();
-            return refused(format!("Making '{name}' a backing child of '{name}' would create a cycle"));
-        }
-        if overlay.image().is_none() {
+        if overlay.image().is_none() && !is_below {
             return refused("The overlay does not support backing images".to_owned());
         }
-        if overlay.backing().is_some() {
+        if overlay.backing().is_some() || self.below(overlay).is_some() {
             return refused("The overlay already has a backing image".to_owned());
+        }
+        if is_below {
+            let text = format!(
+                "Making '{}' a backing child of '{}' would create a cycle",
+                node.name(),
+                overlay.name()
+            );
+            return refused(text);
         }
         if target.is_some() && !overlay.lacks_backing() {
             // What it does not hold has been taken for zeroes.
@@ -180,12 +379,8 @@ impl Daemon {
                 "The mirror's target names no backing file in its header, so it cannot be given one now";
             return refused(text.to_owned());
         }
-        let images = std::iter::successors(Some(Arc::clone(node)), |layer| layer.backing()).count();
-        if images >= CHAIN_MAX {
-            return refused(format!("{images} images stand on each other already, which is the most"));
-        }
-        let has_writers =
-            self.graph.roles(node).iter().any(|role| matches!(role, Role::Export { writable: true, .. }));
+        self.check_depth(node)?;
+        let has_writers = users.iter().any(|role| matches!(role, Role::Export { writable: true, .. }));
         if has_writers && overlay.options().read_only {
             return Err(DaemonError::TargetReadOnly);
         }
@@ -199,41 +394,158 @@ impl Daemon {
         Ok(())
     }
 
-    /// The node, and those through which its bytes go.
-    fn layers(&self, node: &Arc<Node>) -> Vec<Arc<Node>> {
-        let entries = self.nodes();
-        let entry = |name: &NodeName| entries.iter().find(|entry| entry.node.name() == name);
-        let lower = |above: &&NodeEntry| entry(above.child.as_ref()?);
-        std::iter::successors(entry(node.name()), lower).map(|entry| Arc::clone(&entry.node)).collect()
+    /// Takes all of them at a moment at which nothing is in flight at any of them, and makes the `changes` of bitmaps at
+    /// that moment, too.
+    ///
+    /// # Errors
+    /// `Unflushed`, `Undrained`, `NodeInUse`; nothing has changed then.
+    pub(super) fn take(&self, daemon: &Daemon, changes: &[(Arc<Node>, Change)]) -> Result<(), DaemonError> {
+        runtime::block_on(self.take_within(DRAIN_MAX, daemon, changes)).map_err(DaemonError::Engine)?
     }
 
-    /// Does it, at a moment at which nothing is in flight.
-    fn stack(&self, node: &Arc<Node>, overlay: &Arc<Node>, named: Named) -> Result<(), DaemonError> {
+    async fn take_within(
+        &self,
+        limit: Duration,
+        daemon: &Daemon,
+        changes: &[(Arc<Node>, Change)],
+    ) -> Result<(), DaemonError> {
         let unflushed = |error: BlockError| DaemonError::Unflushed(error);
-        let work = async {
-            if !node.options().read_only {
-                // The long one, beside clients.
-                node.enter().await.flush().await.map_err(unflushed)?;
-            }
-            let drained = node.drain().await;
-            // What a mirror is writing to it ends with what it began with.
-            let _overlay = overlay.drain().await;
-            if !node.options().read_only {
-                drained.flush().await.map_err(unflushed)?;
-            }
-            self.put_on_top(&drained, overlay, node, named)
-                .map_err(|_| DaemonError::NodeInUse(node.name().clone()))?;
-            // Nobody writes it, nor what holds it and nothing else, from here on.
-            let layers = self.layers(node);
-            let alone = layers
-                .iter()
-                .enumerate()
-                .take_while(|(depth, layer)| *depth == 0 || self.graph.roles(layer).len() <= 1);
-            for (_, layer) in alone {
-                layer.set_options(NodeOptions { read_only: true, ..layer.options() });
-            }
-            Ok(())
+        let is_left = |node: &Arc<Node>| self.is_left(node) && !node.options().read_only;
+        // None of them is on top of another: that would be somebody's use, and is refused.
+        let nodes = self.nodes();
+        // The long one, beside clients.
+        let written = nodes.iter().filter(|node| is_left(node));
+        try_join_all(written.map(async |node| node.enter().await.flush().await)).await.map_err(unflushed)?;
+        // All gates close before any waits. What mirrors are writing to overlays ends with what it began with.
+        let clock = daemon.clock();
+        let drained =
+            match select(pin!(Node::drain_all(&nodes)), clock.sleep_until(clock.now() + limit)).await {
+                Either::Left((drained, _)) => drained,
+                // The gates open again.
+                Either::Right(_) => return Err(undrained(&nodes, limit)),
+            };
+        let written = drained.iter().filter(|drained| is_left(drained.node()));
+        try_join_all(written.map(Drained::flush)).await.map_err(unflushed)?;
+        let gate = |node: &Arc<Node>| drained.iter().find(|drained| Arc::ptr_eq(drained.node(), node));
+        let onto = |planned: &'_ Planned| {
+            let drained = gate(&planned.node)?;
+            Some(Onto { drained, target: gate(planned.overlay.as_ref()?)?.node(), below: drained.node() })
         };
-        runtime::block_on(work).map_err(DaemonError::Engine)?
+        let moves: Vec<_> = self.list.iter().filter_map(onto).collect();
+        let named: Vec<_> = self.list.iter().map(|planned| planned.named).collect();
+        daemon.put_on_top(&moves, &named, changes).map_err(|error| match error {
+            GraphError::InUse { node, .. } => DaemonError::NodeInUse(node),
+            GraphError::NotFound(name) | GraphError::Duplicate(name) => DaemonError::NodeNotFound(name),
+        })?;
+        self.list.iter().for_each(|planned| daemon.keep_as_it_is(&planned.node));
+        Ok(())
+    }
+
+    /// All that take part, each once.
+    fn nodes(&self) -> Vec<Arc<Node>> {
+        let mut nodes: Vec<Arc<Node>> = Vec::new();
+        for node in self.list.iter().flat_map(|planned| [Some(&planned.node), planned.overlay.as_ref()]) {
+            nodes.extend(node.filter(|node| !nodes.iter().any(|other| Arc::ptr_eq(other, node))).cloned());
+        }
+        nodes
+    }
+}
+
+fn undrained(nodes: &[Arc<Node>], limit: Duration) -> DaemonError {
+    let busy = nodes.iter().filter(|node| node.in_flight() > 0).map(|node| format!("'{}'", node.name()));
+    DaemonError::Undrained { nodes: busy.collect::<Vec<_>>().join(", "), limit }
+}
+
+/// Checks what can be known of the overlay before anything is made.
+fn overlay_file(daemon: &Daemon, spec: &SnapshotSpec, node: &NodeEntry) -> Result<New, DaemonError> {
+    let Some(layer) = layer(&spec.format) else {
+        return Err(match spec.mode {
+            TargetMode::AbsolutePaths => {
+                DaemonError::Create(format!("Unknown file format '{}'", spec.format))
+            }
+            TargetMode::Existing => DaemonError::UnknownDriver(spec.format.clone()),
+        });
+    };
+    let mut new = New { path: spec.file.clone(), layer, beneath: Beneath::Source, image: None };
+    if spec.mode == TargetMode::Existing {
+        return Ok(new);
+    }
+    if !layer.is_image() {
+        let text = format!("Backing file not supported for file format '{}'", spec.format);
+        return Err(DaemonError::Create(text));
+    }
+    let is_same = std::fs::canonicalize(&spec.file)
+        .is_ok_and(|file| std::fs::canonicalize(&node.path).is_ok_and(|path| path == file));
+    if is_same {
+        let text = "Error: Trying to create an image with the same filename as the backing file";
+        return Err(DaemonError::Create(text.to_owned()));
+    }
+    new.image = Some(image_of(node, Some(node))?);
+    check_creatable(&spec.file, node, &daemon.files_in_use())?;
+    if let Some(name) = &spec.overlay_name {
+        NodeName::new(name)?;
+    }
+    Ok(new)
+}
+
+/// Says whether both are, or would be, one file.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    let place = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some((std::fs::canonicalize(folder).ok()?, path.file_name()?.to_owned()))
+    };
+    (identity(a).is_some() && identity(a) == identity(b)) || (place(a).is_some() && place(a) == place(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use heliostat_block::driver::qcow2::create::{CreateOptions, create};
+    use heliostat_block::driver::qcow2::file::ImageFile;
+    use heliostat_host::file::FileStorage;
+    use heliostat_host::open::{Existing, OpenOptions};
+
+    use super::*;
+    use crate::daemon::{Child, DriverSpec, NodeSpec, Qcow2Spec};
+
+    /// A daemon with the images `names`, each a node.
+    fn with_images(folder: &Path, names: &[&str]) -> Arc<Daemon> {
+        let daemon = Daemon::new();
+        for name in names {
+            let path = folder.join(name);
+            let storage = FileStorage::create(&path, 0, Existing::Replace, &OpenOptions::default()).unwrap();
+            let options = CreateOptions { size: 1 << 20, ..CreateOptions::default() };
+            runtime::block_on(create(&ImageFile::new(Arc::new(storage)), None, &options)).unwrap().unwrap();
+            let file = Child::New(Box::new(NodeSpec::new(
+                None,
+                DriverSpec::at(path, super::super::Sharing::Locked),
+            )));
+            let driver = DriverSpec::Qcow2(Box::new(Qcow2Spec::new(file)));
+            daemon.add_node(&NodeSpec::new(Some((*name).to_owned()), driver)).unwrap();
+        }
+        daemon
+    }
+
+    #[test]
+    fn a_disk_that_does_not_come_to_rest_is_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a", "b", "oa", "ob"]);
+        let mut snapshots = Snapshots::default();
+        snapshots.add(&daemon, "a", "oa").unwrap();
+        snapshots.add(&daemon, "b", "ob").unwrap();
+        let take = |limit| runtime::block_on(snapshots.take_within(limit, &daemon, &[])).unwrap();
+        let b = daemon.node("b").unwrap();
+        let request = b.enter().now_or_never().expect("the gate is open");
+        let refused = take(Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(&refused, DaemonError::Undrained { nodes, .. } if nodes == "'b'"), "{refused}");
+        for node in ["a", "b", "oa", "ob"] {
+            let node = daemon.node(node).unwrap();
+            assert!(node.enter().now_or_never().is_some(), "the gates are open again");
+            assert!(node.backing().is_none() && !node.options().read_only);
+        }
+        drop(request);
+        take(DRAIN_MAX).unwrap();
+        assert!(Arc::ptr_eq(&daemon.node("ob").unwrap().backing().unwrap(), &b) && b.options().read_only);
     }
 }

@@ -1,24 +1,54 @@
 //! Several changes, all or none.
 //!
 //! Every action is checked in its order against what those before it would leave; what it needs (memory, threads,
-//! places at nodes) is had then. Only when all have passed is anything done, and nothing of that can fail: bitmaps
-//! change at one moment over all nodes, then mirrors start.
+//! places at nodes, files) is had then. Where a file is to be made, all is gone through without that first: it may take
+//! the place of another. Only when all have passed is anything done: bitmaps change and snapshots are taken at one moment
+//! over all nodes, which happens or does not; then mirrors start, which cannot fail.
 
-use heliostat_block::job::Job;
+use heliostat_block::job::Group;
 
 use super::bitmaps::Plan;
+use super::drive_mirror::Made;
 use super::mirror::{Launch, Prospect, Ready};
-use super::{BitmapAction, Daemon, DaemonError, MirrorSpec};
+use super::snapshot::{Pass, SnapshotSpec, Snapshots};
+use super::{BitmapAction, Daemon, DaemonError, MirrorSpec, TargetMode};
 
 /// One change of a transaction.
 #[derive(Clone, Debug)]
 pub enum Action {
     /// Of a dirty bitmap.
     Bitmap(BitmapAction),
+    /// A node takes the place of another, on top of it.
+    Snapshot {
+        /// The node that clients leave.
+        node: String,
+        /// The one that they go to.
+        overlay: String,
+    },
+    /// The same, with a node that is made or opened.
+    SnapshotToFile(SnapshotSpec),
     /// A mirror starts.
     Mirror(Box<MirrorSpec>),
     /// All is refused.
     Abort,
+}
+
+/// How the jobs of a transaction end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompletionMode {
+    /// Each for itself.
+    #[default]
+    Individual,
+    /// At one moment, all or none (MIRROR.md section 7, groups). They end by themselves only where each of them may.
+    Grouped,
+}
+
+/// What there would be.
+#[derive(Default)]
+struct Plans {
+    bitmaps: Plan,
+    snapshots: Snapshots,
+    mirrors: Vec<Ready>,
 }
 
 /// Why there is no transaction. The texts are QEMU's.
@@ -37,40 +67,125 @@ impl Daemon {
     ///
     /// # Errors
     /// Of the first action that cannot be done.
-    pub fn transaction(&self, actions: &[Action]) -> Result<(), DaemonError> {
+    pub fn transaction(&self, actions: &[Action], mode: CompletionMode) -> Result<(), DaemonError> {
         let _change = self.begin_change()?;
-        let mut plan = Plan::default();
-        let mut mirrors: Vec<Ready> = Vec::new();
-        for action in actions {
-            match action {
-                Action::Bitmap(action) => plan.add(self, action)?,
-                Action::Mirror(spec) => {
-                    self.check_room_for_jobs(mirrors.len())?;
-                    let ready = self.ready_mirror(spec, &mut plan)?;
-                    if mirrors.iter().any(|other| other.id() == ready.id()) {
-                        return Err(DaemonError::JobExists(spec.job_id.clone()));
-                    }
-                    mirrors.push(ready);
-                }
-                Action::Abort => return Err(TransactionError::Abort.into()),
+        if actions.iter().any(Action::makes_file) {
+            let mut plans = Plans::default();
+            let checked = self.plan_all(actions, Pass::Check, &mut plans);
+            drop(plans);
+            self.drop_orphans();
+            checked?;
+        }
+        let mut plans = Plans::default();
+        let done = self.plan_all(actions, Pass::Make, &mut plans).and_then(|()| self.change_at_once(&plans));
+        let made = plans.snapshots.take_made();
+        match &done {
+            Ok(()) => {
+                made.into_iter().for_each(Made::keep);
+                self.go_all(std::mem::take(&mut plans.mirrors), mode);
+                // Without an export nobody uses an overlay that was made; it goes, and the file stays, as in QEMU.
+                self.drop_orphans();
+            }
+            Err(_) => {
+                drop(plans);
+                self.drop_orphans();
+                // Now that nobody has them open.
+                drop(made);
             }
         }
-        plan.carry_out();
-        for ready in mirrors {
-            let _job: std::sync::Arc<Job> = self.go(ready);
+        done
+    }
+
+    fn plan_all(&self, actions: &[Action], pass: Pass, plans: &mut Plans) -> Result<(), DaemonError> {
+        let mut all_seen = true;
+        for action in actions {
+            let names = action.nodes(self, &plans.snapshots);
+            if names.iter().any(|name| plans.snapshots.promises(name)) {
+                // It is looked at when the other is there.
+                all_seen = false;
+                if let Action::SnapshotToFile(spec) = action {
+                    plans.snapshots.defer(spec)?;
+                }
+                continue;
+            }
+            self.plan_one(action, pass, plans)?;
         }
+        if all_seen { Ok(()) } else { plans.snapshots.check_new_files() }
+    }
+
+    fn plan_one(&self, action: &Action, pass: Pass, plans: &mut Plans) -> Result<(), DaemonError> {
+        match action {
+            Action::Bitmap(action) => plans.bitmaps.add(self, action),
+            Action::Snapshot { node, overlay } => plans.snapshots.add(self, node, overlay),
+            Action::SnapshotToFile(spec) => plans.snapshots.add_file(self, spec, pass),
+            Action::Mirror(spec) => {
+                self.check_room_for_jobs(plans.mirrors.len())?;
+                let ready = self.ready_mirror(spec, plans)?;
+                if plans.mirrors.iter().any(|other| other.id() == ready.id()) {
+                    return Err(DaemonError::JobExists(spec.job_id.clone()));
+                }
+                plans.mirrors.push(ready);
+                Ok(())
+            }
+            Action::Abort => Err(TransactionError::Abort.into()),
+        }
+    }
+
+    /// Changes bitmaps and takes snapshots, at one moment.
+    fn change_at_once(&self, plans: &Plans) -> Result<(), DaemonError> {
+        if !plans.snapshots.is_empty() {
+            return plans.snapshots.take(self, plans.bitmaps.changes());
+        }
+        plans.bitmaps.carry_out();
         Ok(())
     }
 
+    fn go_all(&self, mirrors: Vec<Ready>, mode: CompletionMode) {
+        let group = (mode == CompletionMode::Grouped).then(|| Group::new(mirrors.len()));
+        let auto_finalize = mirrors.iter().all(Ready::auto_finalize);
+        for mut ready in mirrors {
+            if group.is_some() {
+                ready.set_auto_finalize(auto_finalize);
+            }
+            let _job = self.go(ready, group.as_ref());
+        }
+    }
+
     /// Checks all that a mirror needs and has it ready to start.
-    fn ready_mirror(&self, spec: &MirrorSpec, plan: &mut Plan) -> Result<Ready, DaemonError> {
+    fn ready_mirror(&self, spec: &MirrorSpec, plans: &mut Plans) -> Result<Ready, DaemonError> {
+        let spec = &MirrorSpec { source: plans.snapshots.meant(self, &spec.source), ..spec.clone() };
         let source = self.source_of(&spec.source)?;
+        if plans.snapshots.is_left(&source) {
+            return Err(DaemonError::NotRoot);
+        }
         self.check_source(&source)?;
         let target = self.node(&spec.target)?;
+        plans.snapshots.check_target(self, &target)?;
         let prepared = self.prepare(spec, &source, &Prospect::of(&target))?;
         if let Some(name) = &spec.bitmap.name {
-            plan.hold(self, &source, name)?;
+            plans.bitmaps.hold(self, &source, name)?;
         }
         self.ready(Launch { spec, source, target, prepared, observer: self.job_observer() })
+    }
+}
+
+impl Action {
+    /// Says whether it makes a file, in whose place another may be.
+    const fn makes_file(&self) -> bool {
+        matches!(self, Self::SnapshotToFile(SnapshotSpec { mode: TargetMode::AbsolutePaths, .. }))
+    }
+
+    /// The nodes that it names, after `snapshots`.
+    fn nodes(&self, daemon: &Daemon, snapshots: &Snapshots) -> Vec<String> {
+        let meant = |device: &String| snapshots.meant(daemon, device);
+        match self {
+            Self::Bitmap(action) => action.nodes().into_iter().map(str::to_owned).collect(),
+            Self::Snapshot { node, overlay } => vec![node.clone(), overlay.clone()],
+            Self::SnapshotToFile(spec) => {
+                spec.device.iter().map(meant).chain(spec.node_name.clone()).collect()
+            }
+            Self::Mirror(spec) => vec![meant(&spec.source), spec.target.clone()],
+            Self::Abort => Vec::new(),
+        }
     }
 }

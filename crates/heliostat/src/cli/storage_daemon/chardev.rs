@@ -232,7 +232,8 @@ mod tests {
             ),
             (
                 "socket,id=c,host=0.0.0.0,port=0,server=on",
-                "0.0.0.0:0 can be reached from other hosts, and nobody is asked for a password",
+                "0.0.0.0:0 can be reached from other hosts, and nobody is asked for a password; listen on 127.0.0.1 or \
+                 [::1], or on a Unix socket, and let others in by a tunnel (ssh -L)",
             ),
         ] {
             assert_eq!(refused(text), what, "{text}");

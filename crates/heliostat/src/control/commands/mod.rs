@@ -15,6 +15,8 @@ mod mirror;
 mod nodes;
 mod objects;
 mod resize;
+#[cfg(test)]
+mod schema_tests;
 mod snapshot;
 mod transaction;
 
@@ -84,6 +86,7 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-jobs" => Ok(jobs::query_jobs(daemon)),
         "object-add" => objects::add(daemon, arguments),
         "object-del" => objects::delete(daemon, arguments),
+        "qom-list" => objects::list(daemon, arguments),
         "qom-get" => objects::get(daemon, arguments),
         "qom-set" => objects::set(daemon, arguments),
         "human-monitor-command" => Ok(human::run(daemon, arguments)),

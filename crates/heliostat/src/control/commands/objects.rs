@@ -1,4 +1,4 @@
-//! `object-add`, `object-del`, `qom-get`, `qom-set`: throttle groups and their limits.
+//! `object-add`, `object-del`, `qom-list`, `qom-get`, `qom-set`: throttle groups and their limits, and where they stand.
 
 use std::sync::Arc;
 
@@ -39,27 +39,46 @@ pub(super) fn delete(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<V
     Ok(json!({}))
 }
 
+pub(super) fn list(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    let path = arguments.required_text("path");
+    let object = find(daemon, path).map_err(|lost| match lost {
+        Lost::Ambiguous => Refusal::new(format!("Path '{path}' is ambiguous")),
+        Lost::NotFound => not_found(path),
+    })?;
+    let properties = object.properties(daemon);
+    Ok(properties.into_iter().map(|(name, kind)| json!({ "name": name, "type": kind })).collect())
+}
+
 pub(super) fn get(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
-    let limits = find(daemon, arguments)?.limits();
+    let path = arguments.required_text("path");
+    // QEMU tells of ambiguity only who lists.
+    let object = find(daemon, path).map_err(|_| not_found(path))?;
     let property = arguments.required_text("property");
-    match property {
-        "type" => Ok(json!("throttle-group")),
-        "limits" => {
-            let all = LIMITS_ORDER.iter().filter_map(|key| Some((key, Property::named(key)?)));
-            let all = all.map(|(key, property)| ((*key).to_owned(), json!(property.get(&limits))));
-            Ok(Value::Object(all.collect()))
-        }
-        _ => {
-            let found = property.strip_prefix("x-").and_then(Property::named);
-            found.map(|found| json!(found.get(&limits))).ok_or_else(|| no_property(property))
-        }
+    if property == "type" {
+        return Ok(json!(object.kind()));
     }
+    let Object::Group(group) = &object else {
+        return match object.has(daemon, property) {
+            true => Ok(json!(format!("{}/{property}", object.path()))),
+            false => Err(object.lacks(property)),
+        };
+    };
+    let limits = group.limits();
+    if property == "limits" {
+        let all = LIMITS_ORDER.iter().filter_map(|key| Some((key, Property::named(key)?)));
+        let all = all.map(|(key, property)| ((*key).to_owned(), json!(property.get(&limits))));
+        return Ok(Value::Object(all.collect()));
+    }
+    let found = property.strip_prefix("x-").and_then(Property::named);
+    found.map(|found| json!(found.get(&limits))).ok_or_else(|| object.lacks(property))
 }
 
 pub(super) fn set(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
-    let group = find(daemon, arguments)?;
+    let path = arguments.required_text("path");
+    // QEMU tells of ambiguity only who lists.
+    let object = find(daemon, path).map_err(|_| not_found(path))?;
     let property = arguments.required_text("property");
-    if property == "limits" {
+    if let (Object::Group(group), "limits") = (&object, property) {
         let mut limits = group.limits();
         let mut given = Map::new();
         given.extend(arguments.value("value").map(|value| ("limits".to_owned(), value.clone())));
@@ -70,14 +89,121 @@ pub(super) fn set(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
         group.set_limits(limits).map_err(DaemonError::from)?;
         return Ok(json!({}));
     }
-    Err(match property.strip_prefix("x-").and_then(Property::named) {
-        Some(_) => Refusal::new("Property cannot be set after initialization"),
-        None if property == "type" => {
-            Refusal::new(format!("Property 'throttle-group.{property}' is not writable"))
+    Err(match (&object, property) {
+        _ if !object.has(daemon, property) => object.lacks(property),
+        (Object::Group(_), limit) if limit != "type" => {
+            Refusal::new("Property cannot be set after initialization")
         }
-        None => no_property(property),
+        _ => Refusal::new(format!("Property '{}.{property}' is not writable", object.kind())),
     })
 }
+
+/// What has a path. QEMU has containers for chardevs and for its own things beside these.
+enum Object {
+    Root,
+    Objects,
+    Group(Arc<ThrottleGroup>),
+}
+
+impl Object {
+    /// QEMU's name of its type.
+    const fn kind(&self) -> &'static str {
+        match self {
+            Self::Root | Self::Objects => "container",
+            Self::Group(_) => "throttle-group",
+        }
+    }
+
+    /// The path of a container, but for the root's, which is a slash alone.
+    const fn path(&self) -> &'static str {
+        match self {
+            Self::Objects => "/objects",
+            Self::Root | Self::Group(_) => "",
+        }
+    }
+
+    /// Its properties, each with QEMU's name of what it may be.
+    fn properties(&self, daemon: &Daemon) -> Vec<(String, &'static str)> {
+        let own = |name: &str| match name {
+            "limits" => (name.to_owned(), "ThrottleLimits"),
+            _ => (format!("x-{name}"), "int"),
+        };
+        let mut properties = vec![("type".to_owned(), "string")];
+        match self {
+            Self::Root => properties.push(("objects".to_owned(), "child<container>")),
+            Self::Objects => {
+                let groups = daemon.throttle_groups().into_iter();
+                properties.extend(groups.map(|id| (id, "child<throttle-group>")));
+            }
+            Self::Group(_) => properties.extend(PROPERTIES_ORDER.into_iter().map(own)),
+        }
+        properties
+    }
+
+    fn has(&self, daemon: &Daemon, property: &str) -> bool {
+        self.properties(daemon).iter().any(|(name, _)| name == property)
+    }
+
+    fn lacks(&self, property: &str) -> Refusal {
+        Refusal::new(format!("Property '{}.{property}' not found", self.kind()))
+    }
+}
+
+/// Why a path means no object.
+enum Lost {
+    Ambiguous,
+    NotFound,
+}
+
+/// The object that a path means: from the root on, or, without a slash at its beginning, the end of one.
+fn find(daemon: &Daemon, path: &str) -> Result<Object, Lost> {
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let is_absolute = path.starts_with('/');
+    let group = |id: &str| daemon.throttle_group(id).map(Object::Group);
+    let (container, group) = match parts[..] {
+        [] if is_absolute => (Some(Object::Root), None),
+        // The end of any path.
+        [] => return Err(Lost::Ambiguous),
+        ["objects"] if is_absolute => (Some(Object::Objects), None),
+        ["objects"] => (Some(Object::Objects), group("objects")),
+        ["objects", id] => (None, group(id)),
+        [id] if !is_absolute => (None, group(id)),
+        _ => (None, None),
+    };
+    match (container, group) {
+        (Some(_), Some(_)) => Err(Lost::Ambiguous),
+        (Some(found), None) | (None, Some(found)) => Ok(found),
+        (None, None) => Err(Lost::NotFound),
+    }
+}
+
+fn not_found(path: &str) -> Refusal {
+    Refusal::of(Class::DeviceNotFound, format!("Device '{path}' not found"))
+}
+
+/// The order in which QEMU lists a throttle group's properties; all but one carry a prefix there.
+const PROPERTIES_ORDER: [&str; 20] = [
+    "bps-write-max-length",
+    "iops-total-max-length",
+    "iops-size",
+    "limits",
+    "bps-total",
+    "iops-read-max-length",
+    "bps-write",
+    "iops-write-max-length",
+    "bps-read-max",
+    "iops-read-max",
+    "bps-total-max",
+    "bps-read-max-length",
+    "iops-read",
+    "bps-read",
+    "bps-write-max",
+    "iops-total-max",
+    "iops-total",
+    "iops-write",
+    "bps-total-max-length",
+    "iops-write-max",
+];
 
 /// The order in which QEMU shows limits.
 const LIMITS_ORDER: [&str; 19] = [
@@ -113,17 +239,6 @@ static ALONE: Record = Record {
     }],
     cases: None,
 };
-
-fn find(daemon: &Daemon, arguments: Arguments<'_>) -> Result<Arc<ThrottleGroup>, Refusal> {
-    let path = arguments.required_text("path");
-    let id = path.strip_prefix("/objects/").unwrap_or(path);
-    let not_found = || Refusal::of(Class::DeviceNotFound, format!("Device '{path}' not found"));
-    daemon.throttle_group(id).ok_or_else(not_found)
-}
-
-fn no_property(name: &str) -> Refusal {
-    Refusal::new(format!("Property 'throttle-group.{name}' not found"))
-}
 
 /// Changes the limits that are given.
 fn change(limits: &mut Limits, given: Arguments<'_>) -> Result<(), Refusal> {

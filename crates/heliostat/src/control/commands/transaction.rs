@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
-use super::{bitmaps, mirror};
-use crate::daemon::{Action, Daemon, DaemonError, TransactionError};
+use super::{bitmaps, mirror, snapshot};
+use crate::daemon::{Action, CompletionMode, Daemon, DaemonError, TransactionError};
 
 pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     let properties = arguments.object("properties");
@@ -19,16 +19,19 @@ pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
         let action = match (word, data) {
             ("abort", _) => Some(Action::Abort),
             ("blockdev-mirror", Some(data)) => Some(Action::Mirror(Box::new(mirror::of(daemon, data)))),
-            (_, Some(data)) => bitmaps::action(word, data).map(Action::Bitmap),
+            (_, Some(data)) => {
+                bitmaps::action(word, data).map(Action::Bitmap).or_else(|| snapshot::action(word, data))
+            }
             (_, None) => None,
         };
         let refused = || DaemonError::from(TransactionError::Grouped(word.to_owned()));
-        if is_grouped && word != "abort" {
+        if is_grouped && !matches!(word, "abort" | "blockdev-mirror") {
             return Err(refused().into());
         }
         // The schema has no other word.
         actions.extend(action);
     }
-    daemon.transaction(&actions)?;
+    let mode = if is_grouped { CompletionMode::Grouped } else { CompletionMode::Individual };
+    daemon.transaction(&actions, mode)?;
     Ok(json!({}))
 }

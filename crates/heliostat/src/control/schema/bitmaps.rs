@@ -1,6 +1,6 @@
 //! What commands on dirty bitmaps take, and `transaction`, which takes several of them.
 
-use super::mirror::MIRROR;
+use super::mirror::{MIRROR, SNAPSHOT, SNAPSHOT_SYNC};
 use super::{Cases, Kind, Member, Record, optional, record, required};
 
 /// A bitmap by its node and its name.
@@ -51,6 +51,8 @@ static ACTION: Record = Record {
             "block-dirty-bitmap-enable",
             "block-dirty-bitmap-disable",
             "block-dirty-bitmap-merge",
+            "blockdev-snapshot",
+            "blockdev-snapshot-sync",
             "blockdev-mirror",
         ]),
         "what is to be done: a command, or abort; blockdev-mirror is ours",
@@ -65,6 +67,8 @@ static ACTION: Record = Record {
             ("block-dirty-bitmap-enable", &[changes(&NAME)]),
             ("block-dirty-bitmap-disable", &[changes(&NAME)]),
             ("block-dirty-bitmap-merge", &[changes(&MERGE)]),
+            ("blockdev-snapshot", &[changes(&SNAPSHOT)]),
+            ("blockdev-snapshot-sync", &[changes(&SNAPSHOT_SYNC)]),
             ("blockdev-mirror", &[changes(&MIRROR)]),
         ],
     }),
@@ -78,7 +82,7 @@ pub(super) static TRANSACTION: Record = record(&[
         Kind::Object(&record(&[optional(
             "completion-mode",
             Kind::Word(&["individual", "grouped"]),
-            "whether jobs end together; default individual; no action takes grouped yet",
+            "whether jobs end together, at one moment, or not at all; default individual; grouped is for mirrors",
         )])),
         "how",
     ),

@@ -23,6 +23,12 @@ static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported"
 static VSOCK: Record =
     record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
 
+// What the command and the option take alike.
+pub(super) const TLS_CREDS: Member = optional("tls-creds", Kind::Text, "not supported yet");
+pub(super) const TLS_AUTHZ: Member = optional("tls-authz", Kind::Text, "not supported yet");
+pub(super) const MAX_CONNECTIONS: Member =
+    optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound");
+
 /// Where an NBD server listens.
 pub(super) static SOCKET_ADDRESS: Record = Record {
     members: &[required("type", Kind::Word(&["inet", "unix", "vsock", "fd"]), "what kind of address")],
@@ -81,8 +87,8 @@ static FLAT_ADDRESS: Record = Record {
 /// What the option `--nbd-server` takes.
 pub static NBD_SERVER_OPTIONS: Record = record(&[
     optional("handshake-max-seconds", Kind::Uint32, "how long a client may take to choose its export"),
-    optional("tls-creds", Kind::Text, "not supported yet"),
-    optional("tls-authz", Kind::Text, "not supported yet"),
-    optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound"),
+    TLS_CREDS,
+    TLS_AUTHZ,
+    MAX_CONNECTIONS,
     required("addr", Kind::Object(&FLAT_ADDRESS), "where it listens"),
 ]);

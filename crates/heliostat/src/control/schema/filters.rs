@@ -57,134 +57,51 @@ pub(super) const COPY_ON_READ: &[Member] = &[
 /// The limits of a throttle group.
 pub static LIMITS: Record = record(LIMIT_MEMBERS);
 
-const LIMIT_MEMBERS: &[Member] = &[
-    optional("iops-total", Kind::Int, "requests both ways a second; default 0: no limit"),
-    optional(
-        "iops-total-max",
-        Kind::Int,
-        "requests both ways a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "iops-total-max-length",
-        Kind::Int,
-        "how many seconds a burst of requests both ways may last; default 1",
-    ),
-    optional("iops-read", Kind::Int, "requests read a second; default 0: no limit"),
-    optional("iops-read-max", Kind::Int, "requests read a second while a burst lasts; default 0: no bursts"),
-    optional(
-        "iops-read-max-length",
-        Kind::Int,
-        "how many seconds a burst of requests read may last; default 1",
-    ),
-    optional("iops-write", Kind::Int, "requests written a second; default 0: no limit"),
-    optional(
-        "iops-write-max",
-        Kind::Int,
-        "requests written a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "iops-write-max-length",
-        Kind::Int,
-        "how many seconds a burst of requests written may last; default 1",
-    ),
-    optional("bps-total", Kind::Int, "bytes both ways a second; default 0: no limit"),
-    optional(
-        "bps-total-max",
-        Kind::Int,
-        "bytes both ways a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "bps-total-max-length",
-        Kind::Int,
-        "how many seconds a burst of bytes both ways may last; default 1",
-    ),
-    optional("bps-read", Kind::Int, "bytes read a second; default 0: no limit"),
-    optional("bps-read-max", Kind::Int, "bytes read a second while a burst lasts; default 0: no bursts"),
-    optional("bps-read-max-length", Kind::Int, "how many seconds a burst of bytes read may last; default 1"),
-    optional("bps-write", Kind::Int, "bytes written a second; default 0: no limit"),
-    optional("bps-write-max", Kind::Int, "bytes written a second while a burst lasts; default 0: no bursts"),
-    optional(
-        "bps-write-max-length",
-        Kind::Int,
-        "how many seconds a burst of bytes written may last; default 1",
-    ),
-    optional(
-        "iops-size",
-        Kind::Int,
-        "a longer request counts as several, one for each of this many bytes; default 0: never",
-    ),
-];
+/// The limits, each with what stands before its name; and what comes first.
+macro_rules! limits {
+    ($prefix:literal $(, $first:expr)?) => {
+        limits!(
+            @each $prefix, [$($first,)?],
+            "iops-total" is "requests both ways",
+            "iops-read" is "requests read",
+            "iops-write" is "requests written",
+            "bps-total" is "bytes both ways",
+            "bps-read" is "bytes read",
+            "bps-write" is "bytes written",
+        )
+    };
+    (@each $prefix:literal, [$($first:expr,)?], $($name:literal is $what:literal,)*) => {
+        &[
+            $($first,)?
+            $(
+                optional(
+                    concat!($prefix, $name),
+                    Kind::Int,
+                    concat!($what, " a second; default 0: no limit"),
+                ),
+                optional(
+                    concat!($prefix, $name, "-max"),
+                    Kind::Int,
+                    concat!($what, " a second while a burst lasts; default 0: no bursts"),
+                ),
+                optional(
+                    concat!($prefix, $name, "-max-length"),
+                    Kind::Int,
+                    concat!("how many seconds a burst of ", $what, " may last; default 1"),
+                ),
+            )*
+            optional(
+                concat!($prefix, "iops-size"),
+                Kind::Int,
+                "a longer request counts as several, one for each of this many bytes; default 0: never",
+            ),
+        ]
+    };
+}
 
-const THROTTLE_GROUP: &[Member] = &[
-    optional("limits", Kind::Object(&LIMITS), "the limits"),
-    optional("x-iops-total", Kind::Int, "requests both ways a second; default 0: no limit"),
-    optional(
-        "x-iops-total-max",
-        Kind::Int,
-        "requests both ways a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "x-iops-total-max-length",
-        Kind::Int,
-        "how many seconds a burst of requests both ways may last; default 1",
-    ),
-    optional("x-iops-read", Kind::Int, "requests read a second; default 0: no limit"),
-    optional(
-        "x-iops-read-max",
-        Kind::Int,
-        "requests read a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "x-iops-read-max-length",
-        Kind::Int,
-        "how many seconds a burst of requests read may last; default 1",
-    ),
-    optional("x-iops-write", Kind::Int, "requests written a second; default 0: no limit"),
-    optional(
-        "x-iops-write-max",
-        Kind::Int,
-        "requests written a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "x-iops-write-max-length",
-        Kind::Int,
-        "how many seconds a burst of requests written may last; default 1",
-    ),
-    optional("x-bps-total", Kind::Int, "bytes both ways a second; default 0: no limit"),
-    optional(
-        "x-bps-total-max",
-        Kind::Int,
-        "bytes both ways a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "x-bps-total-max-length",
-        Kind::Int,
-        "how many seconds a burst of bytes both ways may last; default 1",
-    ),
-    optional("x-bps-read", Kind::Int, "bytes read a second; default 0: no limit"),
-    optional("x-bps-read-max", Kind::Int, "bytes read a second while a burst lasts; default 0: no bursts"),
-    optional(
-        "x-bps-read-max-length",
-        Kind::Int,
-        "how many seconds a burst of bytes read may last; default 1",
-    ),
-    optional("x-bps-write", Kind::Int, "bytes written a second; default 0: no limit"),
-    optional(
-        "x-bps-write-max",
-        Kind::Int,
-        "bytes written a second while a burst lasts; default 0: no bursts",
-    ),
-    optional(
-        "x-bps-write-max-length",
-        Kind::Int,
-        "how many seconds a burst of bytes written may last; default 1",
-    ),
-    optional(
-        "x-iops-size",
-        Kind::Int,
-        "a longer request counts as several, one for each of this many bytes; default 0: never",
-    ),
-];
+const LIMIT_MEMBERS: &[Member] = limits!("");
+
+const THROTTLE_GROUP: &[Member] = limits!("x-", optional("limits", Kind::Object(&LIMITS), "the limits"));
 
 /// What `object-add` takes.
 pub static OBJECT: Record = Record {
@@ -195,15 +112,19 @@ pub static OBJECT: Record = Record {
     cases: Some(Cases { tag: "qom-type", by_word: &[("throttle-group", THROTTLE_GROUP)] }),
 };
 
+/// The path of an object.
+const AT: Member = required("path", Kind::Text, "the object: its id, or /objects/ and its id");
+
+/// What `qom-list` takes.
+pub static PATH: Record =
+    record(&[required("path", Kind::Text, "the object: its id, /objects/ and its id, /objects, or /")]);
+
 /// What `qom-get` takes.
-pub static PROPERTY: Record = record(&[
-    required("path", Kind::Text, "the object: its id, or /objects/ and its id"),
-    required("property", Kind::Text, "the property's name"),
-]);
+pub static PROPERTY: Record = record(&[AT, required("property", Kind::Text, "the property's name")]);
 
 /// What `qom-set` takes.
 pub static NEW_PROPERTY: Record = record(&[
-    required("path", Kind::Text, "the object: its id, or /objects/ and its id"),
+    AT,
     required("property", Kind::Text, "the property's name; only limits"),
     required("value", Kind::Any, "its new value"),
 ]);

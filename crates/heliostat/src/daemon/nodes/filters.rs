@@ -266,6 +266,12 @@ impl Daemon {
         self.lock_groups().get(id).cloned()
     }
 
+    /// The ids of all throttle groups.
+    #[must_use]
+    pub fn throttle_groups(&self) -> Vec<String> {
+        self.lock_groups().keys().cloned().collect()
+    }
+
     fn lock_groups(&self) -> std::sync::MutexGuard<'_, super::super::ThrottleGroups> {
         self.throttle_groups.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use heliostat_block::graph::{GraphError, Role};
+use heliostat_block::graph::{GraphError, Onto, Role};
+use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
 
@@ -182,31 +183,37 @@ impl Daemon {
             self.graph.pivot(drained, target);
             return Ok(());
         }
-        self.put_on_top(drained, target, &below, Named::ByImage).map_err(|error| error.to_string())
+        let onto = Onto { drained, target, below: &below };
+        self.put_on_top(&[onto], &[Named::ByImage], &[]).map_err(|error| error.to_string())
     }
 
-    /// Puts `target` on top of `below`, and in the place of the drained node, in this order: nobody sees it without.
+    /// Puts each target on top of what is to be below it, and in the place of its drained node, in this order: nobody
+    /// sees it without. All at one point, at which `bitmaps` change, too.
     ///
     /// # Errors
-    /// Where a user of `below` minds; nothing has changed then.
+    /// Where a user of what is to be below minds; nothing has changed then.
     pub(in super::super) fn put_on_top(
         &self,
-        drained: &Drained,
-        target: &Arc<Node>,
-        below: &Arc<Node>,
-        named: Named,
+        moves: &[Onto<'_>],
+        named: &[Named],
+        bitmaps: &[(Arc<Node>, Change)],
     ) -> Result<(), GraphError> {
-        let before = target.backing();
-        target.set_backing(Some(Arc::clone(below)));
-        let place = self.graph.pivot_onto(drained, target, below).inspect_err(|_| {
-            target.set_backing(before);
+        let before: Vec<_> = moves.iter().map(|one| one.target.backing()).collect();
+        for one in moves {
+            one.target.set_backing(Some(Arc::clone(one.below)));
+        }
+        let places = self.graph.pivot_all_onto(moves, bitmaps).inspect_err(|_| {
+            for (one, before) in moves.iter().zip(before) {
+                one.target.set_backing(before);
+            }
         })?;
-        let name = below.name().clone();
-        self.change_record(target, |record| {
-            record.below.entry.backing = Some(name);
-            record.below.entry.backing_is_given = named == Named::ByOperator;
-            record.places.push(place);
-        });
+        for ((one, named), place) in moves.iter().zip(named).zip(places) {
+            self.change_record(one.target, |record| {
+                record.below.entry.backing = Some(one.below.name().clone());
+                record.below.entry.backing_is_given = *named == Named::ByOperator;
+                record.places.push(place);
+            });
+        }
         Ok(())
     }
 
