@@ -69,6 +69,8 @@ pub enum Bug {
     SharedInPlace,
     /// qcow2: the header names a longer disk before what it gains reads as zero.
     SizeBeforeZeroes,
+    /// qcow2: an image is no longer called dirty before its repaired counts are durable.
+    CleanBeforeCounts,
     /// qcow2: bitmaps of an image that is being written do not say that they are in use.
     BitmapsBelieved,
     /// qcow2: mappings are written without waiting for the external data file to be durable.
