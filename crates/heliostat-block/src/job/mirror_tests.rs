@@ -12,6 +12,7 @@ use super::{End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
 use crate::clock::Clock;
 use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter};
+use crate::graph::Spot;
 use crate::name::NodeName;
 use crate::node::{Node, NodeOptions};
 use crate::range::ByteRange;
@@ -112,7 +113,8 @@ fn onto_a_limit(target: &Arc<Disk>) -> Bench {
     let mut limits = Limits::default();
     limits.get_mut(Counted::BytesWrite).rate = 1;
     let group = ThrottleGroup::new(limits, Arc::clone(&clock)).unwrap();
-    let throttle = Driver::Filter(Filter::Throttle(Throttle::new(Arc::clone(&bench.target), group)));
+    let throttle =
+        Driver::Filter(Filter::Throttle(Throttle::new(Spot::of(Arc::clone(&bench.target)), group)));
     bench.target =
         Node::new(NodeName::new("limit").unwrap(), throttle, NodeOptions::default(), Arc::clone(&clock));
     bench.graph.add(Arc::clone(&bench.target)).unwrap();

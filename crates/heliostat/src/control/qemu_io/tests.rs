@@ -1,5 +1,7 @@
 //! Commands on a node over nothing and over a fault injector: what is printed.
 
+use heliostat_block::graph::Claims;
+
 use super::*;
 use crate::daemon::{Child, DriverSpec, FaultLimits, FaultSpec, NodeSpec};
 
@@ -84,6 +86,7 @@ fn requests_that_are_held_up_take_no_more_than_a_bounded_memory() {
         limits: FaultLimits::default(),
         errors: Vec::new(),
         states: Vec::new(),
+        claims: Claims::default(),
     };
     let faults = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
     let raw = DriverSpec::Raw { file: faults, offset: 0, size: None, is_guess: false };
