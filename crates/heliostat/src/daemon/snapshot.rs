@@ -65,7 +65,7 @@ pub(super) struct Snapshots {
     made: Vec<Made>,
     /// Names of nodes that there will be.
     promised: Vec<String>,
-    /// Files that will be made.
+    /// Files that are made, or will be.
     files: Vec<PathBuf>,
 }
 
@@ -200,8 +200,8 @@ impl Snapshots {
     /// As [`Daemon::snapshot`].
     pub(super) fn add(&mut self, daemon: &Daemon, node: &str, overlay: &str) -> Result<(), DaemonError> {
         let node = daemon.node(node)?;
-        let overlay = daemon.node(overlay)?;
         self.check_node(daemon, &node)?;
+        let overlay = daemon.node(overlay)?;
         self.check_overlay(daemon, &node, &overlay)?;
         self.plan(node, overlay, Named::ByOperator);
         Ok(())
@@ -230,6 +230,9 @@ impl Snapshots {
         let entries = daemon.nodes();
         let entry = entries.iter().find(|entry| Arc::ptr_eq(&entry.node, &node));
         let entry = entry.ok_or_else(|| DaemonError::NodeNotFound(node.name().to_string()))?;
+        if spec.mode == TargetMode::AbsolutePaths {
+            self.note_file(&spec.file)?;
+        }
         let there = overlay_file(daemon, spec, entry)?;
         let named = match spec.mode {
             TargetMode::AbsolutePaths => Named::ByImage,
@@ -241,7 +244,7 @@ impl Snapshots {
                     Some(name) => NodeName::new(name)?,
                     None => daemon.graph.generate_name(),
                 };
-                self.promise(name.as_str(), &spec.file)?;
+                self.promised.push(name.to_string());
                 self.list.push(Planned { node, name, overlay: None, named });
                 return Ok(());
             }
@@ -259,11 +262,10 @@ impl Snapshots {
     /// # Errors
     /// `Create` where two make one file.
     pub(super) fn defer(&mut self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
-        let name = spec.overlay_name.as_deref().unwrap_or_default();
         if spec.mode == TargetMode::AbsolutePaths {
-            return self.promise(name, &spec.file);
+            self.note_file(&spec.file)?;
         }
-        self.promised.push(name.to_owned());
+        self.promised.extend(spec.overlay_name.clone());
         Ok(())
     }
 
@@ -282,12 +284,12 @@ impl Snapshots {
         }
     }
 
-    fn promise(&mut self, name: &str, file: &Path) -> Result<(), DaemonError> {
+    /// Takes note of a file that is to be made.
+    fn note_file(&mut self, file: &Path) -> Result<(), DaemonError> {
         if self.files.iter().any(|other| is_same_file(other, file)) {
             return Err(DaemonError::Create("Failed to get \"write\" lock".to_owned()));
         }
         self.files.push(file.to_owned());
-        self.promised.push(name.to_owned());
         Ok(())
     }
 
