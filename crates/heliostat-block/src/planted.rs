@@ -37,6 +37,10 @@ pub enum Bug {
     BitmapClearedOnFailure,
     /// A named bitmap that is kept up to date at every end forgets what had not been copied.
     BitmapForgetsRest,
+    /// Each mirror of a group closes its gate for itself, and ends when it can.
+    GroupEndsOneByOne,
+    /// One of a group that fails does not take the others with it.
+    GroupFailsAlone,
     /// qcow2: a mapping is visible before its data is there.
     MappingBeforeData,
     /// qcow2: L2 tables are written without waiting for reference counts and data to be durable.

@@ -11,6 +11,7 @@
 mod answer;
 mod bench;
 mod faults;
+pub mod group;
 mod guest;
 pub mod image;
 mod lanes;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use heliostat_sim::{Seen, Trace, image};
+use heliostat_sim::{Seen, Trace, group, image};
 
 /// Runs the core against simulated storage and time, once for each seed.
 #[derive(Parser)]
@@ -29,6 +29,9 @@ struct Options {
     /// Use a qcow2 image, and no mirror.
     #[arg(long)]
     image: bool,
+    /// Mirror several disks that end together.
+    #[arg(long, conflicts_with = "image")]
+    group: bool,
     /// Stop after so many failures.
     #[arg(long, default_value_t = 20)]
     failures: u64,
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         failed: Mutex::new(Vec::new()),
         seen: Mutex::default(),
         image: options.image.then(Mutex::default),
+        group: options.group.then(Mutex::default),
         trace,
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -64,8 +68,12 @@ fn main() -> ExitCode {
     let passed = search.passed.load(Ordering::Relaxed);
     for (seed, what) in &failed {
         println!("seed {seed}: {what}");
-        let image = if options.image { " --image" } else { "" };
-        println!("  again: cargo run --profile sim -p heliostat-sim --{image} --seed {seed} --trace");
+        let kind = match (options.image, options.group) {
+            (true, _) => " --image",
+            (_, true) => " --group",
+            _ => "",
+        };
+        println!("  again: cargo run --profile sim -p heliostat-sim --{kind} --seed {seed} --trace");
     }
     search.say();
     let skipped = count - passed - u64::try_from(failed.len()).unwrap_or(0);
@@ -83,6 +91,8 @@ struct Search {
     seen: Mutex<Seen>,
     /// Where images are what is searched: what was seen of them.
     image: Option<Mutex<image::Seen>>,
+    /// Where groups are.
+    group: Option<Mutex<group::Seen>>,
     trace: Trace,
 }
 
@@ -101,6 +111,9 @@ impl Search {
     fn run(&self, seed: u64) -> Result<(), String> {
         if let Some(all) = &self.image {
             let seen = image::run(seed, self.trace)?;
+            all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
+        } else if let Some(all) = &self.group {
+            let seen = group::run(seed, self.trace)?;
             all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
         } else {
             let seen = heliostat_sim::run(seed, self.trace)?;
@@ -125,6 +138,14 @@ impl Search {
                 seen.repaired,
                 seen.closed,
                 seen.leaks
+            );
+            return;
+        }
+        if let Some(all) = &self.group {
+            let seen = *all.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            println!(
+                "{} guests' writes; {} groups moved, {} copies of one moment, {} aborted",
+                seen.writes, seen.pivots, seen.copies, seen.aborted
             );
             return;
         }

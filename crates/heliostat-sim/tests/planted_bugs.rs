@@ -4,7 +4,7 @@
 #![expect(clippy::print_stdout, reason = "says which seed found it")]
 
 use heliostat_block::planted::{Bug, plant};
-use heliostat_sim::{Trace, run};
+use heliostat_sim::{Trace, group, run};
 
 /// How many seeds may be needed.
 const SEEDS: u64 = 400;
@@ -101,4 +101,29 @@ fn a_bitmap_that_is_cleared_by_a_job_that_failed_is_found() {
 #[test]
 fn a_bitmap_that_forgets_what_was_not_copied_is_found() {
     is_found(Bug::BitmapForgetsRest);
+}
+
+/// The oracle says `text`, in a run that passes without the bug.
+fn is_found_in_groups(bug: Bug, text: &str) {
+    std::panic::set_hook(Box::new(|_| {}));
+    let found = (0..SEEDS).find_map(|seed| {
+        plant(Some(bug));
+        let said = group::run(seed, Trace::Off).err().filter(|what| what.contains(text));
+        said.map(|what| (seed, what))
+    });
+    plant(None);
+    let _ = std::panic::take_hook();
+    let (seed, what) = found.expect("no seed finds it");
+    println!("{bug:?} is found by seed {seed}: {what}");
+    group::run(seed, Trace::Off).expect("the same seed passes without the bug");
+}
+
+#[test]
+fn disks_of_a_group_that_end_one_by_one_are_found() {
+    is_found_in_groups(Bug::GroupEndsOneByOne, "copies of no one moment");
+}
+
+#[test]
+fn one_of_a_group_that_fails_alone_is_found() {
+    is_found_in_groups(Bug::GroupFailsAlone, "does not come to its end");
 }

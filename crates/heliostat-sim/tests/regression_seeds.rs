@@ -1,6 +1,6 @@
 //! Every seed that failed once passes, and a seed does the same in every run.
 
-use heliostat_sim::{Seen, Trace, run};
+use heliostat_sim::{Seen, Trace, group, run};
 
 #[test]
 fn every_seed_that_failed_once_passes() {
@@ -37,4 +37,21 @@ fn a_seed_does_the_same_every_time() {
     for seed in 0..20 {
         assert_eq!(run(seed, Trace::Off), run(seed, Trace::Off), "seed {seed}");
     }
+}
+
+/// The last two once took more steps than a run may, for want of anything that takes time.
+#[test]
+fn groups_pass_and_come_across_what_they_are_for() {
+    let mut sum = group::Seen::default();
+    for seed in (0..60).chain([392, 983]) {
+        match group::run(seed, Trace::Off) {
+            Ok(seen) => sum.add(&seen),
+            Err(what) => panic!("seed {seed}: {what}"),
+        }
+        if seed < 10 {
+            assert_eq!(group::run(seed, Trace::Off), group::run(seed, Trace::Off), "seed {seed}");
+        }
+    }
+    let group::Seen { writes, pivots, copies, aborted } = sum;
+    assert!([writes, pivots, copies, aborted].iter().all(|count| *count > 0), "{sum:?}");
 }

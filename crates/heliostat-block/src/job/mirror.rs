@@ -20,8 +20,9 @@ use super::by_bitmap::ByBitmap;
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, Doubling};
 use super::figures::{Standing, Tally};
+use super::group::Member;
 use super::lanes::Lanes;
-use super::mirror_step::{Scan, Step, View, next_step};
+use super::mirror_step::{Others, Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
 use super::scan::SyncMode;
 use super::source_gate::SourceGate;
@@ -66,6 +67,7 @@ pub struct Mirror {
     /// Taken when it is called.
     succession: Option<Succession>,
     by_bitmap: Option<ByBitmap>,
+    member: Option<Member>,
 }
 
 impl Mirror {
@@ -114,6 +116,7 @@ impl Mirror {
             clock,
             succession: None,
             by_bitmap: None,
+            member: None,
         }
     }
 
@@ -157,15 +160,19 @@ impl Mirror {
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
-            let step = next_step(self.view());
+            let view = self.view();
+            let step = next_step(view);
             self.tell_figures(step.is_said());
-            match step {
+            match self.member.as_ref().map_or(step, |member| member.meet(step, view)) {
                 Step::Wait => self.wait(heard, false).await,
                 Step::WaitForMarks => self.wait(heard, true).await,
                 Step::EndAborted => return self.end_aborted(),
                 Step::Pivot if self.may_end(End::Complete) => match self.pivot() {
                     Ok(()) => return self.end(),
-                    Err(failure) => self.failure = Some(failure),
+                    Err(failure) => {
+                        self.member = None;
+                        self.failure = Some(failure);
+                    }
                 },
                 Step::EndWithCopy if self.may_end(End::Copy) => return self.end(),
                 step => self.carry_out(step).await,
@@ -213,6 +220,7 @@ impl Mirror {
             gate: self.gate.view(),
             held_too_long: self.gate.held_until().is_some_and(|until| until <= now),
             resting: self.rest.until(now).is_some(),
+            others: self.member.as_ref().map_or(Others::Here, |member| member.others(self.gate.view())),
         }
     }
 
@@ -233,10 +241,7 @@ impl Mirror {
                 let done = self.underway.flush().await;
                 self.take_in(done);
             }
-            Step::BecomeReady => {
-                self.job.become_status(JobStatus::Ready);
-                self.job.say(JobEvent::Ready);
-            }
+            Step::BecomeReady => self.job.become_ready(),
             Step::BecomePaused => self.job.become_status(match self.job.status() {
                 JobStatus::Ready => JobStatus::Standby,
                 _ => JobStatus::Paused,
@@ -262,6 +267,7 @@ impl Mirror {
             Step::OpenGate => self.open_gate(),
             Step::Abort => {
                 self.job.become_status(JobStatus::Aborting);
+                self.member.iter().for_each(Member::fail);
                 self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
                 self.route.source.detach_doubling();
                 self.doubling.close();

@@ -39,6 +39,17 @@ pub(crate) enum Scan {
     Over,
 }
 
+/// Where the others of a mirror's group are; see `group`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Others {
+    /// As far as it is. So are those of a mirror without a group.
+    Here,
+    /// Not as far: it does not go on to what all do together.
+    Apart,
+    /// Closing their gates, and it is to close its own.
+    Called,
+}
+
 /// All that a mirror looks at to decide.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct View {
@@ -70,6 +81,7 @@ pub(crate) struct View {
     pub held_too_long: bool,
     /// An ignored error asks for a rest.
     pub resting: bool,
+    pub others: Others,
 }
 
 /// What to do next.
@@ -117,6 +129,16 @@ impl Step {
     }
 }
 
+impl End {
+    /// The last step of a mirror that ends so.
+    pub(crate) const fn step(self) -> Step {
+        match self {
+            Self::Complete => Step::Pivot,
+            Self::Copy => Step::EndWithCopy,
+        }
+    }
+}
+
 /// Decides the next step. Looks at nothing but its argument.
 pub(crate) fn next_step(view: View) -> Step {
     if view.status == JobStatus::Aborting {
@@ -157,6 +179,7 @@ fn towards_ready(view: View) -> Step {
     // Before the next copy: a guest that never stops writing must not put READY off for ever.
     if view.scan == Scan::Over && view.nearly_clean && !view.resting {
         match view.flush {
+            _ if view.flushed && view.others == Others::Apart => {}
             _ if view.flushed => return Step::BecomeReady,
             TargetFlush::Running => {}
             // Also when nothing was written: READY promises that a flush of this target works.
@@ -175,18 +198,23 @@ fn may_copy(view: View) -> bool {
 
 fn in_step(view: View) -> Step {
     let withdrawn = view.orders.end.is_none() || !view.orders.finalize;
-    let withdrawn = withdrawn || view.resting || view.held_too_long;
+    let waits_in_vain = withdrawn || view.resting || view.held_too_long || view.others == Others::Apart;
     match view.gate {
-        Gate::Closing | Gate::Closed if withdrawn => return Step::OpenGate,
+        Gate::Closing | Gate::Closed if waits_in_vain => return Step::OpenGate,
         Gate::Closing => return if copy_at_gate(view) { Step::Copy } else { Step::Wait },
         Gate::Closed => return behind_closed_gate(view),
         Gate::Open => {}
+    }
+    // The others' guests wait already.
+    if view.others == Others::Called && !withdrawn && !view.resting && view.unknown == 0 {
+        return Step::CloseGate;
     }
     // Before the next copy, for the same reason as above.
     if view.orders.end.is_some() && view.nearly_clean && !view.resting {
         match (view.flushed, view.status) {
             (false, _) if view.flush != TargetFlush::Running => return Step::Flush,
             (false, _) => {}
+            (true, _) if view.others == Others::Apart => {}
             (true, JobStatus::Ready) if !view.orders.finalize => return Step::BecomePending,
             // What nobody can say the end of would hold guests at the gate.
             (true, _) if !view.orders.finalize || view.unknown > 0 => {}
@@ -211,8 +239,7 @@ fn behind_closed_gate(view: View) -> Step {
     match (view.flush, view.orders.end) {
         (TargetFlush::Running, _) => Step::Wait,
         (TargetFlush::Needed, _) => Step::Flush,
-        (TargetFlush::Good, Some(End::Complete)) => Step::Pivot,
-        (TargetFlush::Good, Some(End::Copy)) => Step::EndWithCopy,
+        (TargetFlush::Good, Some(end)) => end.step(),
         (TargetFlush::Good, None) => Step::OpenGate,
     }
 }
@@ -249,6 +276,7 @@ mod tests {
         gate: Gate::Open,
         held_too_long: false,
         resting: false,
+        others: Others::Here,
     };
 
     const RUNNING: View = View { status: JobStatus::Running, ..READY };
@@ -398,6 +426,40 @@ mod tests {
                 View { orders: Orders { paused: true, ..COMPLETE }, ..CLOSED },
                 Step::OpenGate,
             ),
+        ]);
+    }
+
+    #[test]
+    fn in_a_group() {
+        use Others::{Apart, Called};
+        let (ending, running) = (View { orders: COMPLETE, ..READY }, View { flushed: true, ..RUNNING });
+        let flushed = View { flushed: true, ..ending };
+        let busy = View { copyable: true, clean: false, nearly_clean: false, ..ending };
+        let manual = Orders { finalize: false, ..COMPLETE };
+        check(&[
+            ("READY waits for the others", View { others: Apart, ..running }, Step::Wait),
+            (
+                "and copies meanwhile",
+                View { others: Apart, copyable: true, clean: false, ..running },
+                Step::Copy,
+            ),
+            (
+                "and flushes what has been copied since",
+                View { others: Apart, flushed: false, flush: TargetFlush::Needed, ..running },
+                Step::Flush,
+            ),
+            ("PENDING waits", View { others: Apart, orders: manual, ..flushed }, Step::WaitForMarks),
+            ("the gate waits", View { others: Apart, ..flushed }, Step::WaitForMarks),
+            ("called, it closes its gate with much left", View { others: Called, ..busy }, Step::CloseGate),
+            (
+                "but not where the end was withdrawn",
+                View { others: Called, orders: manual, ..flushed },
+                Step::BecomePending,
+            ),
+            ("nor with a write of unknown fate", View { others: Called, unknown: 1, ..busy }, Step::Copy),
+            ("nor while it rests", View { others: Called, resting: true, ..busy }, Step::WaitForMarks),
+            ("behind the gate it is as alone", View { others: Called, ..CLOSED }, Step::Pivot),
+            ("the others have opened theirs", View { others: Apart, ..CLOSED }, Step::OpenGate),
         ]);
     }
 

@@ -10,6 +10,9 @@ pub(crate) mod copy;
 pub mod doubling;
 pub mod errand;
 pub mod figures;
+pub mod group;
+#[cfg(test)]
+mod group_tests;
 pub mod lanes;
 pub mod mirror;
 pub(crate) mod mirror_step;
@@ -30,13 +33,14 @@ pub(crate) mod underway;
 pub(crate) mod unflushed;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use event_listener::{Event, EventListener};
 
 pub use bitmaps::Bitmaps;
 pub use by_bitmap::{BitmapMode, ByBitmap};
 pub use figures::Figures;
+pub use group::Group;
 pub use status::{
     CopyMode, End, ErrorAction, Force, IoStatus, JobEvent, JobStatus, OnError, Operation, Verb, VerbError,
     allows, may_become,
@@ -87,6 +91,7 @@ pub struct Job {
     id: String,
     options: JobOptions,
     observer: Observer,
+    group: OnceLock<Arc<Group>>,
     /// Held for a look or a change, never while the observer is called.
     state: Mutex<State>,
     changed: Event,
@@ -132,7 +137,8 @@ impl Job {
             unsaid: VecDeque::new(),
             is_speaking: false,
         };
-        let job = Arc::new(Self { id, options, observer, state: Mutex::new(state), changed: Event::new() });
+        let (group, changed) = (OnceLock::new(), Event::new());
+        let job = Arc::new(Self { id, options, observer, group, state: Mutex::new(state), changed });
         job.say(JobEvent::Status(JobStatus::Created));
         job.become_status(JobStatus::Running);
         job
@@ -200,20 +206,31 @@ impl Job {
         self.changed.listen()
     }
 
+    /// The jobs that it ends together with, itself among them.
+    #[must_use]
+    pub fn group(&self) -> Option<&Arc<Group>> {
+        self.group.get()
+    }
+
     /// Asks something of the job. Returns when it is accepted, not when it is done. May be called by the observer.
+    /// How a job of a group ends is asked of all of it, or of none.
     ///
     /// # Errors
     /// [`VerbError`] when the status or an earlier verb does not allow it; nothing has changed then.
     pub fn ask(&self, verb: Verb) -> Result<(), VerbError> {
+        let is_for_all = matches!(verb, Verb::Complete | Verb::Cancel(Force::Soft) | Verb::Finalize);
+        if let Some(group) = self.group().filter(|_| is_for_all) {
+            return group.ask(self, verb);
+        }
         {
             let mut state = self.state();
-            state.accept(verb)?;
+            state.check(verb)?;
+            state.take(verb);
             if verb == Verb::Dismiss {
                 state.become_status(JobStatus::Null);
             }
         }
-        self.changed.notify(usize::MAX);
-        self.speak();
+        self.tell();
         Ok(())
     }
 
@@ -222,6 +239,22 @@ impl Job {
     /// Takes on a status and says so; nothing when it has it already.
     pub(crate) fn become_status(&self, status: JobStatus) {
         self.state().become_status(status);
+        self.tell();
+    }
+
+    /// Says READY.
+    pub(crate) fn become_ready(&self) {
+        self.state().become_ready();
+        self.tell();
+    }
+
+    fn belong_to(&self, group: &Arc<Group>) {
+        let is_first = self.group.set(Arc::clone(group)).is_ok();
+        assert!(is_first, "a job is of one group");
+    }
+
+    /// Wakes everybody who waits for a change, and says what there is to say.
+    fn tell(&self) {
         self.changed.notify(usize::MAX);
         self.speak();
     }
@@ -231,15 +264,12 @@ impl Job {
     pub(crate) fn leave_ready(&self, end: End) -> bool {
         {
             let mut state = self.state();
-            let orders = &state.orders;
-            if orders.paused || orders.cancelled || orders.end != Some(end) {
+            if state.orders.end != Some(end) || !state.may_leave_ready() {
                 return false;
             }
-            state.become_status(JobStatus::Waiting);
+            state.leave_ready();
         }
-        self.changed.notify(usize::MAX);
-        self.speak();
-        self.become_status(JobStatus::Pending);
+        self.tell();
         true
     }
 
@@ -314,8 +344,7 @@ impl Job {
                 state.become_status(JobStatus::Null);
             }
         }
-        self.changed.notify(usize::MAX);
-        self.speak();
+        self.tell();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -333,7 +362,23 @@ impl State {
         }
     }
 
-    fn accept(&mut self, verb: Verb) -> Result<(), VerbError> {
+    fn become_ready(&mut self) {
+        self.become_status(JobStatus::Ready);
+        self.unsaid.push_back(JobEvent::Ready);
+    }
+
+    /// Whether no verb stands in the way of the end that was asked for.
+    const fn may_leave_ready(&self) -> bool {
+        !self.orders.paused && !self.orders.cancelled && self.orders.end.is_some()
+    }
+
+    fn leave_ready(&mut self) {
+        self.become_status(JobStatus::Waiting);
+        self.become_status(JobStatus::Pending);
+    }
+
+    /// Whether it takes `verb` now.
+    fn check(&self, verb: Verb) -> Result<(), VerbError> {
         // "Not paused" is said before "not now" (QMP.md 1.3).
         if verb == Verb::Resume && !self.orders.paused {
             return Err(VerbError::NotPaused);
@@ -342,18 +387,25 @@ impl State {
         if too_late || !allows(self.status, verb) {
             return Err(VerbError::Status(self.status));
         }
+        match verb {
+            Verb::Pause if self.orders.paused => Err(VerbError::AlreadyPaused),
+            Verb::Complete if self.orders.end == Some(End::Copy) => Err(VerbError::CannotComplete),
+            Verb::Cancel(Force::Soft) if self.orders.paused => Err(VerbError::CurrentlyPaused),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a verb that has been checked.
+    fn take(&mut self, verb: Verb) {
         let ready = matches!(self.status, JobStatus::Ready | JobStatus::Standby);
         match verb {
-            Verb::Pause if self.orders.paused => return Err(VerbError::AlreadyPaused),
             Verb::Pause => self.orders.paused = true,
             Verb::Resume => {
                 self.orders.paused = false;
                 self.io_status = IoStatus::Ok;
             }
             Verb::SetSpeed(speed) => self.orders.speed = speed,
-            Verb::Complete if self.orders.end == Some(End::Copy) => return Err(VerbError::CannotComplete),
             Verb::Complete => self.orders.end = Some(End::Complete),
-            Verb::Cancel(Force::Soft) if self.orders.paused => return Err(VerbError::CurrentlyPaused),
             Verb::Cancel(Force::Soft) if ready => self.orders.end = Some(End::Copy),
             Verb::Cancel(_) => {
                 self.orders.cancelled = true;
@@ -365,7 +417,6 @@ impl State {
             Verb::Dismiss => {}
             Verb::Change(copy_mode) => self.orders.copy_mode = copy_mode,
         }
-        Ok(())
     }
 }
 

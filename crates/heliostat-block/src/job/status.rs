@@ -190,6 +190,14 @@ pub enum VerbError {
     /// It is being cancelled softly.
     #[error("the active job cannot be completed")]
     CannotComplete,
+    /// Another of its group refuses.
+    #[error("job '{job}' of the same group: {error}")]
+    Other {
+        /// The other's id.
+        job: String,
+        /// Why.
+        error: Box<VerbError>,
+    },
 }
 
 /// How a mirror is to end.

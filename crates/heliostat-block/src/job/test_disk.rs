@@ -269,7 +269,15 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new(source: Arc<Disk>, target: Arc<Disk>) -> Self {
-        let clock = Arc::<Ticking>::default();
+        Self::at(Arc::default(), source, target)
+    }
+
+    /// One whose time is that of this one.
+    pub(crate) fn beside(&self, source: Arc<Disk>, target: Arc<Disk>) -> Self {
+        Self::at(Arc::clone(&self.clock), source, target)
+    }
+
+    fn at(clock: Arc<Ticking>, source: Arc<Disk>, target: Arc<Disk>) -> Self {
         let graph = Arc::<Graph>::default();
         let (source, target) = (node_of("disk0", source, &clock), node_of("disk1", target, &clock));
         graph.add(Arc::clone(&source)).unwrap();
@@ -285,7 +293,11 @@ impl Bench {
         options: MirrorOptions,
         observer: impl Fn(&Job, &JobEvent) + Send + Sync + 'static,
     ) -> (Arc<Job>, Mirror) {
-        let job = Job::start("job0".to_owned(), JobOptions::default(), Arc::new(observer));
+        self.mirror_of(Job::start("job0".to_owned(), JobOptions::default(), Arc::new(observer)), options)
+    }
+
+    /// Makes the mirror of a job that has started.
+    pub(crate) fn mirror_of(&self, job: Arc<Job>, options: MirrorOptions) -> (Arc<Job>, Mirror) {
         let role = Role::MirrorSource { job: "job0".to_owned() };
         let source = self.graph.attach(&self.source, role).unwrap();
         let role = Role::MirrorTarget { job: "job0".to_owned() };

@@ -50,6 +50,14 @@ impl Refusal {
             }
             VerbError::CannotComplete => format!("The active block job '{job}' cannot be completed"),
             VerbError::AlreadyPaused | VerbError::NotPaused => error.to_string(),
+            VerbError::Other { job: other, error } => {
+                let status = match **error {
+                    VerbError::Status(status) => status.name(),
+                    _ => status,
+                };
+                let other = Self::of_verb(error, other, verb, status);
+                format!("Job '{job}' ends together with others: {}", other.text)
+            }
         })
     }
 

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Weak, mpsc};
 
 use heliostat_block::graph::{GraphError, Place, Role};
+use heliostat_block::job::group::{Group, Member};
 use heliostat_block::job::mirror::Mirror;
 use heliostat_block::job::options::MirrorOptions;
 use heliostat_block::job::scan::SyncMode;
@@ -137,6 +138,7 @@ struct Start {
     bitmaps: Bitmaps,
     by_bitmap: Option<ByBitmap>,
     beneath: Beneath,
+    member: Option<Member>,
 }
 
 /// What a mirror is to be made of, when all arguments have been checked.
@@ -172,6 +174,15 @@ impl Ready {
     /// The job's id.
     pub(super) fn id(&self) -> &str {
         &self.spec.job_id
+    }
+
+    /// Whether it ends by itself when it may.
+    pub(super) const fn auto_finalize(&self) -> bool {
+        self.spec.auto_finalize
+    }
+
+    pub(super) const fn set_auto_finalize(&mut self, auto_finalize: bool) {
+        self.spec.auto_finalize = auto_finalize;
     }
 }
 
@@ -250,7 +261,7 @@ impl Daemon {
 
     /// Starts what has been prepared.
     pub(super) fn launch(&self, launch: Launch<'_>) -> Result<Arc<Job>, DaemonError> {
-        Ok(self.go(self.ready(launch)?))
+        Ok(self.go(self.ready(launch)?, None))
     }
 
     /// Has all that a prepared mirror needs to start. Dropped, nothing of it is left.
@@ -264,12 +275,13 @@ impl Daemon {
         Ok(Ready { spec: spec.clone(), nodes: (source, target), prepared, observer, places, options, thread })
     }
 
-    /// Starts what is ready.
-    pub(super) fn go(&self, ready: Ready) -> Arc<Job> {
+    /// Starts what is ready, as one of `group`.
+    pub(super) fn go(&self, ready: Ready, group: Option<&Arc<Group>>) -> Arc<Job> {
         let Ready { spec, nodes: (source, target), prepared, observer, places, options, thread } = ready;
         let (sender, listening, thread) = thread;
         let beneath = spec.beneath;
         let job = Job::start(spec.job_id.clone(), spec.job_options(), observer);
+        let member = group.map(|group| group.join(&job));
         let entry = JobEntry {
             job: Arc::clone(&job),
             kind: JobKind::Mirror,
@@ -290,6 +302,7 @@ impl Daemon {
             bitmaps: prepared.bitmaps,
             by_bitmap: prepared.by_bitmap,
             beneath,
+            member,
         };
         sender.send(start).expect("the job's thread waits for this");
         // From here on every write is heard: with `sync: none` the reply promises no less.
@@ -307,7 +320,7 @@ impl Daemon {
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
-            let Start { job, source, target, options, bitmaps, by_bitmap, beneath } = start;
+            let Start { job, source, target, options, bitmaps, by_bitmap, beneath, member } = start;
             give_way();
             let told = Arc::clone(&job);
             let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock).with_lanes(lanes);
@@ -321,6 +334,10 @@ impl Daemon {
             }));
             let mirror = match by_bitmap {
                 Some(by_bitmap) => mirror.with_bitmap(by_bitmap),
+                None => mirror,
+            };
+            let mirror = match member {
+                Some(member) => mirror.with_group(member),
                 None => mirror,
             };
             // Nobody left to hear it is no reason not to run.

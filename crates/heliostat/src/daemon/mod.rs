@@ -50,7 +50,7 @@ pub use nodes::{
 pub use poke::{Poke, Poked};
 pub use shutdown::ShutdownError;
 pub use snapshot::SnapshotSpec;
-pub use transaction::{Action, TransactionError};
+pub use transaction::{Action, CompletionMode, TransactionError};
 
 use events::Events;
 use exports::Serving;

@@ -25,7 +25,7 @@ use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer
 use super::gate::CHAIN_MAX;
 use super::mirror::conflict;
 use super::nodes::Named;
-use super::{Action, Beneath, Daemon, DaemonError, Export, NodeEntry, TargetMode};
+use super::{Action, Beneath, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 
 /// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
 /// drivers in guests take a disk for dead.
@@ -85,7 +85,8 @@ impl Daemon {
     /// `NodeNotFound`; `NodeBusy`, `NodeIsBacking`, `NodeIsChild` by who uses `node`; `Snapshot` by what is wrong with
     /// the overlay; `PermissionConflict`; `Unflushed`. Nothing has changed then.
     pub fn snapshot(&self, node: &str, overlay: &str) -> Result<(), DaemonError> {
-        self.transaction(&[Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() }])
+        let action = Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() };
+        self.transaction(&[action], CompletionMode::default())
     }
 
     /// Makes or opens an overlay, and puts it in the place of a node, on top of it.
@@ -93,7 +94,7 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`.
     pub fn snapshot_to_file(&self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
-        self.transaction(&[Action::SnapshotToFile(spec.clone())])
+        self.transaction(&[Action::SnapshotToFile(spec.clone())], CompletionMode::default())
     }
 
     /// The node, and those through which its bytes go.

@@ -5,9 +5,7 @@
 //! first, so that nothing is lost when it is refused. Only when all have passed is anything done: bitmaps change and
 //! snapshots are taken at one moment over all nodes, which happens or does not; then mirrors start, which cannot fail.
 
-use std::sync::Arc;
-
-use heliostat_block::job::Job;
+use heliostat_block::job::Group;
 
 use super::bitmaps::Plan;
 use super::drive_mirror::Made;
@@ -43,6 +41,16 @@ struct Plans {
     mirrors: Vec<Ready>,
 }
 
+/// How the jobs of a transaction end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompletionMode {
+    /// Each for itself.
+    #[default]
+    Individual,
+    /// At one moment, all or none (MIRROR.md section 7, groups). They end by themselves only where each of them may.
+    Grouped,
+}
+
 /// Why there is no transaction. The texts are QEMU's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TransactionError {
@@ -59,7 +67,7 @@ impl Daemon {
     ///
     /// # Errors
     /// Of the first action that cannot be done.
-    pub fn transaction(&self, actions: &[Action]) -> Result<(), DaemonError> {
+    pub fn transaction(&self, actions: &[Action], mode: CompletionMode) -> Result<(), DaemonError> {
         let _change = self.begin_change()?;
         if actions.iter().any(Action::replaces_file) {
             let mut plans = Plans::default();
@@ -74,9 +82,7 @@ impl Daemon {
         match &done {
             Ok(()) => {
                 made.into_iter().for_each(Made::keep);
-                for ready in std::mem::take(&mut plans.mirrors) {
-                    let _job: Arc<Job> = self.go(ready);
-                }
+                self.go_all(std::mem::take(&mut plans.mirrors), mode);
                 // Without an export nobody uses an overlay that was made; it goes, and the file stays, as in QEMU.
                 self.drop_orphans();
             }
@@ -132,6 +138,17 @@ impl Daemon {
         }
         plans.bitmaps.carry_out();
         Ok(())
+    }
+
+    fn go_all(&self, mirrors: Vec<Ready>, mode: CompletionMode) {
+        let group = (mode == CompletionMode::Grouped).then(|| Group::new(mirrors.len()));
+        let auto_finalize = mirrors.iter().all(Ready::auto_finalize);
+        for mut ready in mirrors {
+            if group.is_some() {
+                ready.set_auto_finalize(auto_finalize);
+            }
+            let _job = self.go(ready, group.as_ref());
+        }
     }
 
     /// Checks all that a mirror needs and has it ready to start.

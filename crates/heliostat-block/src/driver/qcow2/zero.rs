@@ -32,7 +32,6 @@ enum Change {
 impl State {
     /// Changes the mapping of the first clusters of `range`, which is aligned to units of allocation; says how far.
     fn change(&mut self, range: ByteRange, change: Change, backing: u64) -> Attempt<u64> {
-        self.check_sound()?;
         let mut at = range.offset();
         for _ in 0..CLUSTERS_AT_ONCE {
             if at >= range.end() {
@@ -71,6 +70,7 @@ impl State {
 
     /// Changes the mapping of the cluster in which `range` begins; says how far it is dealt with.
     fn change_cluster(&mut self, range: ByteRange, change: Change, backing: u64) -> Attempt<u64> {
+        self.check_sound()?;
         let layout = self.layout;
         let guest = layout.cluster_start(range.offset());
         let cluster = ByteRange::from_bounds(guest, guest + layout.cluster_size());

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Mirror;
 use crate::clock::Clock;
 use crate::job::by_bitmap::ByBitmap;
+use crate::job::group::Member;
 use crate::job::mirror_step::Scan;
 use crate::job::scan::SyncMode;
 use crate::job::{End, JobEvent, JobStatus};
@@ -28,6 +29,13 @@ impl Mirror {
             by_bitmap.add_to(&self.route.source, self.doubling.bitmap());
         }
         self.by_bitmap = Some(by_bitmap);
+        self
+    }
+
+    /// Lets it end together with the others of its group.
+    #[must_use]
+    pub fn with_group(mut self, member: Member) -> Self {
+        self.member = Some(member);
         self
     }
 

@@ -162,6 +162,9 @@ fn add_ours(map: &mut Map<String, Value>, entry: &JobEntry) {
             add(name, json!(micros(time)));
         }
     }
+    if let Some(group) = entry.job.group() {
+        add("group", group.jobs().iter().map(|job| job.id()).collect());
+    }
     add("data-copied", json!(figures.data_copied));
     add("zeroes-skipped", json!(figures.zeroes_skipped));
     add("errors-ignored", json!(figures.errors_ignored));

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
 use super::{bitmaps, mirror, snapshot};
-use crate::daemon::{Action, Daemon, DaemonError, TransactionError};
+use crate::daemon::{Action, CompletionMode, Daemon, DaemonError, TransactionError};
 
 pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     let properties = arguments.object("properties");
@@ -25,12 +25,13 @@ pub(super) fn run(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
             (_, None) => None,
         };
         let refused = || DaemonError::from(TransactionError::Grouped(word.to_owned()));
-        if is_grouped && word != "abort" {
+        if is_grouped && !matches!(word, "abort" | "blockdev-mirror") {
             return Err(refused().into());
         }
         // The schema has no other word.
         actions.extend(action);
     }
-    daemon.transaction(&actions)?;
+    let mode = if is_grouped { CompletionMode::Grouped } else { CompletionMode::Individual };
+    daemon.transaction(&actions, mode)?;
     Ok(json!({}))
 }

@@ -82,7 +82,7 @@ pub(super) static TRANSACTION: Record = record(&[
         Kind::Object(&record(&[optional(
             "completion-mode",
             Kind::Word(&["individual", "grouped"]),
-            "whether jobs end together; default individual; no action takes grouped yet",
+            "whether jobs end together, at one moment, or not at all; default individual; grouped is for mirrors",
         )])),
         "how",
     ),

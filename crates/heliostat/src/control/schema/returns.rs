@@ -272,6 +272,7 @@ const MIRROR: &[Member] = &[
     ours("guest-p99-us-before", Kind::Int, "what 99 of 100 requests stayed within before the job"),
     ours("guest-p99-us-now", Kind::Int, "and lately"),
     ours("last-pause-us", Kind::Int, "how long guests were held at the pivot"),
+    ours("group", Kind::List(&Kind::Text), "the jobs that it ends together with, itself among them"),
     ours_always("data-copied", Kind::Int, "bytes of data"),
     ours_always("zeroes-skipped", Kind::Int, "bytes of zeroes that were not copied as data"),
     ours_always("errors-ignored", Kind::Int, "errors that the policy ignored"),
