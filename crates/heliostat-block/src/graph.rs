@@ -1,11 +1,14 @@
-//! [`Graph`]: the nodes by name, and who uses them. [`Place`]: where a user of a node stands.
+//! [`Graph`]: the nodes by name, and who uses them. [`Place`]: where a user of a node stands. [`Spot`]: which node that
+//! is now.
 //!
-//! An export holds a place, not a node; a pivot puts another node there while the gate is closed. The graph
+//! An export holds a place, not a node, and a filter's requests go to a spot; a pivot puts another node there while the
+//! gate is closed. The graph
 //! does no I/O and knows no protocol. Called by the control plane and by jobs.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
+use crate::clock::Moment;
 use crate::name::NodeName;
 use crate::named_bitmap::{Change, change, follow};
 use crate::node::Node;
@@ -35,6 +38,8 @@ pub enum Role {
     Child {
         /// The upper node.
         of: NodeName,
+        /// What it asks for beyond that.
+        claims: Claims,
     },
     /// Is what another node stands on: read through it, and not to change meanwhile.
     Backing {
@@ -43,10 +48,13 @@ pub enum Role {
     },
 }
 
-impl Role {
-    const fn moves_with_a_pivot(&self) -> bool {
-        matches!(self, Self::Export { .. })
-    }
+/// What a node asks for below it beyond what its requests need: for tests of who may use what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// Nobody else may read.
+    pub reads_alone: bool,
+    /// It may change the length.
+    pub resizes: bool,
 }
 
 /// Why a node cannot be had.
@@ -85,8 +93,7 @@ struct State {
 /// Where one user of a node stands. Dropped, the use has ended.
 pub struct Place {
     role: Role,
-    /// Changed only by a pivot, while the gate of the node that stands here is closed and quiet.
-    node: RwLock<Arc<Node>>,
+    spot: Arc<Spot>,
 }
 
 /// A pivot to a node that stands on something from then on.
@@ -101,6 +108,10 @@ pub struct Onto<'a> {
 }
 
 impl Place {
+    fn new(role: Role, node: &Arc<Node>) -> Arc<Self> {
+        Arc::new(Self { role, spot: Spot::of(Arc::clone(node)) })
+    }
+
     /// What this user does.
     #[must_use]
     pub const fn role(&self) -> &Role {
@@ -110,7 +121,13 @@ impl Place {
     /// The node that stands here now.
     #[must_use]
     pub fn node(&self) -> Arc<Node> {
-        Arc::clone(&self.node.read().unwrap_or_else(PoisonError::into_inner))
+        self.spot.node()
+    }
+
+    /// Where requests go that are to follow the place, for as long as there is one.
+    #[must_use]
+    pub const fn spot(&self) -> &Arc<Spot> {
+        &self.spot
     }
 
     /// Enters whichever node stands here when the gate lets the request through; a guest's way in.
@@ -118,10 +135,47 @@ impl Place {
     /// # Cancel safety
     /// Dropped before it returns, it has not entered.
     pub async fn enter(&self) -> Tracked {
+        let arrived = self.node().clock().now();
+        self.spot.enter_as(Some(arrived)).await
+    }
+}
+
+/// Which node stands somewhere.
+pub struct Spot {
+    /// Changed only while nothing is on its way through it, and no new request can come: the gate of the node that
+    /// stands here is closed and quiet, or that of the filter whose spot it is.
+    node: RwLock<Arc<Node>>,
+}
+
+impl Spot {
+    /// One for `node`.
+    #[must_use]
+    pub fn of(node: Arc<Node>) -> Arc<Self> {
+        Arc::new(Self { node: RwLock::new(node) })
+    }
+
+    /// The node that stands here now.
+    #[must_use]
+    pub fn node(&self) -> Arc<Node> {
+        Arc::clone(&self.node.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Enters whichever node stands here when the gate lets the request through; the way in for what comes from above.
+    ///
+    /// # Cancel safety
+    /// As [`Place::enter`].
+    pub(crate) async fn enter(&self) -> Tracked {
+        self.enter_as(None).await
+    }
+
+    /// Enters, for a guest that arrived then, or for a job.
+    async fn enter_as(&self, guest: Option<Moment>) -> Tracked {
         let mut node = self.node();
-        let arrived = node.clock().now();
         loop {
-            let tracked = node.enter_for_guest(arrived).await;
+            let tracked = match guest {
+                Some(arrived) => node.enter_for_guest(arrived).await,
+                None => node.enter().await,
+            };
             // Inside, the gate cannot be passed by a pivot: what stands here now stays until we leave.
             let standing = self.node();
             if Arc::ptr_eq(&standing, &node) {
@@ -130,6 +184,10 @@ impl Place {
             tracked.turn_back();
             node = standing;
         }
+    }
+
+    fn put(&self, node: &Arc<Node>) {
+        *self.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(node);
     }
 }
 
@@ -203,7 +261,7 @@ impl Graph {
         if let Some(place) = conflict {
             return Err(GraphError::InUse { node: node.name().clone(), role: place.role.clone() });
         }
-        let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(node)) });
+        let place = Place::new(role, node);
         state.places.retain(|place| place.strong_count() > 0);
         state.places.push(Arc::downgrade(&place));
         Ok(place)
@@ -214,10 +272,12 @@ impl Graph {
         self.state().places.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(place)));
     }
 
-    /// Puts `target` in the place of the drained node under every export: the pivot. Who waits at the closed
-    /// gate goes to `target` when it opens. The named bitmaps of the drained node follow.
+    /// Puts `target` in the place of the drained node under every export, and under every filter: the pivot. Who waits
+    /// at the closed gate goes to `target` when it opens. The named bitmaps of the drained node follow.
+    ///
+    /// Where filters stand on the drained node, the caller has drained those before it, from the top down.
     pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
-        self.state().pivot(drained, target);
+        self.state().pivot(drained.node(), target);
     }
 
     /// As [`Graph::pivot`] for each of `moves`, in their order, with its target standing on something from then on: all
@@ -235,7 +295,7 @@ impl Graph {
         for Onto { drained, target, below } in moves {
             let role = Role::Backing { of: target.name().clone() };
             let stays = |place: &Arc<Place>| {
-                !(place.role.moves_with_a_pivot() && Arc::ptr_eq(&place.node(), drained.node()))
+                !(state.moves_with_a_pivot(place) && Arc::ptr_eq(&place.node(), drained.node()))
             };
             let minds = |place: &Arc<Place>| stays(place) && conflicts(&place.role, &role);
             if let Some(place) = state.places_at(below).find(minds) {
@@ -245,13 +305,24 @@ impl Graph {
         change(bitmaps);
         let mut standing = Vec::new();
         for Onto { drained, target, below } in moves {
-            state.pivot(drained, target);
+            state.pivot(drained.node(), target);
             let role = Role::Backing { of: target.name().clone() };
-            let place = Arc::new(Place { role, node: RwLock::new(Arc::clone(below)) });
+            let place = Place::new(role, below);
             state.places.push(Arc::downgrade(&place));
             standing.push(place);
         }
         Ok(standing)
+    }
+
+    /// Puts the drained node, a filter that stands at `place`, on `below` instead. The caller has seen to it that the
+    /// users of `below` allow that, and that nobody reads through the filter past its gate.
+    pub fn move_filter(&self, drained: &Drained, place: &Place, below: &Arc<Node>) {
+        let _state = self.state();
+        debug_assert!(
+            matches!(&place.role, Role::Child { of, .. } if of == drained.node().name()),
+            "another node stands there"
+        );
+        place.spot.put(below);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -264,11 +335,20 @@ impl State {
         self.places.iter().filter_map(Weak::upgrade).filter(|place| Arc::ptr_eq(&place.node(), node))
     }
 
-    fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
+    fn pivot(&self, replaced: &Arc<Node>, target: &Arc<Node>) {
         // Before anybody can write there: a write that they do not hear of would be lost to them.
-        follow(drained.node(), target);
-        for place in self.places_at(drained.node()).filter(|place| place.role.moves_with_a_pivot()) {
-            *place.node.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(target);
+        follow(replaced, target);
+        for place in self.places_at(replaced).filter(|place| self.moves_with_a_pivot(place)) {
+            place.spot.put(target);
+        }
+    }
+
+    /// Exports do, and filters, whose requests go wherever their place is. What else stands on a node stays on it.
+    fn moves_with_a_pivot(&self, place: &Place) -> bool {
+        match &place.role {
+            Role::Export { .. } => true,
+            Role::Child { of, .. } => self.nodes.get(of).is_some_and(|upper| upper.passes_on_to().is_some()),
+            Role::MirrorSource { .. } | Role::MirrorTarget { .. } | Role::Backing { .. } => false,
         }
     }
 }
@@ -283,6 +363,11 @@ fn conflicts(present: &Role, wanted: &Role) -> bool {
         (Role::Backing { .. }, Role::Backing { .. } | Role::MirrorSource { .. })
         | (Role::MirrorSource { .. }, Role::Backing { .. }) => false,
         // What is written through the upper node passes this one by: nobody may rely on hearing of it here.
+        // Who reads relies on the length.
+        (Role::Child { claims, .. }, Role::Export { writable: false, .. })
+        | (Role::Export { writable: false, .. }, Role::Child { claims, .. }) => {
+            claims.reads_alone || claims.resizes
+        }
         (Role::Child { .. } | Role::Backing { .. }, other)
         | (other, Role::Child { .. } | Role::Backing { .. }) => {
             !matches!(other, Role::Export { writable: false, .. })

@@ -227,9 +227,7 @@ impl Node {
 
     fn close_gate(self: &Arc<Self>) -> Drained {
         self.in_flight.close();
-        let mut hurry = Hurry::default();
-        self.driver().hurry(&mut hurry);
-        Drained::of_closed(Arc::clone(self), hurry)
+        Drained::of_closed(Arc::clone(self), self.hurry())
     }
 
     /// Waits until nothing is in flight.
@@ -237,6 +235,13 @@ impl Node {
         if !is_planted(Bug::PivotWithoutDrain) {
             self.in_flight.wait_quiet().await;
         }
+    }
+
+    /// Lets no request that it has wait for a limit, as long as the value lives. What passes counts all the same.
+    pub(crate) fn hurry(&self) -> Hurry {
+        let mut hurry = Hurry::default();
+        self.driver().hurry(&mut hurry);
+        hurry
     }
 
     /// How many mirrors hear of its writes.
@@ -377,9 +382,16 @@ impl Node {
     }
 
     /// How `range` reads, through all layers: a hole is one in each of them. As [`Node::extents_of_layer`] else.
-    pub(crate) async fn extents_below(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
-        let layer = self.extents_of_layer(range).await?;
-        let Some(backing) = self.backing() else { return Ok(layer) };
+    pub(crate) async fn extents_below(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Extent>, BlockError> {
+        let (layer, backing) = loop {
+            let owner = self.owner();
+            let found = (self.extents_of_layer(range).await?, self.backing());
+            // Else a pivot below came between: a hole of the one would be looked for below the other.
+            if Arc::ptr_eq(&owner, &self.owner()) {
+                break found;
+            }
+        };
+        let Some(backing) = backing else { return Ok(layer) };
         let mut merged = Vec::new();
         for extent in layer {
             if extent.status != ExtentStatus::Hole {

@@ -16,6 +16,7 @@ use crate::buffer::Buffer;
 use crate::clock::LocalFuture;
 use crate::debug_event::DebugEvent;
 use crate::driver::Preallocation;
+use crate::graph::Spot;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
@@ -33,7 +34,7 @@ enum Layers {
 /// A node's bytes as a storage.
 #[derive(Clone)]
 pub struct NodeStorage {
-    node: Arc<Node>,
+    at: Arc<Spot>,
     layers: Layers,
 }
 
@@ -41,53 +42,55 @@ impl NodeStorage {
     /// The bytes of `node`, as a client sees them.
     #[must_use]
     pub fn new(node: Arc<Node>) -> Arc<Self> {
-        Arc::new(Self { node, layers: Layers::All })
+        Arc::new(Self { at: Spot::of(node), layers: Layers::All })
     }
 
-    /// The same for a filter, which shows the layers below as the node does.
-    pub(crate) const fn of_layer(node: Arc<Node>) -> Self {
-        Self { node, layers: Layers::Top }
+    /// The same for a filter, which shows the layers below as the node does, and goes to another node when `at` does.
+    pub(crate) const fn of_layer(at: Arc<Spot>) -> Self {
+        Self { at, layers: Layers::Top }
     }
 
     /// The node.
-    pub(crate) const fn node(&self) -> &Arc<Node> {
-        &self.node
+    pub(crate) fn node(&self) -> Arc<Node> {
+        self.at.node()
     }
 }
 
 impl Storage for NodeStorage {
     fn traits(&self) -> Traits {
-        let traits = self.node.traits();
-        let can_resize = traits.can_resize || self.node.image().is_some();
-        Traits { read_only: self.node.options().read_only, can_resize, ..traits }
+        let node = self.node();
+        let traits = node.traits();
+        let can_resize = traits.can_resize || node.image().is_some();
+        Traits { read_only: node.options().read_only, can_resize, ..traits }
     }
 
     fn size(&self) -> u64 {
-        self.node.size()
+        self.node().size()
     }
 
     fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
         IoFuture::pending(async move {
-            if self.node.image().is_some() {
-                return Ok(self.node.resize(size, Preallocation::Off).await?);
+            let node = self.node();
+            if node.image().is_some() {
+                return Ok(node.resize(size, Preallocation::Off).await?);
             }
             // The caller has seen to it that nobody is in the way, or a request that is held up above could hold
             // up all others for as long.
-            let _tracked = self.node.enter().await;
-            Ok(self.node.resize_beside_others(size).await?)
+            let tracked = self.at.enter().await;
+            Ok(tracked.node().resize_beside_others(size).await?)
         })
     }
 
     fn allocated_size(&self) -> Option<u64> {
-        self.node.allocated_size()
+        self.node().allocated_size()
     }
 
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
-        IoFuture::pending(async move { Ok(self.node.enter().await.read(offset, buffer).await?) })
+        IoFuture::pending(async move { Ok(self.at.enter().await.read(offset, buffer).await?) })
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
-        IoFuture::pending(async move { Ok(self.node.enter().await.write(offset, data, durability).await?) })
+        IoFuture::pending(async move { Ok(self.at.enter().await.write(offset, data, durability).await?) })
     }
 
     fn write_zeroes(
@@ -98,42 +101,42 @@ impl Storage for NodeStorage {
         durability: Durability,
     ) -> IoFuture<'_, ()> {
         IoFuture::pending(async move {
-            Ok(self.node.enter().await.write_zeroes(range, space, effort, durability).await?)
+            Ok(self.at.enter().await.write_zeroes(range, space, effort, durability).await?)
         })
     }
 
     fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
-        IoFuture::pending(async move { Ok(self.node.enter().await.discard(range).await?) })
+        IoFuture::pending(async move { Ok(self.at.enter().await.discard(range).await?) })
     }
 
     fn flush(&self) -> IoFuture<'_, ()> {
         // One that is only read from now on may have been written to before.
-        if self.node.traits().read_only {
+        if self.node().traits().read_only {
             return IoFuture::ready(io::Result::Ok(()));
         }
-        IoFuture::pending(async move { Ok(self.node.enter().await.flush().await?) })
+        IoFuture::pending(async move { Ok(self.at.enter().await.flush().await?) })
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
         IoFuture::pending(async move {
-            let tracked = self.node.enter().await;
+            let tracked = self.at.enter().await;
             Ok(match self.layers {
                 Layers::All => tracked.extents(range).await?,
-                Layers::Top => self.node.extents_of_layer(range).await?,
+                Layers::Top => tracked.node().extents_of_layer(range).await?,
             })
         })
     }
 
     fn start_writeback(&self, range: ByteRange) {
-        self.node.start_writeback(range);
+        self.node().start_writeback(range);
     }
 
     fn raise(&self, event: DebugEvent) -> Option<LocalFuture<'static, ()>> {
-        self.node.driver().raise(event)
+        self.node().driver().raise(event)
     }
 
     fn hurry(&self, hurry: &mut Hurry) {
-        self.node.driver().hurry(hurry);
+        self.node().driver().hurry(hurry);
     }
 }
 

@@ -37,6 +37,12 @@ pub enum Bug {
     BitmapClearedOnFailure,
     /// A named bitmap that is kept up to date at every end forgets what had not been copied.
     BitmapForgetsRest,
+    /// A source that the target will stand on is not flushed with it.
+    StandsOnUnflushed,
+    /// A named bitmap that was handed over for a pivot is not given back when that is refused.
+    BitmapNotTakenBack,
+    /// The gate stays closed when a pivot was refused.
+    GateLeftClosed,
     /// Each mirror of a group closes its gate for itself, and ends when it can.
     GroupEndsOneByOne,
     /// One of a group that fails does not take the others with it.
@@ -63,6 +69,8 @@ pub enum Bug {
     SharedInPlace,
     /// qcow2: the header names a longer disk before what it gains reads as zero.
     SizeBeforeZeroes,
+    /// qcow2: an image is no longer called dirty before its repaired counts are durable.
+    CleanBeforeCounts,
     /// qcow2: bitmaps of an image that is being written do not say that they are in use.
     BitmapsBelieved,
     /// qcow2: mappings are written without waiting for the external data file to be durable.

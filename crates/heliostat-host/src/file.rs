@@ -51,7 +51,8 @@ pub struct FileStorage {
     cached: Arc<OpenFile>,
     shape: Shape,
     length: Arc<Length>,
-    ignores_flush: bool,
+    /// Changed by whoever opened it; read by every flush.
+    ignores_flush: AtomicBool,
     ignores_discard: bool,
     /// Whether a read can be tried without waiting; found out at the first.
     can_try_reading: AtomicBool,
@@ -84,7 +85,7 @@ impl FileStorage {
             main: direct.unwrap_or_else(|| Arc::clone(&cached)),
             shape,
             length: Arc::new(Length::new(Arc::clone(&cached), shape, size)),
-            ignores_flush: options.flush == Flush::Ignore,
+            ignores_flush: AtomicBool::new(options.flush == Flush::Ignore),
             ignores_discard: options.discard == Discard::Ignore,
             can_try_reading: AtomicBool::new(!is_direct && !shape.in_memory),
             pace: Pace::new(),
@@ -222,9 +223,18 @@ impl FileStorage {
         bounce.freeze()
     }
 
+    /// Lets flushes reach the medium, or not, from now on. The first that does makes durable what was written before.
+    pub fn set_flush(&self, flush: Flush) {
+        self.ignores_flush.store(flush == Flush::Ignore, Ordering::Release);
+    }
+
+    fn ignores_flush(&self) -> bool {
+        self.ignores_flush.load(Ordering::Acquire)
+    }
+
     /// What `durability` comes to here: nothing has to be waited for where flushes do nothing.
     fn effective(&self, durability: Durability) -> Durability {
-        if self.ignores_flush || self.shape.in_memory { Durability::Cached } else { durability }
+        if self.ignores_flush() || self.shape.in_memory { Durability::Cached } else { durability }
     }
 
     async fn write_zeroes_slowly(&self, range: ByteRange) -> io::Result<()> {
@@ -385,7 +395,7 @@ impl Storage for FileStorage {
     }
 
     fn flush(&self) -> IoFuture<'_, ()> {
-        if self.ignores_flush || self.shape.in_memory || !self.shape.is_writable {
+        if self.ignores_flush() || self.shape.in_memory || !self.shape.is_writable {
             return IoFuture::ready(Ok(()));
         }
         IoFuture::pending(self.flush_file())

@@ -56,6 +56,10 @@ pub struct Seen {
     pub cancelled: u64,
     /// Jobs that failed.
     pub failed: u64,
+    /// Pivots after which the target stood on the source.
+    pub stood: u64,
+    /// Jobs that failed because their pivot was refused.
+    pub refused: u64,
     /// Errors that jobs met.
     pub errors: u64,
     /// Requests that lanes made to storages.
@@ -70,6 +74,8 @@ impl Seen {
         self.copies += other.copies;
         self.cancelled += other.cancelled;
         self.failed += other.failed;
+        self.refused += other.refused;
+        self.stood += other.stood;
         self.errors += other.errors;
         self.on_lanes += other.on_lanes;
     }

@@ -127,8 +127,8 @@ impl Search {
         if let Some(all) = &self.image {
             let seen = *all.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             println!(
-                "{} guests' requests, {} dropped, {} failed; {} resizes; {} crash images, {} written on; {} repaired on \
-                 opening; {} closed; {} leaks",
+                "{} guests' requests; {} pivots, {} of them onto the source, {} copies left, {} jobs cancelled, {} failed, \
+             {} refused at the pivot; {} errors met; {} requests by lanes",
                 seen.requests,
                 seen.dropped,
                 seen.errors,
@@ -151,9 +151,17 @@ impl Search {
         }
         let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!(
-            "{} guests' requests; {} pivots, {} copies left, {} jobs cancelled, {} failed; {} errors met; {} requests by \
-             lanes",
-            seen.requests, seen.pivots, seen.copies, seen.cancelled, seen.failed, seen.errors, seen.on_lanes
+            "{} guests' requests; {} pivots, {} of them onto the source, {} copies left, {} jobs cancelled, {} failed, {} refused at the pivot; {} \
+             errors met; {} requests by lanes",
+            seen.requests,
+            seen.pivots,
+            seen.stood,
+            seen.copies,
+            seen.cancelled,
+            seen.failed,
+            seen.refused,
+            seen.errors,
+            seen.on_lanes
         );
     }
 

@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use heliostat_block::clock::Clock;
-use heliostat_block::graph::Role;
-use heliostat_block::job::mirror::{Mirror, MirrorOptions};
+use heliostat_block::graph::{Onto, Role};
+use heliostat_block::job::mirror::{Mirror, MirrorOptions, Succession};
+use heliostat_block::job::scan::SyncMode;
 use heliostat_block::job::{Bitmaps, CopyMode, Force, Job, JobOptions, JobStatus, Verb};
 use heliostat_block::limits::GUEST_QUIET;
 
@@ -14,7 +15,7 @@ use crate::bench::Bench;
 use crate::lanes::LaneTasks;
 use crate::named::{Named, Wish};
 use crate::random::Random;
-use crate::watch::{Known, Watch};
+use crate::watch::{Known, REFUSAL, Watch};
 use crate::world::Executor;
 
 /// How a job is to end, when it has been played with for long enough.
@@ -47,6 +48,10 @@ pub(crate) struct Errand {
     pub(crate) hush: Option<Duration>,
     /// What it has to do with the bitmap, where there is one.
     pub(crate) wish: Option<Wish>,
+    /// After the pivot the target stands on the source, where nothing else is settled.
+    pub(crate) stands: bool,
+    /// The pivot is refused, as where something else minds.
+    pub(crate) is_refused: bool,
 }
 
 /// Starts jobs and sees to them.
@@ -104,6 +109,7 @@ impl Operator {
             }
         };
         let by_bitmap = Named::for_job(&self.bench, target, &mut errand);
+        errand.mirror.stands_on_source = errand.stands && errand.mirror.sync == SyncMode::None;
         let known = Known {
             source,
             target,
@@ -115,6 +121,8 @@ impl Operator {
             auto_finalize: errand.job.auto_finalize,
             doubles: errand.job.copy_mode == CopyMode::WriteBlocking,
             impulse: errand.impulse,
+            stands: errand.mirror.stands_on_source,
+            is_refused: errand.is_refused,
         };
         self.bench.world.trace(|| format!("operator: mirror {known:?} {:?} {:?}", errand.job, errand.mirror));
         if errand.job.copy_mode == CopyMode::WriteBlocking {
@@ -129,6 +137,12 @@ impl Operator {
             Mirror::new(Arc::clone(&job), graph, at_source, at_target, errand.mirror, bitmaps, clock);
         if let Some(by_bitmap) = by_bitmap {
             mirror = mirror.with_bitmap(by_bitmap);
+        }
+        if errand.mirror.stands_on_source {
+            mirror = mirror.with_succession(stand_on_source(&self.bench));
+        }
+        if errand.is_refused {
+            mirror = mirror.with_succession(Box::new(|_, _| Err(REFUSAL.to_owned())));
         }
         if let Some(lanes) = &mut self.lanes {
             mirror = mirror.with_lanes(lanes.lanes(&self.bench.world, &self.executor));
@@ -215,4 +229,16 @@ impl Operator {
     fn is_long(&self, since: Option<Duration>) -> bool {
         since.is_some_and(|since| self.bench.world.time().saturating_sub(since) > END_WITHIN / 2)
     }
+}
+
+/// Moves guests to a target that stands on their old disk. No driver here has layers: what shows through is put into the
+/// target when the end is heard, see [`Watch`].
+fn stand_on_source(bench: &Arc<Bench>) -> Succession {
+    let bench = Arc::clone(bench);
+    Box::new(move |drained, target| {
+        // Nobody stands there for long: the old disk may be a target again.
+        let onto = Onto { drained, target, below: drained.node() };
+        let place = bench.graph.pivot_all_onto(&[onto], &[]);
+        place.map(drop).map_err(|error| error.to_string())
+    })
 }

@@ -130,6 +130,13 @@ fn run_in(running: &Running, mut random: Random, mut apart: Random) -> Result<Se
         Named::begin(&bench, apart.pick(&[512, 4096, 64 << 10, 1 << 20]));
         draw_wishes(&mut errands, &mut apart);
     }
+    for errand in &mut errands {
+        errand.is_refused = apart.chance(150);
+        errand.stands = apart.chance(150);
+        if errand.stands {
+            errand.mirror.sync = SyncMode::None;
+        }
+    }
     let operator = Operator {
         bench: Arc::clone(&bench),
         executor: executor.clone(),
@@ -392,6 +399,8 @@ fn errand(settings: &Settings, random: &mut Random) -> Errand {
         patient: random.chance(200),
         hush: None,
         wish: None,
+        stands: false,
+        is_refused: false,
     }
 }
 

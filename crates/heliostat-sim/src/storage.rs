@@ -149,6 +149,11 @@ impl SimStorage {
         medium.durable().to_vec()
     }
 
+    /// Holds `image` from now on, durably. Nothing may be in flight.
+    pub(crate) fn hold(&self, image: Vec<u8>) {
+        lock(&self.state).medium = Medium::new(image);
+    }
+
     /// From now on reads show what was written, whatever a flush says: guests' data is here.
     pub(crate) fn forgets_no_more(&self) {
         lock(&self.state).forgets = false;

@@ -17,6 +17,9 @@ use crate::bench::{Bench, QUICK};
 use crate::medium::Medium;
 use crate::named::Named;
 
+/// Why a pivot is refused.
+pub(crate) const REFUSAL: &str = "the pivot is refused";
+
 /// What is known of a job, beside what it says itself.
 #[derive(Clone, Debug)]
 pub(crate) struct Known {
@@ -34,6 +37,10 @@ pub(crate) struct Known {
     pub(crate) doubles: bool,
     /// A verb that is said in the very moment in which a status is announced.
     pub(crate) impulse: Option<(JobStatus, Verb)>,
+    /// After the pivot the target stands on the source.
+    pub(crate) stands: bool,
+    /// Its pivot is refused.
+    pub(crate) is_refused: bool,
 }
 
 /// Hears one job.
@@ -201,8 +208,14 @@ impl Watch {
         };
         let (source, target) = (&self.bench.disks[self.known.source], &self.bench.disks[self.known.target]);
         let sizes_differ = source.node.size() != target.node.size();
+        let may_pivot = ready && wanted == Some(End::Complete) && !reported;
+        let refused = JobEvent::Completed(Some(REFUSAL.to_owned()));
         let fits = match event {
-            JobEvent::Completed(None) => ready && wanted.is_some() && !cancelled && !reported,
+            JobEvent::Completed(None) => {
+                let is_refused = self.known.is_refused && wanted == Some(End::Complete);
+                ready && wanted.is_some() && !cancelled && !reported && !is_refused
+            }
+            _ if *event == refused => may_pivot && !cancelled && self.known.is_refused,
             JobEvent::Completed(Some(_)) => reported || sizes_differ,
             _ => cancelled,
         };
@@ -217,6 +230,7 @@ impl Watch {
             let count = match (event, wanted) {
                 (JobEvent::Completed(None), Some(End::Complete)) => &mut seen.pivots,
                 (JobEvent::Completed(None), _) => &mut seen.copies,
+                (JobEvent::Completed(Some(_)), _) if *event == refused => &mut seen.refused,
                 (JobEvent::Completed(Some(_)), _) => &mut seen.failed,
                 _ => &mut seen.cancelled,
             };
@@ -267,9 +281,24 @@ impl Watch {
                 ));
             }
         }
-        if pivoted {
-            bench.moved(self.known.target, to);
+        match pivoted {
+            true if self.known.stands => self.stand(from),
+            true => bench.moved(self.known.target, to),
+            false => {}
         }
+    }
+
+    /// The target shows what the source does, through what it does not hold.
+    fn stand(&self, image: Vec<u8>) {
+        let bench = &self.bench;
+        let (source, target) = (&bench.disks[self.known.source], &bench.disks[self.known.target]);
+        // Guests' flushes go to the target alone from here on.
+        if source.storage.flush_failures() == 0 && source.storage.durable() != image {
+            self.fail("what the target stands on is not durable");
+        }
+        target.storage.hold(image.clone());
+        bench.seen().stood += 1;
+        bench.moved(self.known.target, image);
     }
 
     /// Nothing of the job is left on the nodes.

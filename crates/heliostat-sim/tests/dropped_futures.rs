@@ -6,67 +6,13 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::FutureExt;
-use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::{Clock, LocalFuture, Moment};
+use heliostat_block::driver::null::{NullStorage, ReadsZero};
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::graph::{Graph, Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{Node, NodeOptions};
-use heliostat_block::range::ByteRange;
-use heliostat_block::storage::{
-    Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
-};
-
-/// A storage that answers at once, with zeroes.
-struct Nothing;
-
-impl Storage for Nothing {
-    fn traits(&self) -> Traits {
-        Traits {
-            block_size: 1,
-            preferred_size: 4096,
-            read_only: false,
-            can_discard: false,
-            can_zero_fast: false,
-            can_resize: false,
-            remote: false,
-        }
-    }
-
-    fn size(&self) -> u64 {
-        4096
-    }
-
-    fn allocated_size(&self) -> Option<u64> {
-        None
-    }
-
-    fn read(&self, _: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
-        IoFuture::ready(Ok(buffer))
-    }
-
-    fn write(&self, _: u64, _: Bytes, _: Durability) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn write_zeroes(&self, _: ByteRange, _: ZeroSpace, _: ZeroEffort, _: Durability) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn discard(&self, _: ByteRange) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn flush(&self) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        IoFuture::ready(Ok(vec![Extent { range, status: ExtentStatus::Data }]))
-    }
-}
 
 /// A clock that stands.
 struct Standing;
@@ -82,7 +28,7 @@ impl Clock for Standing {
 }
 
 fn node(name: &str) -> Arc<Node> {
-    let driver = Driver::Raw(Raw::whole(Arc::new(Nothing)));
+    let driver = Driver::Raw(Raw::whole(Arc::new(NullStorage::new(4096, ReadsZero::Unsaid))));
     Node::new(NodeName::new(name).expect("a good name"), driver, NodeOptions::default(), Arc::new(Standing))
 }
 

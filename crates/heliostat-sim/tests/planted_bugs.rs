@@ -99,6 +99,22 @@ fn a_bitmap_that_is_cleared_by_a_job_that_failed_is_found() {
 }
 
 #[test]
+fn a_source_that_is_not_flushed_before_the_target_stands_on_it_is_found() {
+    is_found(Bug::StandsOnUnflushed);
+}
+
+#[test]
+fn a_bitmap_that_a_refused_pivot_keeps_is_found() {
+    // It takes a copy on one disk that is left behind, and a pivot to another that is refused.
+    is_found_within(Bug::BitmapNotTakenBack, 10 * SEEDS);
+}
+
+#[test]
+fn a_gate_that_a_refused_pivot_leaves_closed_is_found() {
+    is_found(Bug::GateLeftClosed);
+}
+
+#[test]
 fn a_bitmap_that_forgets_what_was_not_copied_is_found() {
     is_found(Bug::BitmapForgetsRest);
 }

@@ -79,6 +79,11 @@ fn a_size_in_the_header_before_what_is_gained_reads_as_zero_is_found() {
 }
 
 #[test]
+fn an_image_that_is_called_clean_before_its_counts_are_right_is_found() {
+    is_found(Bug::CleanBeforeCounts);
+}
+
+#[test]
 fn a_bitmap_that_is_believed_after_a_crash_is_found() {
     is_found(Bug::BitmapsBelieved);
 }

@@ -25,9 +25,11 @@ fn the_first_seeds_pass_and_come_across_what_they_are_for() {
             Err(what) => panic!("seed {seed}: {what}"),
         }
     }
-    let Seen { requests, pivots, copies, cancelled, failed, errors, on_lanes } = sum;
+    let Seen { requests, pivots, copies, cancelled, failed, errors, on_lanes, stood, refused } = sum;
     assert!(
-        [requests, pivots, copies, cancelled, failed, errors, on_lanes].iter().all(|n| *n > 0),
+        [requests, pivots, copies, cancelled, failed, errors, on_lanes, stood, refused]
+            .iter()
+            .all(|n| *n > 0),
         "{sum:?}"
     );
 }

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
+#[path = "common/nbd.rs"]
+mod nbd;
 
 use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,6 +13,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 
+use heliostat_block::nbd::ReplyStyle;
 use serde_json::Value;
 
 use common::{HELIOSTAT, folder, heliostat, tool, wait};
@@ -123,6 +126,27 @@ fn what_a_client_writes_is_on_the_disk_when_the_server_has_ended() {
         let mut bytes = vec![0; 65536];
         File::open(&disk).unwrap().read_exact_at(&mut bytes, 1 << 20).unwrap();
         assert!(bytes.iter().all(|byte| *byte == 0xab));
+    }
+}
+
+#[test]
+fn whoever_connects_as_soon_as_it_listens_finds_the_disk() {
+    let folder = folder();
+    let (disk, socket) = (folder.path().join("disk"), folder.path().join("nbd"));
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    for _ in 0..5 {
+        let mut command = Command::new(HELIOSTAT);
+        command.arg("serve").arg(&disk).arg("--nbd").arg(&socket).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
+        // A server that ends itself leaves no socket, so this is the new one's.
+        let server = Server { child, offer: Value::Null };
+        let stream = wait::for_socket(&socket).unwrap();
+        let mut guest = nbd::Guest::new(stream, "disk", ReplyStyle::Simple).unwrap();
+        assert_eq!(guest.read(0, 1), [0]);
+        drop(guest);
+        server.signal("TERM");
+        let mut server = server;
+        wait::until("its end", wait::LIMIT, || server.child.try_wait().unwrap()).unwrap();
     }
 }
 

@@ -6,11 +6,13 @@ mod common;
 #[path = "common/nbd.rs"]
 mod nbd;
 
+use std::io::{ErrorKind, Read};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
-use heliostat::front::nbd::{ExportError, ExportSettings, NbdServer, Reach, Removal, ServerSettings};
+use heliostat::front::nbd::{Doors, ExportError, ExportSettings, NbdServer, Reach, Removal, ServerSettings};
 use heliostat_block::buffer::Buffer;
 use heliostat_block::nbd::client_reply::Answered;
 use heliostat_block::nbd::client_request::Ask;
@@ -161,6 +163,29 @@ fn a_stop_lets_requests_end_and_answers_them() {
     assert_eq!(rest_of(&mut guest.stream), b"");
     stopping.join().unwrap();
     assert_eq!(memory.bytes(0, 4), b"kept");
+}
+
+#[test]
+fn a_client_that_comes_before_the_doors_are_open_finds_what_is_offered_by_then() {
+    let served = Served::start(ServerSettings { doors: Doors::Closed, ..ServerSettings::default() });
+    let mut early = served.raw();
+    early.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let said = early.read(&mut [0; 64]).map_err(|error| error.kind());
+    assert_eq!(said, Err(ErrorKind::WouldBlock), "it was told nothing yet");
+    early.set_read_timeout(Some(wait::LIMIT)).unwrap();
+    served.export("disk", served.node("disk", Memory::new(4096)));
+    served.server.let_in();
+    let mut guest = Guest::new(early, "disk", ReplyStyle::Simple).unwrap();
+    assert_eq!(guest.read(0, 1), [0]);
+}
+
+#[test]
+fn a_server_that_is_stopped_with_closed_doors_hangs_up() {
+    let served = Served::start(ServerSettings { doors: Doors::Closed, ..ServerSettings::default() });
+    let mut early = served.raw();
+    let Served { server, graph: _graph, .. } = served;
+    server.stop();
+    assert_eq!(rest_of(&mut early), b"");
 }
 
 #[test]

@@ -342,3 +342,43 @@ fn throttled_nodes_are_taken_and_keep_their_group_alike() {
     ];
     compare(&script);
 }
+
+/// A fault injector that asks for `take` below it, and lets others have all but `unshare`.
+fn claiming(take: &Value, unshare: &Value) -> Step {
+    let mut options = json!({ "driver": "blkdebug", "node-name": "n", "image": "below" });
+    for (name, permissions) in [("take-child-perms", take), ("unshare-child-perms", unshare)] {
+        if !permissions.is_null() {
+            options[name] = permissions.clone();
+        }
+    }
+    Do("blockdev-add", options)
+}
+
+#[test]
+fn what_a_fault_injector_claims_below_it_keeps_readers_out_alike() {
+    let reader = || Do("block-export-add", json!({ "type": "nbd", "id": "r", "node-name": "below" }));
+    let all = json!(["consistent-read", "write", "write-unchanged", "resize"]);
+    let single = all.as_array().unwrap().iter().map(|permission| json!([permission]));
+    let lists: Vec<_> =
+        single.chain([json!([]), json!(null), json!(["write", "write"]), all.clone()]).collect();
+    let mut cases: Vec<_> = lists.iter().map(|list| (list.clone(), Value::Null)).collect();
+    cases.extend(lists.iter().map(|list| (Value::Null, list.clone())));
+    cases.push((all.clone(), all));
+    for (take, unshare) in cases {
+        let address = json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } });
+        let below = json!({ "driver": "file", "node-name": "below", "filename": "DIR/a" });
+        compare(&vec![
+            Do("nbd-server-start", address),
+            Do("blockdev-add", below),
+            reader(),
+            claiming(&take, &unshare),
+            delete("n"),
+            Do("block-export-del", json!({ "id": "r" })),
+            Step::Await("BLOCK_EXPORT_DELETED", "r"),
+            claiming(&take, &unshare),
+            list(),
+            reader(),
+            Do("query-block-exports", json!({})),
+        ]);
+    }
+}

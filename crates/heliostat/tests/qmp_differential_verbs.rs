@@ -13,152 +13,13 @@
 mod common;
 mod qmp;
 
-use qmp::transcript::Step::{self, Await, Do};
+use qmp::transcript::Step::{Await, Do};
 use qmp::transcript::{Script, Transcript, run};
+use qmp::verbs::{At, FEW, Model, ORDERS, differences, named, order, wait};
 use qmp::{Peer, Whose};
 use serde_json::{Value, json};
 
 const SIZE: usize = 1 << 20;
-
-/// Where a job is at rest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum At {
-    Running,
-    Paused,
-    Ready,
-    Standby,
-    Pending,
-    Concluded,
-    Null,
-}
-
-impl At {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Ready => "ready",
-            Self::Standby => "standby",
-            Self::Pending => "pending",
-            Self::Concluded => "concluded",
-            Self::Null => "null",
-        }
-    }
-}
-
-/// What is asked, without the family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verb {
-    Pause,
-    Resume,
-    SoftCancel,
-    Cancel,
-    Complete,
-    Finalize,
-    Dismiss,
-    Other,
-}
-
-/// A command, what it asks, and its arguments but the job's id.
-type Order = (&'static str, Verb, &'static str);
-
-const ORDERS: [Order; 18] = [
-    ("block-job-pause", Verb::Pause, "device"),
-    ("job-pause", Verb::Pause, "id"),
-    ("block-job-resume", Verb::Resume, "device"),
-    ("job-resume", Verb::Resume, "id"),
-    ("block-job-cancel", Verb::SoftCancel, "device"),
-    ("block-job-cancel", Verb::Cancel, "device force"),
-    ("job-cancel", Verb::Cancel, "id"),
-    ("block-job-complete", Verb::Complete, "device"),
-    ("job-complete", Verb::Complete, "id"),
-    ("block-job-finalize", Verb::Finalize, "id"),
-    ("job-finalize", Verb::Finalize, "id"),
-    ("block-job-dismiss", Verb::Dismiss, "id"),
-    ("job-dismiss", Verb::Dismiss, "id"),
-    ("block-job-set-speed", Verb::Other, "device speed"),
-    ("block-job-set-speed", Verb::Other, "device slow"),
-    ("block-job-set-speed", Verb::Other, "device backwards"),
-    ("block-job-change", Verb::Other, "id mirror"),
-    ("block-job-change", Verb::Other, "id backup"),
-];
-
-/// One of each kind, the families taking turns.
-const FEW: [usize; 9] = [0, 3, 4, 6, 7, 10, 11, 14, 16];
-
-fn order(id: &str, (command, _, form): Order) -> Step {
-    let mut words = form.split(' ');
-    let mut arguments = json!({ words.next().expect("the id's name"): id });
-    match words.next() {
-        Some("force") => arguments["force"] = json!(true),
-        Some("speed") => arguments["speed"] = json!(1),
-        Some("slow") => arguments["speed"] = json!(2),
-        Some("backwards") => arguments["speed"] = json!(-1),
-        Some("mirror") => {
-            arguments["type"] = json!("mirror");
-            arguments["copy-mode"] = json!("write-blocking");
-        }
-        Some("backup") => arguments["type"] = json!("backup"),
-        _ => {}
-    }
-    Do(command, arguments)
-}
-
-/// What a job does, as the tables of QMP.md 1.2 and 1.3 have it.
-#[derive(Clone, Copy, Debug)]
-struct Model {
-    at: At,
-    /// It has been told to end, and how.
-    ends: Option<Verb>,
-    finalizes: bool,
-    dismisses: bool,
-}
-
-impl Model {
-    /// Goes to where `verb` leads. Says what is heard on the way that has to be waited for.
-    fn take(&mut self, verb: Verb) -> Vec<At> {
-        use At::{Concluded, Null, Paused, Pending, Ready, Running, Standby};
-        match (self.at, verb) {
-            (Running, Verb::Pause) => self.go(Paused),
-            (Ready, Verb::Pause) => self.go(Standby),
-            (Paused, Verb::Resume) => self.go(Running),
-            (Standby, Verb::Resume) => {
-                let mut heard = self.go(Ready);
-                if self.ends.is_some() {
-                    heard.extend(self.end());
-                }
-                heard
-            }
-            (Ready, Verb::SoftCancel | Verb::Complete) => {
-                self.ends = Some(verb);
-                self.end()
-            }
-            (Standby, Verb::Complete) => {
-                self.ends = Some(verb);
-                Vec::new()
-            }
-            // Refused while it is paused.
-            (Paused | Standby, Verb::SoftCancel) => Vec::new(),
-            (Running | Paused | Ready | Standby | Pending, Verb::Cancel | Verb::SoftCancel)
-            | (Pending, Verb::Finalize) => self.conclude(),
-            (Concluded, Verb::Dismiss) => self.go(Null),
-            _ => Vec::new(),
-        }
-    }
-
-    fn go(&mut self, at: At) -> Vec<At> {
-        self.at = at;
-        vec![at]
-    }
-
-    fn end(&mut self) -> Vec<At> {
-        if self.finalizes { self.conclude() } else { self.go(At::Pending) }
-    }
-
-    fn conclude(&mut self) -> Vec<At> {
-        self.go(if self.dismisses { At::Null } else { At::Concluded })
-    }
-}
 
 /// How a conversation begins: the job's name begins so, its arguments, and what is asked of it until it is where the
 /// verb is to find it.
@@ -201,7 +62,7 @@ fn conversation(
     for (key, value) in beginning.arguments.as_object().into_iter().flatten() {
         arguments[key] = value.clone();
     }
-    let mut model = Model { at: beginning.at, ends: None, finalizes, dismisses };
+    let mut model = Model { at: beginning.at, ends: None, fails: false, finalizes, dismisses };
     if model.at == At::Concluded && dismisses {
         model.at = At::Null;
     }
@@ -228,14 +89,6 @@ fn conversation(
     }
     assert_eq!(model.at, At::Null, "{}: {orders:?}", beginning.name);
     script
-}
-
-fn named(id: &str) -> &'static str {
-    Box::leak(id.to_owned().into_boxed_str())
-}
-
-fn wait(id: &str, at: At) -> Step {
-    Await(at.word(), named(id))
 }
 
 fn nodes() -> Script {
@@ -274,58 +127,6 @@ fn two_orders_each() -> Script {
         }
     }
     script
-}
-
-/// Says whether `block-job-change` is among what the job of that id hears.
-fn is_told_to_double(id: &str) -> bool {
-    id.split('-').any(|part| part == "16")
-}
-
-/// What was said, without what may differ.
-fn comparable(transcript: &Transcript) -> Vec<(String, String)> {
-    let replies = transcript.replies.iter().map(|(asked, reply)| {
-        let mut reply: Value = serde_json::from_str(reply).expect("a reply");
-        for job in reply["return"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
-            job.remove("busy");
-            let id = job.get("id").or(job.get("device")).and_then(Value::as_str).unwrap_or_default();
-            let id = id.to_owned();
-            if id.starts_with("held") {
-                for progress in ["offset", "len", "current-progress", "total-progress"] {
-                    job.remove(progress);
-                }
-            }
-            if is_told_to_double(&id) {
-                job.remove("actively-synced");
-            }
-            if job.get("status").is_some_and(|status| status == "pending") {
-                job.remove("paused");
-            }
-        }
-        (asked.clone(), reply.to_string())
-    });
-    let events = transcript.events.iter().map(|(of, said)| {
-        let said = said.iter().map(|event| {
-            let mut event: Value = serde_json::from_str(event).expect("an event");
-            if of.starts_with("held")
-                && let Some(data) = event["data"].as_object_mut()
-            {
-                data.remove("offset");
-                data.remove("len");
-            }
-            event.to_string()
-        });
-        (of.clone(), said.collect::<Vec<_>>().join("\n"))
-    });
-    replies.chain(events).collect()
-}
-
-/// Where they differ.
-fn differences(ours: &Transcript, theirs: &Transcript) -> Vec<String> {
-    let (ours, theirs) = (comparable(ours), comparable(theirs));
-    assert_eq!(ours.len(), theirs.len(), "everything asked was answered, of every job something was said");
-    let pairs = ours.into_iter().zip(theirs);
-    let wrong = pairs.filter(|(ours, theirs)| ours != theirs);
-    wrong.map(|((asked, ours), (_, theirs))| format!("{asked}\n  qemu: {theirs}\n  ours: {ours}")).collect()
 }
 
 fn talk(peer: &Peer, script: &Script) -> Transcript {

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
 use crate::debug_event::DebugEvent;
+use crate::graph::Spot;
 use crate::node::Node;
 use crate::node_storage::NodeStorage;
 use crate::range::ByteRange;
@@ -37,10 +38,10 @@ pub struct CopyOnRead {
 }
 
 impl CopyOnRead {
-    /// Makes one over `child`, which copies what is in one of the layers from the child's backing node down to
+    /// Makes one over whatever node is at `child`, which copies what is in one of the layers from the child's backing node down to
     /// `bottom`; in any where that is `None`.
     #[must_use]
-    pub fn new(child: Arc<Node>, bottom: Option<Arc<Node>>) -> Self {
+    pub fn new(child: Arc<Spot>, bottom: Option<Arc<Node>>) -> Self {
         Self { below: NodeStorage::of_layer(child), bottom, held: RangeLock::default() }
     }
 
@@ -48,7 +49,7 @@ impl CopyOnRead {
         &self.below
     }
 
-    fn child(&self) -> &Arc<Node> {
+    fn child(&self) -> Arc<Node> {
         self.below.node()
     }
 

@@ -41,8 +41,8 @@ impl Filter {
         }
     }
 
-    /// The node to which requests go.
-    pub(crate) fn child(&self) -> &Arc<Node> {
+    /// The node to which requests go now.
+    pub(crate) fn child(&self) -> Arc<Node> {
         self.below().node()
     }
 

@@ -4,13 +4,13 @@
 //! somebody waits for a node above to be quiet nothing waits here, so that a drain takes as long as the disk and not
 //! as long as the limit. Knows no clock; the group does.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 
 use crate::buffer::Buffer;
 use crate::convert::u64_from;
-use crate::node::Node;
+use crate::graph::Spot;
 use crate::node_storage::NodeStorage;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
@@ -19,29 +19,58 @@ use crate::throttle::{Direction, Hurry, ThrottleGroup};
 /// Lets requests wait so that limits are kept.
 pub struct Throttle {
     below: NodeStorage,
+    /// Changed while nothing is in flight; held to look, never across I/O.
+    membership: RwLock<Membership>,
+}
+
+/// Whose limits they are, and as which of its members.
+#[derive(Clone)]
+struct Membership {
     group: Arc<ThrottleGroup>,
     member: u64,
 }
 
+impl Membership {
+    fn of(group: Arc<ThrottleGroup>) -> Self {
+        Self { member: group.join(), group }
+    }
+}
+
 impl Throttle {
-    /// Makes one over `child`, as a member of `group`.
+    /// Makes one over whatever node is at `child`, as a member of `group`.
     #[must_use]
-    pub fn new(child: Arc<Node>, group: Arc<ThrottleGroup>) -> Self {
-        Self { below: NodeStorage::of_layer(child), member: group.join(), group }
+    pub fn new(child: Arc<Spot>, group: Arc<ThrottleGroup>) -> Self {
+        let membership = RwLock::new(Membership::of(group));
+        Self { below: NodeStorage::of_layer(child), membership }
     }
 
     pub(super) const fn below(&self) -> &NodeStorage {
         &self.below
     }
 
+    /// Lets requests wait for the limits of `group` from now on. The caller sees to it that none is in flight.
+    pub fn change_group(&self, group: Arc<ThrottleGroup>) {
+        let joined = Membership::of(group);
+        let mut membership = self.membership.write().unwrap_or_else(PoisonError::into_inner);
+        let left = std::mem::replace(&mut *membership, joined);
+        drop(membership);
+        left.group.leave(left.member);
+    }
+
+    fn membership(&self) -> Membership {
+        self.membership.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     async fn admit(&self, direction: Direction, bytes: u64) {
-        self.group.admit(self.member, direction, bytes).await;
+        let Membership { group, member } = self.membership();
+        group.admit(member, direction, bytes).await;
     }
 }
 
 impl Drop for Throttle {
     fn drop(&mut self) {
-        self.group.leave(self.member);
+        let Membership { group, member } = self.membership();
+        group.leave(member);
     }
 }
 
@@ -109,7 +138,8 @@ impl Storage for Throttle {
     }
 
     fn hurry(&self, hurry: &mut Hurry) {
-        hurry.add(&self.group, self.member);
+        let Membership { group, member } = self.membership();
+        hurry.add(&group, member);
         self.below.hurry(hurry);
     }
 }

@@ -14,12 +14,13 @@ use super::scan::{Belief, SyncMode};
 use crate::buffer::BufferPool;
 use crate::clock::{Moment, yield_once};
 use crate::convert::usize_from;
-use crate::error::BlockError;
+use crate::error::{BlockError, ErrorKind};
 use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_LEN_MAX, GUEST_QUIET};
 use crate::node::Node;
 use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 
 /// The piece in which page-cached bytes are moved: it stays in a core's cache between read and write.
 const CACHED_PIECE: u64 = 256 << 10;
@@ -40,6 +41,8 @@ pub(crate) struct Route {
     pub(crate) sync: SyncMode,
     /// What the target does not hold it will show from the source.
     pub(crate) stands_on_source: bool,
+    /// Nobody wants the copies any more: those under way end after the piece that they are at.
+    pub(crate) is_given_up: AtomicBool,
 }
 
 /// How a range was brought over.
@@ -69,12 +72,29 @@ impl Route {
             trust_target: AtomicBool::new(true),
             sync: options.sync,
             stands_on_source: options.stands_on_source,
+            is_given_up: AtomicBool::new(false),
         }
+    }
+
+    /// Lets copies end as soon as they can, and the target take what it has been given at once, whatever its limits.
+    /// The latter as long as the value lives.
+    pub(crate) fn give_up(&self) -> Hurry {
+        self.is_given_up.store(true, Ordering::Relaxed);
+        self.target.hurry()
+    }
+
+    /// Whether the next piece of a copy is wanted.
+    fn go_on(&self, piece: ByteRange) -> Result<(), CopyError> {
+        if self.is_given_up.load(Ordering::Relaxed) {
+            let node = self.target.name().as_str();
+            return Err((Operation::Write, BlockError::new(ErrorKind::Closed, node, Some(piece))));
+        }
+        Ok(())
     }
 
     /// Makes durable what the target shows.
     pub(crate) async fn flush(&self) -> Result<(), BlockError> {
-        if self.stands_on_source {
+        if self.stands_on_source && !planted::is_planted(planted::Bug::StandsOnUnflushed) {
             // Not by the gate: it is closed at the end.
             self.source.flush().await?;
         }
@@ -125,6 +145,7 @@ impl Route {
         let mut from = range.offset();
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
+            self.go_on(rest)?;
             if let Some(hole) = planted::old_hole(Extent { range: rest, status: ExtentStatus::Data }) {
                 self.zero(hole.range, &mut copied).await?;
                 from = hole.range.end();
@@ -164,9 +185,11 @@ impl Route {
         let cached = self.source.traits().block_size == 1;
         let step = if cached { CACHED_PIECE } else { range.len() };
         for piece in range.pieces(step) {
+            self.go_on(piece)?;
             let buffer = self.buffers.take(usize_from(piece.len()));
             let read = self.source.read_blocks(piece.offset(), buffer).await;
             let buffer = read.map_err(|error| (Operation::Read, error))?;
+            self.go_on(piece)?;
             if self.detect_zeroes && buffer.is_zero() {
                 self.zero(piece, copied).await?;
                 continue;
@@ -189,6 +212,7 @@ impl Route {
         let mut from = range.offset();
         while from < range.end() {
             let rest = ByteRange::from_bounds(from, range.end());
+            self.go_on(rest)?;
             let lacked = self.lacks_backing();
             let part = match self.first_on_target(rest).await {
                 Some(first) if self.reads_zero(&first, lacked) => {

@@ -210,6 +210,12 @@ impl Member {
         }
     }
 
+    /// The mirror has opened its gate again, between two looks at its group: so do the others.
+    pub(crate) fn open(&self) {
+        self.group.state().is_closing = false;
+        self.group.jobs().iter().for_each(|job| job.tell());
+    }
+
     /// The mirror fails, or was cancelled: so do the others.
     pub(crate) fn fail(&self) {
         if is_planted(Bug::GroupFailsAlone) {

@@ -33,6 +33,7 @@ use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
+use crate::throttle::Hurry;
 
 pub use self::end::Succession;
 pub use super::options::MirrorOptions;
@@ -67,6 +68,8 @@ pub struct Mirror {
     /// Taken when it is called.
     succession: Option<Succession>,
     by_bitmap: Option<ByBitmap>,
+    /// It has given up, and its target's limits hold nothing up.
+    hurry: Hurry,
     member: Option<Member>,
 }
 
@@ -116,6 +119,7 @@ impl Mirror {
             clock,
             succession: None,
             by_bitmap: None,
+            hurry: Hurry::default(),
             member: None,
         }
     }
@@ -187,8 +191,10 @@ impl Mirror {
         let now = self.clock.now();
         self.pace.set_speed(orders.speed, now);
         self.attempt.aim(orders.end.is_some(), now);
-        // A target that has just failed is left alone for a while, by guests' writes too.
-        let doubles = orders.copy_mode == CopyMode::WriteBlocking && self.rest.until(now).is_none();
+        // A target that has just failed is left alone for a while, by guests' writes too; for ever, where that was the
+        // end of the job, which may be held still.
+        let is_left_alone = self.failure.is_some() || self.rest.until(now).is_some();
+        let doubles = orders.copy_mode == CopyMode::WriteBlocking && !is_left_alone;
         self.doubling.set_write_blocking(doubles);
     }
 
@@ -218,6 +224,7 @@ impl Mirror {
             flush: self.unflushed.state(),
             flushed: self.attempt.is_flushed() && self.unflushed.bytes() <= flush_budget,
             gate: self.gate.view(),
+            closed_below: self.gate.is_closed_below(),
             held_too_long: self.gate.held_until().is_some_and(|until| until <= now),
             resting: self.rest.until(now).is_some(),
             others: self.member.as_ref().map_or(Others::Here, |member| member.others(self.gate.view())),
@@ -264,23 +271,12 @@ impl Mirror {
                 let source = Arc::clone(&self.route.source);
                 self.gate.close(source, self.clock.now()).await;
             }
+            Step::CloseBelow => self.close_below().await,
             Step::OpenGate => self.open_gate(),
-            Step::Abort => {
-                self.job.become_status(JobStatus::Aborting);
-                self.member.iter().for_each(Member::fail);
-                self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
-                self.route.source.detach_doubling();
-                self.doubling.close();
-            }
+            Step::Abort => self.abort(),
             // The loop's own; an end that a verb stood in the way of is decided anew.
             Step::Wait | Step::WaitForMarks | Step::Pivot | Step::EndWithCopy | Step::EndAborted => {}
         }
-    }
-
-    fn open_gate(&mut self) {
-        self.attempt.retry();
-        let pause = self.gate.reopen(self.clock.now());
-        self.tally.paused_guests_for(pause);
     }
 
     async fn start_halves(&mut self) {
@@ -413,7 +409,8 @@ impl Mirror {
                 self.rest.begin(self.clock.now());
             }
         }
-        // Last: who hears of it may resume or finalize at once.
+        // Last: who hears of it may ask for the figures, resume or finalize at once.
+        self.tell_figures(true);
         self.job.say(JobEvent::Error {
             operation,
             action,

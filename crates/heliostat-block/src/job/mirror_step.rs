@@ -77,6 +77,9 @@ pub(crate) struct View {
     /// little; so that the one at the closed gate is short.
     pub flushed: bool,
     pub gate: Gate,
+    /// The gates below the source's are closed, down to that of the node that is replaced, with nothing behind them.
+    /// Nothing can be copied then: the copies pass them.
+    pub closed_below: bool,
     /// Guests have waited at the gate long enough.
     pub held_too_long: bool,
     /// An ignored error asks for a rest.
@@ -107,6 +110,8 @@ pub(crate) enum Step {
     BecomePending,
     /// Close the source's gate.
     CloseGate,
+    /// Close those below it, down to that of the node that is replaced.
+    CloseBelow,
     /// Open it again: the end was withdrawn, or the job is to pause.
     OpenGate,
     /// Put the target in the source's place, and end.
@@ -145,7 +150,8 @@ pub(crate) fn next_step(view: View) -> Step {
         let work_over = view.copies == 0 && view.scan != Scan::Running && view.flush != TargetFlush::Running;
         return if work_over && view.doubled + view.unknown == 0 { Step::EndAborted } else { Step::Wait };
     }
-    if view.orders.cancelled || view.failed {
+    // One that is held keeps its failure until it is let go, as QEMU's does.
+    if view.orders.cancelled || (view.failed && !view.orders.paused) {
         return match (view.gate, view.status) {
             (Gate::Closing | Gate::Closed, _) => Step::OpenGate,
             (Gate::Open, JobStatus::Paused | JobStatus::Standby) => Step::Continue,
@@ -239,6 +245,7 @@ fn behind_closed_gate(view: View) -> Step {
     match (view.flush, view.orders.end) {
         (TargetFlush::Running, _) => Step::Wait,
         (TargetFlush::Needed, _) => Step::Flush,
+        (TargetFlush::Good, Some(End::Complete)) if !view.closed_below => Step::CloseBelow,
         (TargetFlush::Good, Some(end)) => end.step(),
         (TargetFlush::Good, None) => Step::OpenGate,
     }
@@ -274,6 +281,7 @@ mod tests {
         flush: TargetFlush::Good,
         flushed: false,
         gate: Gate::Open,
+        closed_below: true,
         held_too_long: false,
         resting: false,
         others: Others::Here,
@@ -464,6 +472,19 @@ mod tests {
     }
 
     #[test]
+    fn where_a_node_below_is_replaced() {
+        let closed = View { closed_below: false, ..CLOSED };
+        let copy = Orders { end: Some(End::Copy), ..COMPLETE };
+        check(&[
+            ("the gates below are closed last", closed, Step::CloseBelow),
+            ("not before the flush", View { flush: TargetFlush::Needed, ..closed }, Step::Flush),
+            ("nor while something is left", View { clean: false, copyable: true, ..closed }, Step::Copy),
+            ("nor for a copy, which replaces nothing", View { orders: copy, ..closed }, Step::EndWithCopy),
+            ("then comes the pivot", View { closed_below: true, ..closed }, Step::Pivot),
+        ]);
+    }
+
+    #[test]
     fn pause_and_abort() {
         let pause = Orders { paused: true, ..ORDERS };
         let cancel = Orders { cancelled: true, ..ORDERS };
@@ -481,6 +502,17 @@ mod tests {
             ("cancel", View { orders: cancel, ..READY }, Step::Abort),
             ("cancel beats pause", View { orders: Orders { paused: true, ..cancel }, ..READY }, Step::Abort),
             ("failure", View { failed: true, ..READY }, Step::Abort),
+            (
+                "a paused job that has failed waits to be let go",
+                View { failed: true, orders: pause, status: JobStatus::Standby, ..READY },
+                Step::Wait,
+            ),
+            (
+                "then it goes on before it aborts",
+                View { failed: true, status: JobStatus::Standby, ..READY },
+                Step::Continue,
+            ),
+            ("it can be paused still", View { failed: true, orders: pause, ..READY }, Step::BecomePaused),
             ("failure opens the gate first", View { failed: true, ..CLOSED }, Step::OpenGate),
             (
                 "a paused job goes on before it aborts",

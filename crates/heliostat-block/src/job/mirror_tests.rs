@@ -7,10 +7,17 @@ use futures_util::FutureExt;
 
 use super::mirror::MirrorOptions;
 use super::scan::SyncMode;
-use super::test_disk::{Bench, Disk, SECTOR};
+use super::test_disk::{Bench, Disk, SECTOR, Ticking};
 use super::{End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
+use crate::clock::Clock;
+use crate::driver::throttle::Throttle;
+use crate::driver::{Driver, Filter};
+use crate::graph::Spot;
+use crate::name::NodeName;
+use crate::node::{Node, NodeOptions};
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus};
+use crate::throttle::{Counted, Limits, ThrottleGroup};
 
 const SECTORS: usize = 8;
 
@@ -97,6 +104,54 @@ fn when_the_last_step_has_begun_no_verb_is_accepted() {
     assert!(job.leave_ready(End::Complete));
     job.ask(Verb::Cancel(Force::Hard)).unwrap();
     assert!(!job.commit(), "the cancel came first");
+}
+
+/// A bench whose target has a limit that lets a byte pass a second, and has passed more than that already.
+fn onto_a_limit(target: &Arc<Disk>) -> Bench {
+    let mut bench = Bench::new(disk(1), Arc::clone(target));
+    let clock: Arc<dyn Clock> = Arc::<Ticking>::clone(&bench.clock);
+    let mut limits = Limits::default();
+    limits.get_mut(Counted::BytesWrite).rate = 1;
+    let group = ThrottleGroup::new(limits, Arc::clone(&clock)).unwrap();
+    let throttle =
+        Driver::Filter(Filter::Throttle(Throttle::new(Spot::of(Arc::clone(&bench.target)), group)));
+    bench.target =
+        Node::new(NodeName::new("limit").unwrap(), throttle, NodeOptions::default(), Arc::clone(&clock));
+    bench.graph.add(Arc::clone(&bench.target)).unwrap();
+    let tracked = bench.target.enter().now_or_never().expect("the gate is open");
+    tracked
+        .write(0, Bytes::from(vec![0; SECTOR]), Durability::Cached)
+        .now_or_never()
+        .expect("at once")
+        .unwrap();
+    bench
+}
+
+#[test]
+fn a_forced_cancel_waits_for_the_targets_disk_but_not_for_its_limit() {
+    let target = disk(0);
+    let bench = onto_a_limit(&target);
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    target.hold_writes();
+    let (mut steps, mut was_held) = (0, false);
+    bench.run(mirror.run(), || {
+        steps += 1;
+        match (steps, target.held()) {
+            (100, _) => {
+                assert_eq!((job.status(), target.held()), (JobStatus::Running, 0), "the limit holds it up");
+                job.ask(Verb::Cancel(Force::Hard)).unwrap();
+            }
+            // What has reached the disk ends there, first.
+            (150, 1) => {
+                assert_eq!(job.status(), JobStatus::Aborting);
+                was_held = true;
+                target.release();
+            }
+            _ => {}
+        }
+    });
+    assert!(was_held && steps < 200, "{steps} ms");
+    assert_eq!(job.status(), JobStatus::Null);
 }
 
 // ---------------------------------------------------------------------- flushes that fail (seeds 668, 901)

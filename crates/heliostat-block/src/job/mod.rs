@@ -24,6 +24,8 @@ pub mod options;
 pub mod progress;
 pub(crate) mod range_table;
 pub(crate) mod rate;
+#[cfg(test)]
+mod replace_tests;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;
@@ -102,6 +104,8 @@ struct State {
     orders: Orders,
     io_status: IoStatus,
     error: Option<String>,
+    /// What is to be its error if it ends as cancelled.
+    failure: Option<String>,
     figures: Figures,
     /// The last step of the end has begun: no verb can change it.
     committed: bool,
@@ -131,6 +135,7 @@ impl Job {
             orders,
             io_status: IoStatus::Ok,
             error: None,
+            failure: None,
             figures: Figures::default(),
             committed: false,
             ended: false,
@@ -321,6 +326,11 @@ impl Job {
         }
     }
 
+    /// Has it end with the error that it had met before it was cancelled.
+    pub(crate) fn keep_failure(&self, failure: String) {
+        self.state().failure = Some(failure);
+    }
+
     /// Takes back a `finalize` that failed.
     pub(crate) fn withdraw_finalize(&self) {
         let mut state = self.state();
@@ -336,7 +346,7 @@ impl Job {
             state.ended = true;
             state.error = match &event {
                 JobEvent::Completed(error) => error.clone(),
-                _ => Some("Operation canceled".to_owned()),
+                _ => Some(state.failure.take().unwrap_or_else(|| "Operation canceled".to_owned())),
             };
             state.unsaid.push_back(event);
             state.become_status(JobStatus::Concluded);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Node;
 use crate::driver::fault::FaultInjector;
+use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter, Qcow2};
 
 impl Node {
@@ -33,6 +34,33 @@ impl Node {
             Driver::Raw(_) => false,
             Driver::Qcow2(image) => image.lacks_backing(),
             Driver::Filter(filter) => filter.child().lacks_backing(),
+        }
+    }
+
+    /// The node to which it passes its requests on as they are, where it is a filter.
+    #[must_use]
+    pub fn passes_on_to(&self) -> Option<Arc<Self>> {
+        match self.driver() {
+            Driver::Filter(filter) => Some(filter.child()),
+            Driver::Raw(_) | Driver::Qcow2(_) => None,
+        }
+    }
+
+    /// The node whose layer it shows: itself, or one below that is no filter.
+    pub(super) fn owner(self: &Arc<Self>) -> Arc<Self> {
+        let mut owner = Arc::clone(self);
+        while let Some(below) = owner.passes_on_to() {
+            owner = below;
+        }
+        owner
+    }
+
+    /// The throttling that it is, where it is one.
+    #[must_use]
+    pub fn throttle(&self) -> Option<&Throttle> {
+        match self.driver() {
+            Driver::Filter(Filter::Throttle(throttle)) => Some(throttle),
+            Driver::Raw(_) | Driver::Qcow2(_) | Driver::Filter(_) => None,
         }
     }
 

@@ -85,7 +85,7 @@ fn a_drain_does_not_wait_for_a_limit_below() {
     limits.get_mut(Counted::RequestsTotal).rate = 1;
     let clock: Arc<dyn crate::clock::Clock> = clock;
     let group = ThrottleGroup::new(limits, Arc::clone(&clock)).unwrap();
-    let throttle = Driver::Filter(Filter::Throttle(Throttle::new(bottom, group)));
+    let throttle = Driver::Filter(Filter::Throttle(Throttle::new(Spot::of(bottom), group)));
     let lower =
         Node::new(NodeName::new("lower").unwrap(), throttle, NodeOptions::default(), Arc::clone(&clock));
     let raw = Driver::Raw(crate::driver::Raw::whole(NodeStorage::new(lower)));
@@ -100,4 +100,31 @@ fn a_drain_does_not_wait_for_a_limit_below() {
     drop(draining.now_or_never().expect("it is quiet"));
     let mut late = Box::pin(write(&upper));
     assert!(late.as_mut().now_or_never().is_none(), "after the drain the limit holds again");
+}
+
+#[test]
+fn throttling_that_has_changed_its_group_waits_for_the_limits_of_that() {
+    let clock = Arc::new(Ticking::default());
+    let bottom = node_of("bottom", Disk::of(vec![0; LEN]), &clock);
+    let clock: Arc<dyn crate::clock::Clock> = clock;
+    let group = |rate: u64| {
+        let mut limits = Limits::default();
+        limits.get_mut(Counted::RequestsTotal).rate = rate;
+        ThrottleGroup::new(limits, Arc::clone(&clock)).unwrap()
+    };
+    let (slow, free) = (group(1), group(0));
+    let throttle = Throttle::new(Spot::of(bottom), Arc::clone(&slow));
+    let driver = Driver::Filter(Filter::Throttle(throttle));
+    let node = Node::new(NodeName::new("n").unwrap(), driver, NodeOptions::default(), Arc::clone(&clock));
+    let passes = || (0..5).all(|_| Box::pin(write(&node)).now_or_never().is_some());
+    assert!(!passes());
+    let drained = node.drain().now_or_never().expect("what waited was dropped");
+    node.throttle().unwrap().change_group(Arc::clone(&free));
+    drop(drained);
+    assert!(passes(), "the new group has no limits");
+    assert!(!slow.has_members() && free.has_members());
+    node.throttle().unwrap().change_group(slow);
+    assert!(!passes());
+    drop(node);
+    assert!(!free.has_members());
 }

@@ -43,6 +43,8 @@ pub(crate) struct Life {
     /// How many images that a crash would leave are looked at, and how long after each other.
     pub(crate) looks: u64,
     pub(crate) look_gap: Duration,
+    /// They are looked at until the image has been opened, not longer.
+    pub(crate) looks_at_repair: bool,
     pub(crate) step_cost: Duration,
     pub(crate) tracing: bool,
 }
@@ -87,6 +89,7 @@ impl Life {
         let looks = Looks {
             times: self.looks,
             gap: self.look_gap,
+            at_repair: self.looks_at_repair,
             world: Arc::clone(world),
             storages: storages.clone(),
             record: Arc::clone(&record),
@@ -186,6 +189,7 @@ pub(crate) async fn read_all(bench: &Arc<Bench>) {
 struct Looks {
     times: u64,
     gap: Duration,
+    at_repair: bool,
     world: Arc<World>,
     storages: Storages,
     record: Arc<Record>,
@@ -195,6 +199,9 @@ impl Looks {
     async fn look(self, mut random: Random) {
         for _ in 0..self.times {
             SimClock(Arc::clone(&self.world)).sleep(random.time(self.gap)).await;
+            if self.at_repair && self.record.is_opened() {
+                return;
+            }
             if let Err(wrong) = self.record.judge_crash(&self.storages.crash()) {
                 self.world.fail(format!("a crash leaves: {wrong}"));
             }

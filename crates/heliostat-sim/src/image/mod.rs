@@ -125,8 +125,9 @@ fn draw(
     let size_max = if random.chance(50) { None } else { Some((len + room).next_multiple_of(4096)) };
     let delay_max = settings.delay_max;
     let life_max = delay_max * random.pick(&[50, 500, 2000]);
-    // It is repaired first, and that is what is looked at.
-    let opens_slowly = shape.dirty && random.chance(500);
+    // It is repaired first, and that is what is looked at: often enough to see each of its steps on its way.
+    let looks_at_repair = shape.dirty && random.chance(500);
+    let looks_at_repair = looks_at_repair && Image::new(&files).is_ok_and(|image| image.dirty);
     let can_resize = shape.version > 2 || !shape.snapshot;
     Life {
         files,
@@ -145,8 +146,9 @@ fn draw(
         resizes: if can_resize { random.pick(&[0, 0, 1, 3, 8]) } else { 0 },
         resize_gap: delay_max * random.pick(&[1, 20, 100]),
         cut_at: random.chance(600).then(|| random.time(life_max)),
-        looks: if opens_slowly { 10 } else { random.pick(&[0, 5, 10]) },
-        look_gap: if opens_slowly { delay_max } else { delay_max * random.pick(&[5, 50]) },
+        looks: if looks_at_repair { 200 } else { random.pick(&[0, 5, 10]) },
+        looks_at_repair,
+        look_gap: if looks_at_repair { delay_max / 4 } else { delay_max * random.pick(&[5, 50]) },
         step_cost: settings.step_cost,
         tracing,
     }

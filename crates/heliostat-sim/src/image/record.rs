@@ -64,6 +64,7 @@ pub(crate) struct Record {
     pub(crate) was_dirty: bool,
     /// Opening it has failed once, after it had said that its bitmaps are in use, perhaps.
     pub(crate) may_lose_bitmaps: AtomicBool,
+    is_opened: AtomicBool,
     /// Clusters that the image had lost when it was opened.
     leaks_before: AtomicU64,
     oracle: Mutex<Oracle>,
@@ -89,6 +90,7 @@ impl Record {
             bitmaps: image.found_bitmaps(),
             was_dirty: image.dirty,
             may_lose_bitmaps: AtomicBool::new(false),
+            is_opened: AtomicBool::new(false),
             leaks_before: AtomicU64::new(leaks),
             oracle: Mutex::new(Oracle::new(content)),
             seen: Mutex::default(),
@@ -108,8 +110,14 @@ impl Record {
             return Err("it is open, and its counts may be wrong".into());
         }
         self.leaks_before.store(check(&image)?, Ordering::SeqCst);
+        self.is_opened.store(true, Ordering::SeqCst);
         self.seen().repaired += u64::from(self.was_dirty);
         Ok(())
+    }
+
+    /// Says whether it is open: whatever was to be repaired has been.
+    pub(crate) fn is_opened(&self) -> bool {
+        self.is_opened.load(Ordering::SeqCst)
     }
 
     pub(crate) fn oracle(&self) -> MutexGuard<'_, Oracle> {

@@ -106,6 +106,7 @@ impl Offer {
             max_connections: 0,
             handshake_time: None,
         };
+        daemon.hold_clients();
         let bound = daemon.start_nbd_server(&spec).map_err(|error| match error {
             // QEMU's text is for QEMU's clients; the host's says what to do.
             DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
@@ -118,6 +119,7 @@ impl Offer {
             description: None,
             writable,
         })?;
+        daemon.let_clients_in();
         Ok(match bound {
             NbdAddress::Unix(path) => Address::Unix(path),
             NbdAddress::Tcp(address) => Address::Tcp(address),

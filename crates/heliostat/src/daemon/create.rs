@@ -205,7 +205,9 @@ fn conflict(node: &Node, role: &Role) -> DaemonError {
     let unnamed = format!("an unnamed block device (uses node '{node}' as 'root' child)");
     let (permissions, other) = match role {
         Role::Backing { of } => return DaemonError::NodeIsBacking { node, of: of.clone() },
-        Role::Child { of } => ("write, resize", format!("node '{of}' (uses node '{node}' as 'file' child)")),
+        Role::Child { of, .. } => {
+            ("write, resize", format!("node '{of}' (uses node '{node}' as 'file' child)"))
+        }
         Role::Export { .. } => ("resize", unnamed.clone()),
         Role::MirrorTarget { .. } => ("write, resize", unnamed.clone()),
         Role::MirrorSource { job } => {

@@ -163,8 +163,9 @@ impl Daemon {
     /// whatever that looks like, as in QEMU.
     fn unsaid(&self, source: &NodeEntry) -> Wanted {
         match layer(source.driver) {
-            Some(Layer::None) | None => Wanted::AsBelow,
-            Some(Layer::Format(_)) => Wanted::Guessed,
+            Some(Layer::None) => Wanted::AsBelow,
+            None if is_over_nothing(source.driver) || source.driver == "blkdebug" => Wanted::AsBelow,
+            Some(Layer::Format(_)) | None => Wanted::Guessed,
         }
     }
 
@@ -277,7 +278,7 @@ impl Drop for Made {
 fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Result<New, DaemonError> {
     let format = spec.format.as_deref().unwrap_or(source.driver);
     let refused = |text: String| Err(DaemonError::Create(text));
-    let is_protocol = format.starts_with("null-") || format == "blkdebug";
+    let is_protocol = is_over_nothing(format) || matches!(format, "blkdebug" | "throttle" | "copy-on-read");
     let layer = layer(format);
     if layer.is_none() && !is_protocol {
         return refused(format!("Unknown file format '{format}'"));
@@ -298,10 +299,15 @@ fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Re
     };
     let layer = layer.unwrap_or(Layer::None);
     let below = match spec.mirror.sync {
-        SyncMode::None if spec.mirror.sync_not_there.is_none() => Some((Beneath::Source, source)),
+        SyncMode::None if spec.mirror.sync_not_there.is_none() => {
+            // Below the filters, it stands on what it replaces there.
+            let name = spec.mirror.replaces.as_deref();
+            let replaced = entries.iter().find(|entry| Some(entry.node.name().as_str()) == name);
+            Some((Beneath::Source, replaced.unwrap_or(source)))
+        }
         SyncMode::Top => {
-            let name = source.backing.as_ref();
-            let entry = name.and_then(|name| entries.iter().find(|entry| entry.node.name() == name));
+            let backing = source.node.backing();
+            let entry = backing.and_then(|node| entries.iter().find(|entry| Arc::ptr_eq(&entry.node, &node)));
             entry.map(|entry| (Beneath::SourcesBacking, entry))
         }
         SyncMode::Full | SyncMode::None | SyncMode::Bitmap => None,
@@ -338,6 +344,10 @@ pub(super) fn image_of(source: &NodeEntry, below: Option<&NodeEntry>) -> Result<
     }
     image.check()?;
     Ok(image)
+}
+
+fn is_over_nothing(driver: &str) -> bool {
+    driver.starts_with("null-")
 }
 
 pub(super) fn layer(name: &str) -> Option<Layer> {

@@ -19,7 +19,9 @@ use heliostat_host::socket::Address;
 
 use super::events::Happening;
 use super::{Daemon, DaemonError};
-use crate::front::nbd::{self, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings};
+use crate::front::nbd::{
+    self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings,
+};
 use crate::serve::Seat;
 
 /// Where an NBD server listens.
@@ -94,6 +96,8 @@ impl Export {
 pub(super) struct Serving {
     server: Option<NbdServer>,
     exports: Vec<Export>,
+    /// Clients of a server that is started are to wait.
+    holds_clients: bool,
 }
 
 impl Daemon {
@@ -113,7 +117,8 @@ impl Daemon {
         };
         let connections_max = usize_from(u64::from(spec.max_connections));
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
-        let settings = ServerSettings { reach: Reach::Anywhere, connections_max, handshake_time };
+        let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
+        let settings = ServerSettings { reach: Reach::Anywhere, connections_max, handshake_time, doors };
         let server = NbdServer::start(&address, settings)
             .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
         let bound = match server.address().clone() {
@@ -122,6 +127,21 @@ impl Daemon {
         };
         serving.server = Some(server);
         Ok(bound)
+    }
+
+    /// Lets NBD clients wait who connect to a server that is started from now on, until
+    /// [`Daemon::let_clients_in`]: so that none of them comes before the exports that they are to find.
+    pub fn hold_clients(&self) {
+        self.lock_serving().holds_clients = true;
+    }
+
+    /// Serves those who wait and those who come.
+    pub fn let_clients_in(&self) {
+        let mut serving = self.lock_serving();
+        serving.holds_clients = false;
+        if let Some(server) = &serving.server {
+            server.let_in();
+        }
     }
 
     /// Stops the NBD server and removes its exports, when what is in flight has ended.
@@ -160,7 +180,7 @@ impl Daemon {
         }
         let role = Role::Export { id: spec.id.clone(), writable: spec.writable };
         let place = self.graph.attach(&node, role).map_err(|error| match error {
-            GraphError::InUse { node, role } => super::mirror::conflict(node, &role, spec.writable),
+            GraphError::InUse { node, role } => super::conflict::conflict(node, &role, spec.writable),
             _ => DaemonError::NodeNotFound(spec.node.clone()),
         })?;
         let name = spec.name.clone().unwrap_or_else(|| spec.node.clone());
@@ -192,7 +212,7 @@ impl Daemon {
         let change = self.begin_change()?;
         let removed = {
             let mut serving = self.lock_serving();
-            let Serving { server, exports } = &mut *serving;
+            let Serving { server, exports, .. } = &mut *serving;
             let found = exports.iter_mut().find(|export| export.id == id && !export.is_leaving);
             let (Some(export), Some(server)) = (found, server) else {
                 return Err(DaemonError::ExportNotFound(id.to_owned()));
@@ -273,6 +293,8 @@ impl Daemon {
         if let Some(export) = export {
             // A client may still be letting go of it; who hears of the end may remove the node at once.
             self.graph.detach(&export.place);
+            // Or open its file again.
+            drop(export);
             self.drop_orphans_alone();
             self.events.say(Happening::ExportDeleted { id: id.to_owned() });
         }

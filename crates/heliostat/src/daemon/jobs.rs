@@ -182,7 +182,7 @@ impl Daemon {
         })
     }
 
-    /// Cancels every job and waits until all have ended.
+    /// Cancels every job, waits until all have ended, and dismisses those that wait for that: their last word is said.
     pub(super) fn end_jobs(&self) {
         for running in &self.lock_jobs().list {
             // Refused only by a job that is ending already.
@@ -193,8 +193,13 @@ impl Daemon {
             let next = self.lock_jobs().list.iter_mut().find_map(|running| running.thread.take());
             match next {
                 Some(thread) => thread.join(),
-                None => return,
+                None => break,
             }
+        }
+        let ended: Vec<_> = self.lock_jobs().list.iter().map(|running| running.entry.clone()).collect();
+        for entry in ended {
+            // Refused where it has been dismissed.
+            let _ = entry.ask(Verb::Dismiss);
         }
     }
 

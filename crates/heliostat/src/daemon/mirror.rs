@@ -17,6 +17,7 @@ use heliostat_block::named_bitmap::{Change, change};
 use heliostat_block::node::{DetectZeroes, Node};
 use heliostat_host::runtime::{Thread, give_way};
 
+use super::conflict::conflict;
 use super::events::Happening;
 use super::jobs::JobKind;
 use super::mirror_bitmap::unstorable;
@@ -31,7 +32,7 @@ pub struct MirrorSpec {
     pub source: String,
     /// The node to mirror it to.
     pub target: String,
-    /// The node whose place the target takes; only the source itself.
+    /// The node whose place the target takes: the source, or one to which it passes its requests on.
     pub replaces: Option<String>,
     /// A name that is kept free for QEMU's clients: there is no filter node here.
     pub filter_node_name: Option<String>,
@@ -139,6 +140,7 @@ struct Start {
     by_bitmap: Option<ByBitmap>,
     beneath: Beneath,
     member: Option<Member>,
+    replaced: Vec<Arc<Node>>,
 }
 
 /// What a mirror is to be made of, when all arguments have been checked.
@@ -155,6 +157,8 @@ pub(super) struct Prepared {
     granularity: u32,
     bitmaps: Bitmaps,
     by_bitmap: Option<ByBitmap>,
+    /// The nodes below the source down to the one to be replaced, where that is not the source.
+    replaced: Vec<Arc<Node>>,
 }
 
 /// A mirror that has all it needs.
@@ -242,7 +246,7 @@ impl Daemon {
         if let Some(target) = target.node {
             self.check_target(target)?;
         }
-        self.check_replaces(spec, source)?;
+        let replaced = self.check_replaces(spec, source)?;
         check_options(spec)?;
         let by_bitmap = self.check_bitmap_use(spec, source)?;
         if target.node.is_some_and(|target| self.are_same_bytes(source, target)) {
@@ -256,7 +260,7 @@ impl Daemon {
         // Before the job is announced: what has no memory is refused, and does not fail in the middle.
         let bitmaps = Bitmaps::new(source, granularity)
             .map_err(|error| DaemonError::Bitmaps { job: spec.job_id.clone(), error })?;
-        Ok(Prepared { granularity, bitmaps, by_bitmap })
+        Ok(Prepared { granularity, bitmaps, by_bitmap, replaced })
     }
 
     /// Starts what has been prepared.
@@ -303,6 +307,7 @@ impl Daemon {
             by_bitmap: prepared.by_bitmap,
             beneath,
             member,
+            replaced: prepared.replaced,
         };
         sender.send(start).expect("the job's thread waits for this");
         // From here on every write is heard: with `sync: none` the reply promises no less.
@@ -320,10 +325,11 @@ impl Daemon {
         let body = move || async move {
             // Blocks the thread, which has nothing else to do. Ends without a job where one was refused.
             let Ok(start) = receiver.recv() else { return };
-            let Start { job, source, target, options, bitmaps, by_bitmap, beneath, member } = start;
+            let Start { job, source, target, options, bitmaps, by_bitmap, beneath, member, replaced } = start;
             give_way();
             let told = Arc::clone(&job);
-            let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock).with_lanes(lanes);
+            let mirror = Mirror::new(job, graph, source, target, options, bitmaps, clock);
+            let mirror = mirror.with_lanes(lanes).with_replaced(replaced);
             let heir = Weak::clone(&daemon);
             let mirror = mirror.with_succession(Box::new(move |drained, target| {
                 let daemon = heir.upgrade().ok_or("the daemon is gone")?;
@@ -375,13 +381,21 @@ impl Daemon {
         }
     }
 
-    fn check_replaces(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<(), DaemonError> {
-        let Some(replaces) = &spec.replaces else { return Ok(()) };
+    /// Checks that `spec` names a node that may be replaced by a copy of `source`: this, or one to which it passes its
+    /// requests on. Answers the nodes below the source down to that.
+    fn check_replaces(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<Vec<Arc<Node>>, DaemonError> {
+        let Some(replaces) = &spec.replaces else { return Ok(Vec::new()) };
         let node = self.graph.node(replaces).map_err(|_| DaemonError::NodeNameNotFound(replaces.clone()))?;
-        if Arc::ptr_eq(&node, source) {
-            return Ok(());
+        let mut below = Vec::new();
+        let mut at = Arc::clone(source);
+        while !Arc::ptr_eq(&at, &node) {
+            at = at.passes_on_to().ok_or_else(|| DaemonError::CannotReplace {
+                replaces: node.name().clone(),
+                source_node: source.name().clone(),
+            })?;
+            below.push(Arc::clone(&at));
         }
-        Err(DaemonError::CannotReplace { replaces: node.name().clone(), source_node: source.name().clone() })
+        Ok(below)
     }
 
     fn check_filter_name(&self, spec: &MirrorSpec) -> Result<(), DaemonError> {
@@ -479,19 +493,6 @@ fn granularity_alone(asked: Option<u32>, size: u64, target: &Clusters) -> Result
         Some(bytes) if is_too_fine(bytes) => Err(DaemonError::GranularityTooFine { bytes, size }),
         Some(bytes) => Ok(bytes),
     }
-}
-
-/// QEMU's words for a use that another use leaves no room for.
-pub(super) fn conflict(node: NodeName, present: &Role, writes: bool) -> DaemonError {
-    let unnamed = format!("an unnamed block device (uses node '{node}' as 'root' child)");
-    let (user, user_writes) = match present {
-        Role::Backing { of } => return DaemonError::NodeIsBacking { node, of: of.clone() },
-        Role::Child { of } => (format!("node '{of}' (uses node '{node}' as 'file' child)"), true),
-        Role::Export { writable, .. } => (unnamed.clone(), *writable),
-        Role::MirrorSource { .. } | Role::MirrorTarget { .. } => (unnamed.clone(), writes),
-    };
-    let permissions = if user_writes { "consistent read, write" } else { "consistent read" };
-    DaemonError::PermissionConflict { node, permissions, user, other: unnamed }
 }
 
 #[cfg(test)]

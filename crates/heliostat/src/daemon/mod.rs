@@ -5,6 +5,7 @@
 //! the thread that makes them: they belong to control threads, not to the data plane.
 
 mod bitmaps;
+mod conflict;
 mod create;
 mod drive_mirror;
 mod error;

@@ -7,7 +7,7 @@ use heliostat_block::node::Discard;
 use heliostat_host::file::FileStorage;
 use heliostat_host::open::{self, Access, Cache, Flush, Locking, OpenError, OpenOptions};
 
-use super::{DaemonError, FileSpec, NodeSpec, Sharing};
+use super::{CacheUse, DaemonError, FileSpec, NodeSpec, Sharing};
 
 /// Opens the storage of a file node.
 pub(super) fn open_file(
@@ -45,7 +45,7 @@ pub(super) fn options(spec: &NodeSpec, sharing: Sharing) -> OpenOptions {
     OpenOptions {
         access,
         cache: if spec.cache.direct { Cache::Direct } else { Cache::Page },
-        flush: if spec.cache.no_flush { Flush::Ignore } else { Flush::Honor },
+        flush: flush(spec.cache),
         discard: match spec.discard {
             Discard::Unmap => open::Discard::Unmap,
             Discard::Ignore | Discard::ZeroesOnly => open::Discard::Ignore,
@@ -56,6 +56,11 @@ pub(super) fn options(spec: &NodeSpec, sharing: Sharing) -> OpenOptions {
             Sharing::Anything => Locking::Off,
         },
     }
+}
+
+/// Whether flushes reach the medium.
+pub(super) const fn flush(cache: CacheUse) -> Flush {
+    if cache.no_flush { Flush::Ignore } else { Flush::Honor }
 }
 
 /// Says whether there is a block device.

@@ -15,11 +15,14 @@ use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, ZeroEffort, ZeroSpace};
 use heliostat_host::runtime::{self, Thread};
 
-use super::mirror::conflict;
+use super::conflict::conflict;
 use super::{Daemon, DaemonError};
 
 /// The most requests at once. Each has a thread of its own; a test that wants more wants a client.
 const POKES_MAX: usize = 64;
+
+/// The most bytes of all of them, as of one client's connection: two of the longest that an operator can ask for.
+const BYTES_MAX: usize = 64 << 20;
 
 /// The most texts of ended requests that wait to be asked for; the oldest is lost.
 const TEXTS_MAX: usize = 1024;
@@ -37,12 +40,14 @@ pub enum Poke {
         /// How many.
         len: usize,
     },
-    /// Writes.
+    /// Writes one byte again and again.
     Write {
         /// Where.
         offset: u64,
-        /// What.
-        data: Bytes,
+        /// Which.
+        byte: u8,
+        /// How often.
+        len: usize,
         /// Whether it is durable on return.
         durability: Durability,
     },
@@ -66,6 +71,16 @@ pub enum Poke {
     Flush,
 }
 
+impl Poke {
+    /// How much memory its data takes while it is in flight.
+    const fn bytes(&self) -> usize {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } => *len,
+            Self::WriteZeroes { .. } | Self::Discard { .. } | Self::Flush => 0,
+        }
+    }
+}
+
 /// How a request ended.
 #[derive(Debug)]
 pub struct Poked {
@@ -86,6 +101,8 @@ pub(super) struct Pokes {
 struct State {
     /// The node of each.
     running: Vec<String>,
+    /// What their data take. Counted before there is memory for them.
+    bytes: usize,
     texts: Vec<(String, String)>,
 }
 
@@ -93,6 +110,7 @@ struct State {
 struct Running {
     pokes: Arc<Pokes>,
     node: String,
+    bytes: usize,
 }
 
 impl Daemon {
@@ -158,7 +176,7 @@ impl Daemon {
         if writable && node.options().read_only {
             return Err(DaemonError::TargetReadOnly);
         }
-        let running = self.pokes.begin(name)?;
+        let running = self.pokes.begin(name, poke.bytes())?;
         let attached = self.graph.attach(&node, Role::Export { id: "qemu-io".to_owned(), writable });
         let place = attached.map_err(|error| match error {
             GraphError::InUse { node, role } => conflict(node, &role, writable),
@@ -175,7 +193,8 @@ async fn carry_out(place: &Place, poke: Poke) -> Poked {
         let tracked = place.enter().await;
         match poke {
             Poke::Read { offset, len } => tracked.read(offset, Buffer::zeroed(len)).await.map(Some),
-            Poke::Write { offset, data, durability } => {
+            Poke::Write { offset, byte, len, durability } => {
+                let data = Bytes::from(vec![byte; len]);
                 tracked.write(offset, data, durability).await.map(|()| None)
             }
             Poke::WriteZeroes { range, space, effort, durability } => {
@@ -189,13 +208,17 @@ async fn carry_out(place: &Place, poke: Poke) -> Poked {
 }
 
 impl Pokes {
-    fn begin(self: &Arc<Self>, node: &str) -> Result<Running, DaemonError> {
+    fn begin(self: &Arc<Self>, node: &str, bytes: usize) -> Result<Running, DaemonError> {
         let mut state = self.lock();
         if state.running.len() >= POKES_MAX {
             return Err(DaemonError::TooMany { what: "requests", limit: POKES_MAX });
         }
+        if bytes > BYTES_MAX - state.bytes {
+            return Err(DaemonError::TooMany { what: "bytes of requests", limit: BYTES_MAX });
+        }
+        state.bytes += bytes;
         state.running.push(node.to_owned());
-        Ok(Running { pokes: Arc::clone(self), node: node.to_owned() })
+        Ok(Running { pokes: Arc::clone(self), node: node.to_owned(), bytes })
     }
 
     fn wait(&self, go_on: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
@@ -232,6 +255,7 @@ impl Drop for Running {
         if let Some(at) = state.running.iter().position(|node| *node == self.node) {
             state.running.remove(at);
         }
+        state.bytes -= self.bytes;
         drop(state);
         self.pokes.fewer.notify_all();
     }
@@ -245,13 +269,27 @@ mod tests {
     fn kept_texts_are_bounded_in_all_and_the_oldest_are_lost() {
         let pokes = Arc::new(Pokes::default());
         for byte in ["a", "b", "c", "d"] {
-            pokes.begin("n").unwrap().end(byte.repeat(TEXTS_LEN_MAX / 3));
+            pokes.begin("n", 0).unwrap().end(byte.repeat(TEXTS_LEN_MAX / 3));
         }
         let kept: Vec<_> = pokes.lock().texts.iter().map(|(_, text)| text[..1].to_owned()).collect();
         assert_eq!(kept, ["b", "c", "d"]);
         for _ in 0..=TEXTS_MAX {
-            pokes.begin("n").unwrap().end(String::new());
+            pokes.begin("n", 0).unwrap().end(String::new());
         }
         assert_eq!(pokes.lock().texts.len(), TEXTS_MAX);
+    }
+
+    #[test]
+    fn the_data_of_requests_in_flight_are_bounded_in_all() {
+        let pokes = Arc::new(Pokes::default());
+        let first = pokes.begin("n", BYTES_MAX / 2).unwrap();
+        let second = pokes.begin("m", BYTES_MAX / 2).unwrap();
+        let refused = pokes.begin("n", 1).map(drop);
+        assert!(matches!(refused, Err(DaemonError::TooMany { limit: BYTES_MAX, .. })), "{refused:?}");
+        drop(pokes.begin("n", 0).unwrap());
+        first.end(String::new());
+        drop(pokes.begin("n", BYTES_MAX / 2).unwrap());
+        drop(second);
+        assert_eq!(pokes.lock().bytes, 0);
     }
 }

@@ -1,5 +1,5 @@
 //! Changing what a node was told when it was opened, while it is in use: whether it may be written, what becomes of
-//! discards and zeroes, what it stands on.
+//! discards and zeroes, what it stands on, whose limits it keeps.
 //!
 //! All nodes of one order are checked first, then drained, then changed: all or none. What the file itself was opened
 //! with stays. Called by operators.
@@ -10,15 +10,19 @@ use std::sync::Arc;
 use heliostat_block::graph::Role;
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
+use heliostat_block::throttle::ThrottleGroup;
 use heliostat_host::runtime;
 
-use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, FilterEntry, NodeEntry, NodeSpec};
+use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, NodeEntry, NodeSpec};
 
 /// What becomes of one node.
 struct Change {
     node: Arc<Node>,
     spec: NodeSpec,
     backing: Below,
+    /// Another node for a filter to pass its requests on to.
+    file: Option<Arc<Node>>,
+    group: Option<Arc<ThrottleGroup>>,
 }
 
 /// What a node is to stand on.
@@ -40,6 +44,7 @@ impl Daemon {
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
         let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
         self.check_acyclic(&changes)?;
+        self.check_files(&changes)?;
         self.sort_from_the_top(&mut changes);
         let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
@@ -57,8 +62,15 @@ impl Daemon {
         }
         let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
         self.change_backings(&moves).map_err(|node| DaemonError::NodeInUse(node.name().clone()))?;
-        for change in changes {
+        for (change, drained) in changes.iter().zip(&drained) {
+            if let Some(file) = &change.file {
+                self.change_child(drained, file);
+            }
+            if let (Some(group), Some(throttle)) = (&change.group, change.node.throttle()) {
+                throttle.change_group(Arc::clone(group));
+            }
             change.node.set_options(change.spec.options());
+            self.keep_said(&change.node, &change.spec);
         }
         Ok(())
     }
@@ -69,6 +81,8 @@ impl Daemon {
         let entry = entry.ok_or_else(|| DaemonError::NodeNameNotFound(name.clone()))?;
         let node = Arc::clone(&entry.node);
         check_fixed(spec, entry)?;
+        let group = self.plan_group(spec)?;
+        let file = self.plan_file(spec, entry)?;
         if spec.detect_zeroes == DetectZeroes::Unmap && spec.discard != Discard::Unmap {
             return Err(DaemonError::DetectZeroes);
         }
@@ -91,7 +105,7 @@ impl Daemon {
         if !spec.read_only && !spec.auto_read_only && node.traits().read_only {
             return Err(DaemonError::OpenedReadOnly(node.name().clone()));
         }
-        Ok(Change { node, spec: spec.clone(), backing })
+        Ok(Change { node, spec: spec.clone(), backing, file, group })
     }
 
     /// Says whether anybody may write to the node as it is used now.
@@ -99,12 +113,73 @@ impl Daemon {
         self.graph.roles(node).iter().any(|role| match role {
             Role::Export { writable, .. } => *writable,
             Role::MirrorTarget { .. } => true,
-            Role::Child { of } => {
+            Role::Child { of, .. } => {
                 let above = entries.iter().find(|entry| entry.node.name() == of);
                 above.is_some_and(|above| !above.node.options().read_only)
             }
             Role::MirrorSource { .. } | Role::Backing { .. } => false,
         })
+    }
+
+    fn plan_group(&self, spec: &NodeSpec) -> Result<Option<Arc<ThrottleGroup>>, DaemonError> {
+        let DriverSpec::Throttle { group, .. } = &spec.driver else { return Ok(None) };
+        let missing = || DaemonError::Filter(format!("Throttle group '{group}' does not exist"));
+        self.throttle_group(group).map(Some).ok_or_else(missing)
+    }
+
+    /// Checks what can be said of the node that a filter is to stand on before the others of the same order are known.
+    fn plan_file(&self, spec: &NodeSpec, entry: &NodeEntry) -> Result<Option<Arc<Node>>, DaemonError> {
+        let DriverSpec::Throttle { file: Child::Named(name), .. } = &spec.driver else { return Ok(None) };
+        if entry.child.as_ref().is_some_and(|child| child.as_str() == name) {
+            return Ok(None);
+        }
+        let below = self
+            .graph
+            .node(name)
+            .map_err(|_| DaemonError::NoDeviceNorNode { device: String::new(), node: name.clone() })?;
+        if below.options().read_only && !spec.read_only {
+            return Err(DaemonError::TargetReadOnly);
+        }
+        for role in self.graph.roles(&entry.node) {
+            let minds = match role {
+                // What they copy, or read past the gate, would change without a mark.
+                Role::MirrorSource { .. } | Role::MirrorTarget { .. } | Role::Backing { .. } => true,
+                Role::Child { .. } => self.is_mirrored_above(&entry.node),
+                Role::Export { .. } => false,
+            };
+            if minds {
+                return Err(DaemonError::NodeBusy(entry.node.name().clone()));
+            }
+        }
+        let (size, other) = (entry.node.size(), below.size());
+        if size != other {
+            let text = format!("'{}' has {size} bytes and '{name}' has {other}", entry.node.name());
+            return Err(DaemonError::Filter(format!("{text}: who uses a node relies on its size")));
+        }
+        Ok(Some(below))
+    }
+
+    /// Checks that nobody else is on the nodes that filters are to stand on, but who reads there, or leaves.
+    fn check_files(&self, changes: &[Change]) -> Result<(), DaemonError> {
+        let leaves =
+            |of: &NodeName| changes.iter().any(|other| other.node.name() == of && other.file.is_some());
+        for change in changes {
+            let Some(file) = &change.file else { continue };
+            let is_free = self.graph.roles(file).iter().all(|role| match role {
+                Role::Export { writable, .. } => !writable,
+                Role::Child { of, .. } => leaves(of) || (change.spec.read_only && !self.is_written(of)),
+                Role::MirrorSource { .. } | Role::MirrorTarget { .. } | Role::Backing { .. } => false,
+            });
+            let comes_too = |other: &&Change| {
+                !Arc::ptr_eq(&other.node, &change.node)
+                    && other.file.as_ref().is_some_and(|other| Arc::ptr_eq(other, file))
+                    && !(other.spec.read_only && change.spec.read_only)
+            };
+            if !is_free || changes.iter().any(|other| comes_too(&other)) {
+                return Err(DaemonError::NodeInUse(file.name().clone()));
+            }
+        }
+        Ok(())
     }
 
     fn plan_backing(&self, wanted: &BackingSpec, entry: &NodeEntry) -> Result<Below, DaemonError> {
@@ -152,6 +227,15 @@ impl Daemon {
     /// Refuses changes after which a node would stand on itself.
     fn check_acyclic(&self, changes: &[Change]) -> Result<(), DaemonError> {
         let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
+        for change in changes {
+            let Some(file) = &change.file else { continue };
+            let node = &change.node;
+            if Arc::ptr_eq(node, file) || self.above(node, &moves).contains(file.name()) {
+                let (file, name) = (file.name(), node.name());
+                let text = format!("Making '{file}' a file child of '{name}' would create a cycle");
+                return Err(DaemonError::Snapshot(text));
+            }
+        }
         for (node, below) in &moves {
             let Some(below) = below else { continue };
             if Arc::ptr_eq(node, below) || self.above(node, &moves).contains(below.name()) {
@@ -171,7 +255,7 @@ impl Daemon {
             let roles =
                 self.graph.node(name.as_str()).map(|node| self.graph.roles(&node)).unwrap_or_default();
             let now = roles.into_iter().filter_map(|role| match role {
-                Role::Child { of } | Role::Backing { of } => Some(of),
+                Role::Child { of, .. } | Role::Backing { of } => Some(of),
                 _ => None,
             });
             let then = moves.iter().filter(|(_, below)| below.as_ref().is_some_and(|b| *b.name() == name));
@@ -194,6 +278,7 @@ impl Daemon {
 }
 
 impl Change {
+    /// What it is to stand on that it does not now.
     fn moves(&self) -> Option<(Arc<Node>, Option<Arc<Node>>)> {
         match &self.backing {
             Below::AsItIs => None,
@@ -222,17 +307,30 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
             check(*size == said, "size")?;
         }
         (DriverSpec::Qcow2(image), "qcow2") => check_child(&image.file)?,
-        (DriverSpec::Faults(faults), "blkdebug") => check_child(&faults.image)?,
-        (DriverSpec::CopyOnRead { file, .. }, "copy-on-read") => check_child(file)?,
-        (DriverSpec::Throttle { group, file }, "throttle") => {
-            check_child(file)?;
-            let same = FilterEntry::Throttle { group: group.clone() };
-            check(entry.filter.as_ref() == Some(&same), "throttle-group")?;
+        (DriverSpec::Faults(faults), "blkdebug") => check_child(&faults.image).map_err(|_| {
+            DaemonError::Fixed(match &faults.image {
+                Child::Named(_) => "image",
+                Child::New(spec) if matches!(spec.driver, DriverSpec::File(_)) => "image.filename",
+                Child::New(_) => "image.driver",
+            })
+        })?,
+        (DriverSpec::CopyOnRead { .. }, "copy-on-read") => {
+            let name = entry.node.name();
+            let text =
+                format!("Block format 'copy-on-read' used by node '{name}' does not support reopening files");
+            return Err(DaemonError::Filter(text));
         }
+        (DriverSpec::Throttle { file: Child::New(_), .. }, "throttle") => {
+            return Err(DaemonError::Fixed("file.driver"));
+        }
+        (DriverSpec::Throttle { .. }, "throttle") => {}
         _ => return Err(DaemonError::Fixed("driver")),
     }
-    check(spec.cache.direct == entry.cache.direct, "cache.direct")?;
-    check(spec.cache.no_flush == entry.cache.no_flush, "cache.no-flush")
+    // What is above a file has no cache of its own.
+    if entry.child.is_some() {
+        return Ok(());
+    }
+    check(spec.cache.direct == entry.cache.direct, "cache.direct")
 }
 
 #[cfg(test)]
@@ -256,7 +354,7 @@ mod tests {
         daemon.add_node(&raw("top", "mid")).unwrap();
         let change = |name: &str| {
             let node = daemon.node(name).unwrap();
-            Change { node, spec: raw(name, "low"), backing: Below::AsItIs }
+            Change { node, spec: raw(name, "low"), backing: Below::AsItIs, file: None, group: None }
         };
         for names in [["low", "mid", "top"], ["mid", "top", "low"], ["top", "low", "mid"]] {
             let mut changes = names.map(change);

@@ -80,13 +80,15 @@ impl Daemon {
                 Role::Child { .. } | Role::Export { .. } => {}
             }
         }
-        let above = roles.iter().find_map(|role| match role {
-            Role::Child { of } => Some(of),
-            _ => None,
-        });
-        if let Some(of) = above {
-            let above = format!("node '{of}' (uses node '{}' as 'file' child)", node.name());
-            return Err(conflict(node, root(node), above));
+        let is_below = roles.iter().any(|role| matches!(role, Role::Child { .. }));
+        // QEMU names the user that came last.
+        match roles.last() {
+            Some(Role::Child { of, .. }) => {
+                let above = format!("node '{of}' (uses node '{}' as 'file' child)", node.name());
+                return Err(conflict(node, root(node), above));
+            }
+            Some(_) if is_below => return Err(conflict(node, root(node), root(node))),
+            _ => {}
         }
         if size <= node.size() && self.is_exported(node) {
             return Err(conflict(node, root(node), root(node)));

@@ -21,9 +21,9 @@ use heliostat_block::node::{Node, NodeOptions};
 use heliostat_block::tracked::Drained;
 use heliostat_host::runtime;
 
+use super::conflict::conflict;
 use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer};
 use super::gate::CHAIN_MAX;
-use super::mirror::conflict;
 use super::mirror_bitmap::unstorable;
 use super::nodes::Named;
 use super::{Action, Beneath, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
@@ -86,8 +86,10 @@ impl Daemon {
     /// `NodeNotFound`; `NodeBusy`, `NodeIsBacking`, `NodeIsChild` by who uses `node`; `Snapshot` by what is wrong with
     /// the overlay; `PermissionConflict`; `Unflushed`. Nothing has changed then.
     pub fn snapshot(&self, node: &str, overlay: &str) -> Result<(), DaemonError> {
-        let action = Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() };
-        self.transaction(&[action], CompletionMode::default())
+        self.transaction(
+            &[Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() }],
+            CompletionMode::Individual,
+        )
     }
 
     /// Makes or opens an overlay, and puts it in the place of a node, on top of it.
@@ -95,7 +97,7 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`.
     pub fn snapshot_to_file(&self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
-        self.transaction(&[Action::SnapshotToFile(spec.clone())], CompletionMode::default())
+        self.transaction(&[Action::SnapshotToFile(spec.clone())], CompletionMode::Individual)
     }
 
     /// The node, and those through which its bytes go.

@@ -33,14 +33,6 @@ pub enum Action {
     Abort,
 }
 
-/// What there would be.
-#[derive(Default)]
-struct Plans {
-    bitmaps: Plan,
-    snapshots: Snapshots,
-    mirrors: Vec<Ready>,
-}
-
 /// How the jobs of a transaction end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CompletionMode {
@@ -49,6 +41,14 @@ pub enum CompletionMode {
     Individual,
     /// At one moment, all or none (MIRROR.md section 7, groups). They end by themselves only where each of them may.
     Grouped,
+}
+
+/// What there would be.
+#[derive(Default)]
+struct Plans {
+    bitmaps: Plan,
+    snapshots: Snapshots,
+    mirrors: Vec<Ready>,
 }
 
 /// Why there is no transaction. The texts are QEMU's.

@@ -9,6 +9,7 @@ pub mod faults;
 pub mod guest;
 pub mod steps;
 pub mod transcript;
+pub mod verbs;
 pub mod wire;
 
 use std::path::{Path, PathBuf};

@@ -5,12 +5,14 @@
 //! another command are dropped, as MIRROR.md section 7 has it. Replies and events are compared as two
 //! sequences, each in order: when an event of a job comes between two replies is a matter of threads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
 
 use serde_json::{Map, Value, json};
 
 use super::wire::Wire;
 use super::{Peer, Whose};
+use crate::common::wait;
 
 /// One thing to do.
 pub enum Step {
@@ -20,6 +22,10 @@ pub enum Step {
     Differs(&'static str, Value, &'static str),
     /// Wait for an event: its name, and where it is a status change, the status; and of whom.
     Await(&'static str, &'static str),
+    /// Ask again and again, until the answer is as wanted. The answers are not compared.
+    Until(&'static str, fn(&Value) -> bool),
+    /// Listen until the daemon hangs up.
+    HangUp,
     /// Something happens to the host, or a guest does something.
     Meanwhile(Box<dyn Fn(&Peer)>),
 }
@@ -57,6 +63,9 @@ const JOB_FIELDS: [&str; 14] = [
 /// Fields of `BLOCK_JOB_ERROR` that QEMU has.
 const ERROR_FIELDS: [&str; 3] = ["device", "operation", "action"];
 
+/// How many answers are shown when something does not come.
+const ANSWERS_KEPT: usize = 8;
+
 /// Goes through `script` with one daemon.
 pub fn run(peer: &Peer, script: &Script) -> Transcript {
     let mut reader = Reader {
@@ -65,6 +74,7 @@ pub fn run(peer: &Peer, script: &Script) -> Transcript {
         folder: peer.folder().to_string_lossy().into_owned(),
         events: Vec::new(),
         awaited: 0,
+        answered: VecDeque::new(),
     };
     let mut replies = Vec::new();
     for step in script {
@@ -74,6 +84,8 @@ pub fn run(peer: &Peer, script: &Script) -> Transcript {
                 replies.push((said, reader.execute(command, arguments)));
             }
             Step::Await(name, of) => reader.wait(name, of),
+            Step::Until(command, is_wanted) => reader.ask_until(command, *is_wanted),
+            Step::HangUp => reader.listen_to_the_end(),
             Step::Meanwhile(happens) => happens(peer),
         }
     }
@@ -130,6 +142,8 @@ struct Reader {
     events: Vec<Value>,
     /// Events before this have been waited for.
     awaited: usize,
+    /// The last answers, for whoever wonders why nothing comes.
+    answered: VecDeque<String>,
 }
 
 impl Reader {
@@ -148,7 +162,31 @@ impl Reader {
             drop_drains(&mut before);
         }
         self.events.append(&mut before);
-        self.plain(&comparable(command, reply))
+        let reply = self.plain(&comparable(command, reply));
+        self.answered.push_back(format!("{command}: {reply}"));
+        if self.answered.len() > ANSWERS_KEPT {
+            self.answered.pop_front();
+        }
+        reply
+    }
+
+    fn listen_to_the_end(&mut self) {
+        loop {
+            match self.wire.line(wait::LIMIT) {
+                Ok(line) => self.events.push(serde_json::from_str(&line).expect("JSON")),
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => panic!("{:?} stays", self.whose),
+                // A reset is an end too.
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn ask_until(&mut self, command: &str, is_wanted: fn(&Value) -> bool) {
+        let wanted = wait::until(command, wait::LIMIT, || {
+            let reply = serde_json::from_str(&self.execute(command, &json!({}))).expect("JSON");
+            is_wanted(&reply).then_some(())
+        });
+        wanted.expect("the answer comes");
     }
 
     fn wait(&mut self, name: &str, of: &str) {
@@ -159,7 +197,14 @@ impl Reader {
                     return;
                 }
             }
-            let message = self.wire.next();
+            let line = self.wire.line(wait::LIMIT);
+            let line = line.unwrap_or_else(|error| {
+                panic!(
+                    "{:?} does not say {name} of {of}: {error}; it answered {:?}",
+                    self.whose, self.answered
+                )
+            });
+            let message: Value = serde_json::from_str(&line).expect("JSON");
             assert!(message.get("event").is_some(), "a reply to nothing: {message}");
             self.events.push(message);
         }
@@ -203,16 +248,20 @@ fn in_order(value: &Value) -> Value {
     }
 }
 
-/// Drops pairs of a pause and a going-on that QEMU says around the drains inside another command.
+/// Drops pairs of a pause and a going-on of one job that QEMU says around the drains inside another command.
 fn drop_drains(events: &mut Vec<Value>) {
     let status = |event: &Value| event["data"]["status"].as_str().unwrap_or_default().to_owned();
     let mut at = 0;
-    while at + 1 < events.len() {
-        let pair = (status(&events[at]), status(&events[at + 1]));
-        if matches!((pair.0.as_str(), pair.1.as_str()), ("standby", "ready") | ("paused", "running")) {
-            events.drain(at..at + 2);
-        } else {
-            at += 1;
+    while at < events.len() {
+        let of = &events[at]["data"]["id"];
+        let next = (at + 1..events.len()).find(|next| events[*next]["data"]["id"] == *of);
+        let pair = next.map(|next| (status(&events[at]), status(&events[next]), next));
+        match pair.as_ref().map(|(first, second, next)| (first.as_str(), second.as_str(), *next)) {
+            Some(("standby", "ready", next) | ("paused", "running", next)) => {
+                events.remove(next);
+                events.remove(at);
+            }
+            _ => at += 1,
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::buffer::Buffer;
 use crate::clock::{LocalFuture, yield_once};
 use crate::convert::{u64_from, usize_from};
 use crate::debug_event::DebugEvent;
-use crate::node::Node;
+use crate::graph::Spot;
 use crate::node_storage::NodeStorage;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace, pass};
@@ -74,10 +74,10 @@ struct Shared {
 }
 
 impl FaultInjector {
-    /// Makes one over `child`, and raises [`DebugEvent::None`].
+    /// Makes one over whatever node is at `child`, and raises [`DebugEvent::None`].
     #[must_use]
     pub fn new(
-        child: Arc<Node>,
+        child: Arc<Spot>,
         limits: RequestLimits,
         errors: Vec<InjectError>,
         states: Vec<SetState>,

@@ -10,7 +10,7 @@ use crate::job::test_disk::{Disk, Ticking, node_of};
 fn over(limits: RequestLimits, errors: Vec<InjectError>) -> (Arc<Disk>, Arc<FaultInjector>) {
     let disk = Disk::of(vec![0; 64 << 10]);
     let node = node_of("disk0", disk.clone(), &Arc::new(Ticking::default()));
-    (disk, FaultInjector::new(node, limits, errors, Vec::new()))
+    (disk, FaultInjector::new(Spot::of(node), limits, errors, Vec::new()))
 }
 
 fn on(event: DebugEvent, errno: i32) -> InjectError {

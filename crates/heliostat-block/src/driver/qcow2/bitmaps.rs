@@ -10,10 +10,11 @@ use bytes::Bytes;
 
 use super::Qcow2;
 use super::bitmap_directory::{AUTO, BitmapEntry, Bits, IN_USE, decode_directory, encode_directory, runs};
+use super::commit::Tables;
 use super::error::FormatError;
-use super::extension::{self, Extension, extensions};
 use super::file::ImageFile;
 use super::header::{BitmapsExtension, Header, Table, autoclear};
+use super::header_change::name_bitmaps;
 use super::layout::Layout;
 use super::refcount::Run;
 use super::state::{read_numbers, write_numbers};
@@ -293,7 +294,9 @@ impl Qcow2 {
             // What cannot be read is lost space, until a check gives it back.
             gone.extend(self.places_of_unusable(bitmap).await.unwrap_or_default());
         }
-        self.name_bitmaps(&header).await?;
+        let written = Tables::of(self);
+        name_bitmaps(&self.file, &header).await?;
+        written.end();
         self.set_bitmaps(bitmaps.into_iter().filter(|bitmap| !bitmap.is_removed).collect());
         let bits = self.layout.cluster_bits;
         let range = |run: Run| ByteRange::from_bounds(run.first << bits, (run.first + run.count) << bits);
@@ -355,38 +358,6 @@ impl Qcow2 {
         });
         let bitmap = StoredBitmap { table: if is_sound { table } else { Vec::new() }, ..bitmap.clone() };
         Ok(bitmap.places(self.layout).into_iter().map(|(range, _)| range).collect())
-    }
-
-    /// Lets the header name the bitmaps of `new`, whose directory is durable. One word says where that is, so that no
-    /// crash leaves half of what the header says; where bitmaps have come or gone, all of the header is written, and
-    /// fits into one sector but for very long names.
-    async fn name_bitmaps(&self, new: &Header) -> Result<(), FormatError> {
-        let old = self.header();
-        let shape = |header: &Header| {
-            (header.autoclear, header.bitmaps.map(|bitmaps| (bitmaps.count, bitmaps.directory_size)))
-        };
-        match new.bitmaps.filter(|_| shape(&old) == shape(new)) {
-            Some(bitmaps) => {
-                let word = Bytes::copy_from_slice(&bitmaps.directory_offset.to_be_bytes());
-                self.write_header(self.directory_word().await?, word).await?;
-            }
-            None => self.write_header(0, Bytes::from(new.encode_short()?)).await?,
-        }
-        Ok(())
-    }
-
-    /// Where the header says where the bitmap directory is. Its length stays: the entries are the same.
-    async fn directory_word(&self) -> Result<u64, FormatError> {
-        let cluster = self.file.read(ByteRange::from_bounds(0, self.layout.cluster_size())).await?;
-        let mut at = Header::extensions_start(&cluster);
-        for found in extensions(cluster.get(at..).unwrap_or_default()) {
-            let Extension { kind, data } = found?;
-            if kind == extension::BITMAPS {
-                return Ok(u64_from(at) + 8 + 16);
-            }
-            at += 8 + data.len().next_multiple_of(8);
-        }
-        Err(FormatError::header("it says no longer where its bitmaps are"))
     }
 
     /// Writes the bits of one bitmap; says where its table is.

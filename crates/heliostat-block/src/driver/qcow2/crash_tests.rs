@@ -6,120 +6,22 @@ use futures_util::FutureExt;
 
 use super::create::{CreateOptions, Preallocation, create};
 use super::error::FormatError;
+use super::test_memory::{Change, Journal, Memory, lock};
 use super::*;
 use crate::clock::{Clock, LocalFuture, Moment};
 use crate::convert::u64_from;
 use crate::driver::{Driver, Raw};
 use crate::name::NodeName;
 use crate::node::NodeOptions;
-use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, ZeroEffort, ZeroSpace};
+use crate::storage::{Durability, Storage};
 
 /// No file becomes longer: enough for all that is made here, and not for what the driver would grow ahead.
 const SIZE_MAX: u64 = 1 << 20;
 
-/// What a file was asked for.
-#[derive(Clone, Debug)]
-enum Change {
-    Write(u64, Bytes),
-    Size(u64),
-    Flush,
-}
-
-/// The changes of all files of an image, in order, each with the number of its file.
-type Journal = Arc<Mutex<Vec<(usize, Change)>>>;
-
-/// A file in memory that keeps a journal.
-struct Memory {
-    number: usize,
-    bytes: Mutex<Vec<u8>>,
-    /// It becomes no longer than this.
-    size_max: AtomicU64,
-    journal: Journal,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn apply(bytes: &mut Vec<u8>, change: &Change) {
-    match change {
-        Change::Write(offset, data) => {
-            let at = usize_from(*offset);
-            bytes.resize(bytes.len().max(at + data.len()), 0);
-            bytes[at..at + data.len()].copy_from_slice(data);
-        }
-        Change::Size(size) => bytes.resize(usize_from(*size), 0),
-        Change::Flush => {}
-    }
-}
-
-impl Memory {
-    fn new(number: usize, bytes: Vec<u8>, journal: &Journal) -> Arc<Self> {
-        let size_max = AtomicU64::new(SIZE_MAX);
-        Arc::new(Self { number, bytes: Mutex::new(bytes), size_max, journal: Arc::clone(journal) })
-    }
-
-    fn change(&self, change: Change) -> IoFuture<'_, ()> {
-        apply(&mut lock(&self.bytes), &change);
-        lock(&self.journal).push((self.number, change));
-        IoFuture::ready(Ok(()))
-    }
-}
-
-impl Storage for Memory {
-    fn traits(&self) -> Traits {
-        Traits {
-            block_size: 1,
-            preferred_size: 4096,
-            read_only: false,
-            can_discard: false,
-            can_zero_fast: true,
-            can_resize: true,
-            remote: false,
-        }
-    }
-
-    fn size(&self) -> u64 {
-        u64_from(lock(&self.bytes).len())
-    }
-
-    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
-        if size > self.size_max.load(Ordering::SeqCst) {
-            return IoFuture::ready(Err(io::ErrorKind::StorageFull.into()));
-        }
-        self.change(Change::Size(size))
-    }
-
-    fn allocated_size(&self) -> Option<u64> {
-        None
-    }
-
-    fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
-        let at = usize_from(offset);
-        let len = buffer.len();
-        buffer.copy_from_slice(&lock(&self.bytes)[at..at + len]);
-        IoFuture::ready(Ok(buffer))
-    }
-
-    fn write(&self, offset: u64, data: Bytes, _: Durability) -> IoFuture<'_, ()> {
-        self.change(Change::Write(offset, data))
-    }
-
-    fn write_zeroes(&self, range: ByteRange, _: ZeroSpace, _: ZeroEffort, _: Durability) -> IoFuture<'_, ()> {
-        self.change(Change::Write(range.offset(), vec![0; usize_from(range.len())].into()))
-    }
-
-    fn discard(&self, _: ByteRange) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn flush(&self) -> IoFuture<'_, ()> {
-        self.change(Change::Flush)
-    }
-
-    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        IoFuture::ready(Ok(vec![Extent { range, status: ExtentStatus::Data }]))
-    }
+/// The file of that number.
+fn memory(number: usize, bytes: Vec<u8>, journal: &Journal) -> Arc<Memory> {
+    let (size_max, journal) = (AtomicU64::new(SIZE_MAX), Arc::clone(journal));
+    Arc::new(Memory { size_max, number, journal, ..Memory::new(bytes) })
 }
 
 struct Standing;
@@ -148,10 +50,10 @@ struct Files {
 impl Files {
     fn open(&self) -> Result<Opened, FormatError> {
         let journal = Journal::default();
-        let memory = |(number, bytes): (usize, &Vec<u8>)| Memory::new(number, bytes.clone(), &journal);
-        let files: Vec<_> = self.bytes.iter().enumerate().map(memory).collect();
+        let open = |(number, bytes): (usize, &Vec<u8>)| memory(number, bytes.clone(), &journal);
+        let files: Vec<_> = self.bytes.iter().enumerate().map(open).collect();
         let below = self.below.as_ref().map(|bytes| {
-            let driver = Driver::Raw(Raw::whole(memory((9, bytes))));
+            let driver = Driver::Raw(Raw::whole(open((9, bytes))));
             Node::new(NodeName::new("below").unwrap(), driver, NodeOptions::default(), Arc::new(Standing))
         });
         let options = OpenOptions {
@@ -183,13 +85,13 @@ impl Files {
             journal.iter().filter(|(file, _)| *file == number).map(|(_, change)| change).collect();
         let flushed = own.iter().rposition(|change| matches!(change, Change::Flush)).unwrap_or(0);
         let mut durable = self.bytes[number].clone();
-        own[..flushed].iter().for_each(|change| apply(&mut durable, change));
+        own[..flushed].iter().for_each(|change| change.apply(&mut durable));
         let cached = &own[flushed..];
         let with = |keeps: &dyn Fn(usize) -> bool| {
             let mut bytes = durable.clone();
             for (at, change) in cached.iter().enumerate() {
                 if keeps(at) {
-                    apply(&mut bytes, change);
+                    change.apply(&mut bytes);
                 }
             }
             bytes
@@ -222,23 +124,23 @@ impl Opened {
     }
 
     fn files(&self) -> Files {
-        let bytes = self.files.iter().map(|file| lock(&file.bytes).clone()).collect();
+        let bytes = self.files.iter().map(|file| file.content()).collect();
         Files { bytes, below: self.below.clone() }
     }
 }
 
 fn make(options: &CreateOptions, below: Option<Vec<u8>>) -> Files {
-    let memory = |number| Memory::new(number, Vec::new(), &Journal::default());
-    let (image, data) = (memory(0), memory(1));
+    let empty = |number| memory(number, Vec::new(), &Journal::default());
+    let (image, data) = (empty(0), empty(1));
     let data_file = options.data_file.as_ref().map(|_| ImageFile::new(Arc::<Memory>::clone(&data)));
     now(create(&ImageFile::new(Arc::<Memory>::clone(&image)), data_file.as_ref(), options)).unwrap();
-    let mut bytes = vec![lock(&image.bytes).clone()];
-    bytes.extend(data_file.map(|_| lock(&data.bytes).clone()));
+    let mut bytes = vec![image.content()];
+    bytes.extend(data_file.map(|_| data.content()));
     Files { bytes, below }
 }
 
 fn is_sound(files: &Files, what: &str) {
-    let memory = Memory::new(0, files.bytes[0].clone(), &Journal::default());
+    let memory = memory(0, files.bytes[0].clone(), &Journal::default());
     let report = now(check::check(&ImageFile::new(memory), check::CheckOptions::default())).unwrap();
     assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}: {report:?}");
 }

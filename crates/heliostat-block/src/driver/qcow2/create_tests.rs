@@ -1,7 +1,7 @@
 //! The plan of an image, and what a crash leaves of one that is being made.
 
-use super::super::check::tests::{Memory, run};
 use super::super::check::{CheckOptions, check};
+use super::super::test_memory::{Memory, run};
 use super::super::{OpenOptions, Qcow2};
 use super::*;
 
@@ -28,19 +28,20 @@ fn an_image_that_is_not_finished_is_none() {
     let options =
         CreateOptions { size: 1 << 20, preallocation: Preallocation::Metadata, ..Default::default() };
     // What was there before is an image too, and must not be taken for the new one.
-    let old = Memory::new(Vec::new(), u64::MAX);
+    let old = Memory::of(Vec::new());
     run(create(&ImageFile::new(old.clone()), None, &CreateOptions { size: 9 << 20, ..Default::default() }))
         .unwrap();
-    for before in [Vec::new(), old.bytes()] {
+    for before in [Vec::new(), old.content()] {
         for writes in 0.. {
-            let memory = Memory::new(before.clone(), writes);
+            let memory = Memory::until(writes, before.clone());
             let ended = run(create(&ImageFile::new(memory.clone()), None, &options)).is_ok();
-            let report = run(check(&ImageFile::new(Memory::new(memory.bytes(), 0)), CheckOptions::default()));
+            let report =
+                run(check(&ImageFile::new(Memory::until(0, memory.content())), CheckOptions::default()));
             if ended {
                 assert!(report.unwrap().is_clean());
                 break;
             }
-            let is_untouched = memory.bytes() == before && !before.is_empty();
+            let is_untouched = memory.content() == before && !before.is_empty();
             assert!(is_untouched || report.is_err(), "{writes} writes: {report:?}");
         }
     }
@@ -48,7 +49,7 @@ fn an_image_that_is_not_finished_is_none() {
 
 #[test]
 fn a_refusal_comes_before_the_first_write() {
-    let memory = Memory::new(vec![7; 100], u64::MAX);
+    let memory = Memory::of(vec![7; 100]);
     let cases = [
         CreateOptions { cluster_bits: 22, ..Default::default() },
         CreateOptions { version: 4, ..Default::default() },
@@ -58,16 +59,16 @@ fn a_refusal_comes_before_the_first_write() {
     ];
     for options in cases {
         assert!(run(create(&ImageFile::new(memory.clone()), None, &options)).is_err(), "{options:?}");
-        assert_eq!(memory.bytes(), vec![7; 100]);
+        assert_eq!(memory.content(), vec![7; 100]);
     }
 }
 
 #[test]
 fn a_data_file_for_an_image_that_has_none_is_refused() {
-    let image = Memory::new(Vec::new(), u64::MAX);
+    let image = Memory::of(Vec::new());
     let options = CreateOptions { size: 1 << 20, ..Default::default() };
     run(create(&ImageFile::new(image.clone()), None, &options)).unwrap();
-    let options = OpenOptions { data_file: Some(Memory::new(Vec::new(), u64::MAX)), ..Default::default() };
+    let options = OpenOptions { data_file: Some(Memory::of(Vec::new())), ..Default::default() };
     let refused = run(Qcow2::open(image, options)).err().map(|error| error.to_string());
     assert_eq!(refused.as_deref(), Some("'data-file' can only be set for images with an external data file"));
 }

@@ -74,6 +74,21 @@ pub(super) fn bitmaps(data: &[u8], layout: Layout) -> Result<BitmapsExtension, F
     Ok(found)
 }
 
+impl BitmapsExtension {
+    pub(super) fn encode(self) -> Vec<u8> {
+        let count = u64::from(self.count) << 32;
+        [count, self.directory_size, self.directory_offset].into_iter().flat_map(u64::to_be_bytes).collect()
+    }
+}
+
+/// Writes an extension behind `bytes`.
+pub(super) fn put_extension(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    bytes.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+    bytes.extend_from_slice(data);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
 /// The extensions in `room`, to the one that says that it is the last.
 pub(super) fn extensions(room: &[u8]) -> impl Iterator<Item = Result<Extension, FormatError>> {
     let mut at = 0;

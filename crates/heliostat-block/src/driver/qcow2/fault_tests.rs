@@ -2,146 +2,21 @@
 //! told.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::Poll;
+use std::sync::atomic::Ordering;
 
 use futures_util::FutureExt;
 
 use super::create::{CreateOptions, create};
+use super::test_memory::{Memory, lock};
 use super::*;
-use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, ZeroEffort};
-
-/// A storage in memory.
-struct Memory {
-    bytes: Mutex<Vec<u8>>,
-    /// What the last good flush has made durable.
-    durable: Mutex<Vec<u8>>,
-    size_max: AtomicU64,
-    /// The next flush fails, and what was written since the last good one is gone.
-    loses: AtomicBool,
-    /// Writes end when they are polled a second time; until then they are on their way.
-    is_slow: AtomicBool,
-    on_their_way: Mutex<Vec<(u64, Bytes)>>,
-}
-
-fn bytes_of<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Memory {
-    fn put(&self, offset: u64, data: &[u8]) {
-        let at = usize_from(offset);
-        bytes_of(&self.bytes)[at..at + data.len()].copy_from_slice(data);
-    }
-
-    /// What was dropped on its way arrives.
-    fn land(&self) {
-        for (offset, data) in std::mem::take(&mut *bytes_of(&self.on_their_way)) {
-            self.put(offset, &data);
-        }
-    }
-}
-
-impl Storage for Memory {
-    fn traits(&self) -> Traits {
-        Traits {
-            block_size: 1,
-            preferred_size: 4096,
-            read_only: false,
-            can_discard: false,
-            can_zero_fast: false,
-            can_resize: true,
-            remote: false,
-        }
-    }
-
-    fn size(&self) -> u64 {
-        crate::convert::u64_from(bytes_of(&self.bytes).len())
-    }
-
-    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
-        if size > self.size_max.load(Ordering::SeqCst) {
-            return IoFuture::ready(Err(io::ErrorKind::StorageFull.into()));
-        }
-        bytes_of(&self.bytes).resize(usize_from(size), 0);
-        IoFuture::ready(Ok(()))
-    }
-
-    fn allocated_size(&self) -> Option<u64> {
-        None
-    }
-
-    fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
-        let at = usize_from(offset);
-        let len = buffer.len();
-        buffer.copy_from_slice(&bytes_of(&self.bytes)[at..at + len]);
-        IoFuture::ready(Ok(buffer))
-    }
-
-    fn write(&self, offset: u64, data: Bytes, _: Durability) -> IoFuture<'_, ()> {
-        if !self.is_slow.load(Ordering::SeqCst) {
-            self.put(offset, &data);
-            return IoFuture::ready(Ok(()));
-        }
-        let mut has_begun = false;
-        IoFuture::pending(std::future::poll_fn(move |_| {
-            if has_begun {
-                bytes_of(&self.on_their_way).retain(|(other, _)| *other != offset);
-                self.put(offset, &data);
-                return Poll::Ready(Ok(()));
-            }
-            has_begun = true;
-            bytes_of(&self.on_their_way).push((offset, data.clone()));
-            Poll::Pending
-        }))
-    }
-
-    fn write_zeroes(
-        &self,
-        range: ByteRange,
-        _: crate::storage::ZeroSpace,
-        _: ZeroEffort,
-        _: Durability,
-    ) -> IoFuture<'_, ()> {
-        self.put(range.offset(), &vec![0; usize_from(range.len())]);
-        IoFuture::ready(Ok(()))
-    }
-
-    fn discard(&self, _: ByteRange) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn flush(&self) -> IoFuture<'_, ()> {
-        if self.loses.swap(false, Ordering::SeqCst) {
-            let durable = bytes_of(&self.durable).clone();
-            let mut bytes = bytes_of(&self.bytes);
-            let len = bytes.len();
-            *bytes = durable;
-            bytes.resize(len, 0);
-            return IoFuture::ready(Err(io::Error::other("lost")));
-        }
-        *bytes_of(&self.durable) = bytes_of(&self.bytes).clone();
-        IoFuture::ready(Ok(()))
-    }
-
-    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        IoFuture::ready(Ok(vec![Extent { range, status: ExtentStatus::Data }]))
-    }
-}
+use crate::storage::{Durability, Storage};
 
 fn now<T>(future: impl Future<Output = T>) -> T {
     future.now_or_never().expect("it waits for nothing")
 }
 
 fn image(cluster_bits: u32, refcount_order: u32, size: u64) -> Arc<Memory> {
-    let memory = Arc::new(Memory {
-        bytes: Mutex::default(),
-        durable: Mutex::default(),
-        size_max: AtomicU64::new(u64::MAX),
-        loses: AtomicBool::new(false),
-        is_slow: AtomicBool::new(false),
-        on_their_way: Mutex::default(),
-    });
+    let memory = Memory::of(Vec::new());
     let options = CreateOptions { size, cluster_bits, refcount_order, ..CreateOptions::default() };
     let file = ImageFile::new(Arc::<Memory>::clone(&memory));
     now(create(&file, None, &options)).unwrap();
@@ -254,7 +129,7 @@ fn counts_behind_the_files_end_are_passed_over_when_the_refcount_table_grows() {
     let full = full.expect("it is full before the disk is");
     now(first.close()).unwrap();
     drop(first);
-    bytes_of(&memory.bytes).truncate(4090 << 9);
+    lock(&memory.bytes).truncate(4090 << 9);
     let again = open(&memory);
     for cluster in full + 1..full + 200 {
         write(&again, cluster << 9, vec![4; 512]).unwrap();

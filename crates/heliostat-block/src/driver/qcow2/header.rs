@@ -4,8 +4,12 @@
 //! may leave alone, it keeps: fields beyond the known ones, and extensions. Refuses, with QEMU's texts, what it must
 //! not touch.
 
+use std::ops::Range;
+
 use super::error::FormatError;
-use super::extension::{self, Fields, bitmaps, extensions, feature_name_table, feature_names, name_features};
+use super::extension::{
+    self, Fields, bitmaps, extensions, feature_name_table, feature_names, name_features, put_extension,
+};
 pub use super::extension::{BitmapsExtension, Extension};
 use super::layout::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, Layout};
 use crate::convert::{u64_from, usize_from};
@@ -20,7 +24,7 @@ const VERSION_3_LEN: usize = 104;
 const WRITTEN_LEN: usize = 112;
 const COMPRESSION_TYPE: usize = 104;
 /// What a medium writes wholly or not at all.
-const SECTOR: usize = 512;
+pub(super) const SECTOR: usize = 512;
 
 /// QEMU's limits, which keep tables that a header announces out of reach of an attacker.
 const L1_SIZE_MAX: u64 = 32 << 20;
@@ -214,10 +218,15 @@ impl Header {
         Ok(header)
     }
 
-    /// Where the room for extensions begins in a header's first cluster.
-    pub(super) fn extensions_start(cluster: &[u8]) -> usize {
+    /// The room for extensions in a header's first cluster.
+    pub(super) fn extensions_room(cluster: &[u8]) -> Range<usize> {
         let fields = Fields(cluster);
-        if fields.u32(4) == 2 { HEADER_START } else { usize_from(u64::from(fields.u32(100))) }
+        let start = if fields.u32(4) == 2 { HEADER_START } else { usize_from(u64::from(fields.u32(100))) };
+        let end = match fields.u64(8) {
+            0 => cluster.len(),
+            name => cluster.len().min(usize_from(name)),
+        };
+        start..end.max(start)
     }
 
     /// Where the room for extensions ends.
@@ -391,12 +400,7 @@ impl Header {
     }
 
     fn encode_extensions(&self, bytes: &mut Vec<u8>, feature_names: bool) {
-        let mut put = |kind: u32, data: &[u8]| {
-            bytes.extend_from_slice(&kind.to_be_bytes());
-            bytes.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
-            bytes.extend_from_slice(data);
-            bytes.resize(bytes.len().next_multiple_of(8), 0);
-        };
+        let mut put = |kind, data: &[u8]| put_extension(bytes, kind, data);
         if let Some(format) = &self.backing_format {
             put(extension::BACKING_FORMAT, format);
         }
@@ -408,12 +412,7 @@ impl Header {
             put(extension::FEATURE_NAMES, &feature_name_table());
         }
         if let Some(bitmaps) = &self.bitmaps {
-            let mut data = Vec::with_capacity(24);
-            data.extend_from_slice(&bitmaps.count.to_be_bytes());
-            data.extend_from_slice(&[0; 4]);
-            data.extend_from_slice(&bitmaps.directory_size.to_be_bytes());
-            data.extend_from_slice(&bitmaps.directory_offset.to_be_bytes());
-            put(extension::BITMAPS, &data);
+            put(extension::BITMAPS, &bitmaps.encode());
         }
         for Extension { kind, data } in &self.further_extensions {
             put(*kind, data);

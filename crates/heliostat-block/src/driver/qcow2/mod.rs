@@ -20,6 +20,7 @@ mod extension;
 mod extents;
 pub mod file;
 pub mod header;
+mod header_change;
 mod hollow;
 mod in_flight;
 pub mod layout;
@@ -457,3 +458,5 @@ impl Qcow2 {
 mod crash_tests;
 #[cfg(all(test, not(loom)))]
 mod fault_tests;
+#[cfg(test)]
+mod test_memory;

@@ -30,7 +30,7 @@ pub const CACHE_MAX: u64 = 32 << 20;
 
 /// Where the header keeps its features.
 pub(crate) const INCOMPATIBLE_WORD: u64 = 72;
-const AUTOCLEAR_WORD: u64 = 88;
+pub(super) const AUTOCLEAR_WORD: u64 = 88;
 
 /// What the snapshot table is read in.
 const SNAPSHOT_PIECE: u64 = 64 << 10;
@@ -62,7 +62,7 @@ impl Header {
         Self::decode_to_check(&Self::first_cluster(file).await?)
     }
 
-    async fn first_cluster(file: &ImageFile) -> Result<Buffer, FormatError> {
+    pub(super) async fn first_cluster(file: &ImageFile) -> Result<Buffer, FormatError> {
         let there = |len: u64| ByteRange::from_bounds(0, len.min(file.size()));
         let start = file.read(there(crate::convert::u64_from(HEADER_START))).await?;
         Ok(file.read(there(Self::cluster_size(&start)?)).await?)

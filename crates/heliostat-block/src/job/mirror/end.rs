@@ -16,9 +16,10 @@ use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
 use crate::tracked::Drained;
 
-/// Puts the target in the source's place. Called once, when the source is drained, everything is copied and flushed,
-/// and nothing is on its way to the target. Must not block. An error fails the job, with the source in its place: so
-/// nothing may have changed then.
+/// Puts the target in the place of the node that is to be replaced: of the source, or of one to which the source passes
+/// its requests on. Called once, when that is drained and all above it, everything is copied and flushed, and nothing is
+/// on its way to the target. Must not block. An error fails the job, with the node in its place: so nothing may have
+/// changed then.
 pub type Succession = Box<dyn FnOnce(&Drained, &Arc<Node>) -> Result<(), String> + Send>;
 
 impl Mirror {
@@ -49,12 +50,27 @@ impl Mirror {
         (self.job.status() == JobStatus::Pending || self.job.leave_ready(end)) && self.job.commit()
     }
 
+    /// Lets the target take the place of the last of `below` instead of the source's. These are the nodes through which
+    /// the source's requests go, from the top down; each passes them on as they are, and its bytes are the source's.
+    #[must_use]
+    pub fn with_replaced(mut self, below: Vec<Arc<Node>>) -> Self {
+        self.gate.replace(below);
+        self
+    }
+
+    pub(super) async fn close_below(&mut self) {
+        if !self.gate.close_below(&*self.clock).await {
+            self.open_gate();
+            self.member.iter().for_each(Member::open);
+        }
+    }
+
     pub(super) fn pivot(&mut self) -> Result<(), String> {
         // From here on nobody may write the target but whoever gets it.
         self.doubling.close();
-        let Some(drained) = self.gate.drained() else { return Ok(()) };
+        let Some((source, drained)) = self.gate.drained() else { return Ok(()) };
         // First: a bitmap that is on the target hears of what guests write there.
-        let named = self.by_bitmap.take().map(|mut named| (named.succeed(drained.node()), named));
+        let named = self.by_bitmap.take().map(|mut named| (named.succeed(source.node()), named));
         let pivoted = match self.succession.take() {
             Some(succession) => succession(drained, &self.route.target),
             None => {
@@ -62,8 +78,12 @@ impl Mirror {
                 Ok(())
             }
         };
+        let named = named.filter(|_| !is_planted(Bug::BitmapNotTakenBack));
         if let (Err(_), Some((Some(old), named))) = (&pivoted, named) {
-            named.take_back(drained.node(), &old);
+            named.take_back(source.node(), &old);
+        }
+        if pivoted.is_err() && is_planted(Bug::GateLeftClosed) {
+            self.gate.lose();
         }
         pivoted
     }
@@ -79,6 +99,22 @@ impl Mirror {
         JobEvent::Completed(None)
     }
 
+    /// Gives up: nothing more is launched, and what is on its way must end.
+    pub(super) fn abort(&mut self) {
+        self.job.become_status(JobStatus::Aborting);
+        self.member.iter().for_each(Member::fail);
+        self.by_bitmap.iter_mut().for_each(|by_bitmap| by_bitmap.abort(&self.route.source));
+        self.route.source.detach_doubling();
+        self.doubling.close();
+        self.hurry = self.route.give_up();
+    }
+
+    pub(super) fn open_gate(&mut self) {
+        self.attempt.retry();
+        let pause = self.gate.reopen(self.clock.now());
+        self.tally.paused_guests_for(pause);
+    }
+
     pub(super) fn end_aborted(mut self) -> JobEvent {
         self.tell_figures(true);
         if let Some(mut named) = self.by_bitmap.take() {
@@ -87,7 +123,15 @@ impl Mirror {
             self.unflushed.flush_failed(dirty);
             named.fail(&self.route.source, dirty, self.options.sync == SyncMode::Bitmap);
         }
-        self.failure.take().map_or(JobEvent::Cancelled, |failure| JobEvent::Completed(Some(failure)))
+        match self.failure.take() {
+            // Cancelled while it was held: it says so, and its error is what it had met.
+            Some(failure) if self.job.orders().cancelled => {
+                self.job.keep_failure(failure);
+                JobEvent::Cancelled
+            }
+            Some(failure) => JobEvent::Completed(Some(failure)),
+            None => JobEvent::Cancelled,
+        }
     }
 }
 

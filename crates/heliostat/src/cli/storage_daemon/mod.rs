@@ -111,6 +111,8 @@ fn bring_up(program: &str, daemon: &Arc<Daemon>, given: &[Given]) -> Result<Up, 
     let peers = Peers::new(peers?);
     let mut chardevs = Chardevs::default();
     let mut pid_path = None;
+    // Whoever finds the server finds its exports.
+    daemon.hold_clients();
     for option in given {
         let in_place = |Refused(text)| Refused(format!("{}: {text}", option.written));
         let warn = |text: &str| say(format_args!("{program}: {}: {text}", option.written));
@@ -135,6 +137,7 @@ fn bring_up(program: &str, daemon: &Arc<Daemon>, given: &[Given]) -> Result<Up, 
         }
         .map_err(in_place)?;
     }
+    daemon.let_clients_in();
     let pid_file = pid_path.map(PidFile::write).transpose()?;
     let (servers, silent) = chardevs.serve(daemon)?;
     Ok(Up { servers, _silent: silent, _pid_file: pid_file })

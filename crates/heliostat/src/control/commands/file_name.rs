@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 
+use heliostat_block::graph::Claims;
 use serde_json::{Map, Value};
 
 use super::super::arguments::Arguments;
@@ -43,6 +44,7 @@ pub(super) fn target_name(name: &str, above: Inherited) -> TargetName {
 fn fault_node(config: &str, image: &str) -> NodeSpec {
     let below = NodeSpec::new(None, DriverSpec::at(PathBuf::from(image), Sharing::Locked));
     let faults = FaultSpec {
+        claims: Claims::default(),
         image: Child::New(Box::new(below)),
         config: Some(config).filter(|config| !config.is_empty()).map(PathBuf::from),
         limits: FaultLimits::default(),

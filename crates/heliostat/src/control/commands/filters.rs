@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use heliostat_block::debug_event::DebugEvent;
 use heliostat_block::driver::fault::{InjectError, IoType, SetState, Times};
+use heliostat_block::graph::Claims;
 use serde_json::json;
 
 use super::super::arguments::Arguments;
@@ -44,13 +45,26 @@ pub(super) fn faults(arguments: Arguments<'_>, below: Inherited) -> Result<Drive
         discard_unit: bytes("opt-discard")?,
         discard_max: bytes("max-discard")?,
     };
+    let permissions = ["take-child-perms", "unshare-child-perms"].map(|name| (name, words(arguments, name)));
+    if let Some((name, _)) = permissions.iter().find(|(_, words)| words.as_ref().is_some_and(Vec::is_empty)) {
+        return Err(Refusal::new(format!("Block protocol 'blkdebug' doesn't support the option '{name}'")));
+    }
+    let [takes, unshares] = permissions.map(|(_, words)| words.unwrap_or_default());
+    let claims =
+        Claims { reads_alone: unshares.contains(&"consistent-read"), resizes: takes.contains(&"resize") };
     Ok(DriverSpec::Faults(Box::new(FaultSpec {
+        claims,
         image,
         config: arguments.text("config").map(PathBuf::from),
         limits,
         errors: arguments.objects("inject-error").map(inject_error).collect(),
         states: arguments.objects("set-state").map(set_state).collect(),
     })))
+}
+
+fn words<'a>(arguments: Arguments<'a>, name: &str) -> Option<Vec<&'a str>> {
+    let list = arguments.value(name)?.as_array()?;
+    Some(list.iter().filter_map(|word| word.as_str()).collect())
 }
 
 fn inject_error(rule: Arguments<'_>) -> InjectError {

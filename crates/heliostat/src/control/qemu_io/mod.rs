@@ -9,7 +9,6 @@ mod report;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use heliostat_block::debug_event::DebugEvent;
 use heliostat_block::driver::fault::FaultInjector;
 use heliostat_block::error::{BlockError, ErrorKind};
@@ -337,8 +336,7 @@ fn write(command: &Command, options: &Options<'_>, when: When) -> Result<Order, 
         Poke::WriteZeroes { range, space, effort, durability }
     } else {
         let byte = options.value('P').map_or(Ok(PATTERN), pattern)?;
-        let data = Bytes::from(vec![byte; data_len(range)?]);
-        Poke::Write { offset: range.offset(), data, durability }
+        Poke::Write { offset: range.offset(), byte, len: data_len(range)?, durability }
     };
     let verb = if when == When::Now { "write" } else { "aio_write" };
     Ok(Order::Request { poke, when, print: print(options, verb, "wrote", range) })

@@ -1,5 +1,7 @@
 //! Commands on a node over nothing and over a fault injector: what is printed.
 
+use heliostat_block::graph::Claims;
+
 use super::*;
 use crate::daemon::{Child, DriverSpec, FaultLimits, FaultSpec, NodeSpec};
 
@@ -7,8 +9,8 @@ fn with_a_node() -> Arc<Daemon> {
     let daemon = Daemon::new();
     let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
     let image = Child::New(Box::new(NodeSpec::new(None, null)));
-    let limits = FaultLimits::default();
-    let faults = FaultSpec { image, config: None, limits, errors: Vec::new(), states: Vec::new() };
+    let (limits, claims) = (FaultLimits::default(), heliostat_block::graph::Claims::default());
+    let faults = FaultSpec { image, config: None, limits, errors: Vec::new(), states: Vec::new(), claims };
     let node = NodeSpec::new(Some("n".to_owned()), DriverSpec::Faults(Box::new(faults)));
     daemon.add_node(&node).unwrap();
     let raw = DriverSpec::Raw { file: Child::Named("n".to_owned()), offset: 0, size: None, is_guess: false };
@@ -74,6 +76,38 @@ fn requests_are_carried_out_and_reported() {
 }
 
 #[test]
+fn requests_that_are_held_up_take_no_more_than_a_bounded_memory() {
+    let daemon = with_a_node();
+    let null = DriverSpec::NullCo { size: 1 << 30, read_zeroes: true };
+    let faults = FaultSpec {
+        image: Child::New(Box::new(NodeSpec::new(None, null))),
+        config: None,
+        limits: FaultLimits::default(),
+        errors: Vec::new(),
+        states: Vec::new(),
+        claims: Claims::default(),
+    };
+    let faults = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
+    let raw = DriverSpec::Raw { file: faults, offset: 0, size: None, is_guess: false };
+    daemon.add_node(&NodeSpec::new(Some("big".to_owned()), raw)).unwrap();
+    let ask = |line: &str| run(&daemon, "big", line);
+    for (tag, at) in [("A", "0"), ("B", "32M")] {
+        for line in
+            [format!("break write_aio {tag}"), format!("aio_write {at} 32M"), format!("wait_break {tag}")]
+        {
+            assert_eq!(ask(&line).unwrap(), "", "{line}");
+        }
+    }
+    for line in ["aio_write 64M 512", "write 64M 512", "read 64M 512"] {
+        assert!(matches!(ask(line), Err(DaemonError::TooMany { .. })), "{line}");
+    }
+    assert_eq!(ask("discard -q 64M 512").unwrap(), "", "it has no data");
+    assert_eq!([ask("resume A").unwrap(), ask("resume B").unwrap()], ["", ""]);
+    assert!(ask("aio_flush").unwrap().contains("wrote 33554432/33554432 bytes at offset 33554432"));
+    assert!(ask("write 64M 512").unwrap().starts_with("wrote 512/512"));
+}
+
+#[test]
 fn a_write_is_held_up_at_a_breakpoint_and_goes_on() {
     let daemon = with_a_node();
     for line in ["break write_aio A", "aio_write -P 3 0 4k", "wait_break A"] {
@@ -122,9 +156,10 @@ fn nodes_on_each_other_are_reopened_in_any_order_while_a_request_is_between_them
     says(&daemon, "wait_break A");
     let image =
         daemon.nodes().iter().find_map(|entry| entry.filter.as_ref().and(entry.child.clone())).unwrap();
-    let limits = FaultLimits::default();
+    let (limits, claims) = (FaultLimits::default(), heliostat_block::graph::Claims::default());
     let (errors, states, image) = (Vec::new(), Vec::new(), Child::Named(image.to_string()));
-    let lower = DriverSpec::Faults(Box::new(FaultSpec { image, config: None, limits, errors, states }));
+    let lower =
+        DriverSpec::Faults(Box::new(FaultSpec { image, config: None, limits, errors, states, claims }));
     let file = Child::Named("n".to_owned());
     let upper = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
     let specs =

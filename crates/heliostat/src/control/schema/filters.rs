@@ -40,8 +40,8 @@ pub(super) static BLKDEBUG: &[Member] = &[
     optional("max-discard", Kind::Int, "the most that is discarded at once"),
     optional("inject-error", Kind::List(&INJECT_ERROR), "requests that fail"),
     optional("set-state", Kind::List(&SET_STATE), "what changes the state"),
-    optional("take-child-perms", PERMISSIONS, "accepted, of no effect"),
-    optional("unshare-child-perms", PERMISSIONS, "accepted, of no effect"),
+    optional("take-child-perms", PERMISSIONS, "what it asks for below; resize leaves no room for readers"),
+    optional("unshare-child-perms", PERMISSIONS, "what others may not; consistent-read keeps readers out"),
 ];
 
 pub(super) const THROTTLE: &[Member] = &[

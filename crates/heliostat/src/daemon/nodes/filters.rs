@@ -11,6 +11,7 @@ use heliostat_block::driver::fault::{FaultInjector, InjectError, RequestLimits, 
 use heliostat_block::driver::null::{NullStorage, ReadsZero};
 use heliostat_block::driver::throttle::Throttle;
 use heliostat_block::driver::{Driver, Filter, Raw};
+use heliostat_block::graph::{Claims, Spot};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
@@ -34,6 +35,8 @@ pub struct FaultSpec {
     pub errors: Vec<InjectError>,
     /// What changes the state.
     pub states: Vec<SetState>,
+    /// What it asks for below.
+    pub claims: Claims,
 }
 
 /// How requests are to be cut, as an operator says it. Zero says nothing.
@@ -78,6 +81,8 @@ pub enum FilterEntry {
         config: PathBuf,
         /// Whether anything else was said.
         has_options: bool,
+        /// What it asks for below.
+        claims: Claims,
     },
     /// Throttling by a group.
     Throttle {
@@ -135,6 +140,7 @@ impl Daemon {
         let entry = FilterEntry::Faults {
             config: faults.config.clone().unwrap_or_default(),
             has_options: faults.has_options(),
+            claims: faults.claims,
         };
         self.make_filter(name, spec, "blkdebug", entry, &below, making, |child| {
             Filter::Faults(FaultInjector::new(child, limits, errors, states))
@@ -199,15 +205,19 @@ impl Daemon {
         filter: FilterEntry,
         below: &Below,
         making: Making,
-        make: impl FnOnce(Arc<Node>) -> Filter,
+        make: impl FnOnce(Arc<Spot>) -> Filter,
     ) -> Result<Below, DaemonError> {
         if below.entry.node.options().read_only && !spec.read_only && !spec.auto_read_only {
             return Err(DaemonError::TargetReadOnly);
         }
         // What it stands on may grow.
         let shown = ByteRange::from_bounds(0, u64::MAX);
-        let place = self.attach_child(below, &name, shown, spec.read_only)?;
-        let node = self.node_of(name, Driver::Filter(make(Arc::clone(&below.entry.node))), spec);
+        let claims = match &filter {
+            FilterEntry::Faults { claims, .. } => *claims,
+            FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead => Claims::default(),
+        };
+        let place = self.attach_claiming(below, &name, shown, spec.read_only, claims)?;
+        let node = self.node_of(name, Driver::Filter(make(Arc::clone(place.spot()))), spec);
         let entry = NodeEntry {
             child: Some(below.entry.node.name().clone()),
             filter: Some(filter),

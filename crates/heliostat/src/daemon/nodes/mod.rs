@@ -20,7 +20,7 @@ use std::time::Duration;
 use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
 use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::{Driver, Raw};
-use heliostat_block::graph::{Place, Role};
+use heliostat_block::graph::{Claims, Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
 use heliostat_block::range::ByteRange;
@@ -64,6 +64,8 @@ pub struct NodeEntry {
     pub path: PathBuf,
     /// The storage that it stands on, alone or not.
     pub storage: Option<Arc<dyn Storage>>,
+    /// The file, where it is the node of one.
+    pub file: Option<Arc<FileStorage>>,
     /// The name of the node below, through which its bytes go.
     pub child: Option<NodeName>,
     /// The name of the node that holds what this one does not.
@@ -95,6 +97,7 @@ impl NodeEntry {
             driver,
             path,
             storage: None,
+            file: None,
             child: None,
             backing: None,
             backing_is_given: false,
@@ -285,10 +288,11 @@ impl Daemon {
     ) -> Result<Below, DaemonError> {
         let identity = file.identity().ok();
         let driver = if file.is_device() { "host_device" } else { "file" };
-        let storage: Arc<dyn Storage> = Arc::new(file);
+        let file = Arc::new(file);
+        let storage: Arc<dyn Storage> = Arc::<FileStorage>::clone(&file);
         let node = self.node_of(name, Driver::Raw(Raw::whole(Arc::clone(&storage))), spec);
         let entry = NodeEntry::new(node, driver, path.to_owned(), spec.cache);
-        let entry = NodeEntry { storage: Some(storage), ..entry };
+        let entry = NodeEntry { storage: Some(storage), file: Some(file), ..entry };
         self.keep(Below { entry, start: 0, identity }, Vec::new(), making)
     }
 
@@ -320,6 +324,17 @@ impl Daemon {
         shown: ByteRange,
         read_only: bool,
     ) -> Result<Arc<Place>, DaemonError> {
+        self.attach_claiming(child, of, shown, read_only, Claims::default())
+    }
+
+    fn attach_claiming(
+        &self,
+        child: &Below,
+        of: &NodeName,
+        shown: ByteRange,
+        read_only: bool,
+        claims: Claims,
+    ) -> Result<Arc<Place>, DaemonError> {
         let child = &child.entry.node;
         let in_use = || DaemonError::NodeInUse(child.name().clone());
         let is_bystander =
@@ -330,8 +345,10 @@ impl Daemon {
         if self.overlaps_sibling(child, of, shown, read_only) || self.has_unlisted_user(child) {
             return Err(in_use());
         }
-        let role = Role::Child { of: of.clone() };
-        self.graph.attach(child, role).map_err(|_| in_use())
+        let role = Role::Child { of: of.clone(), claims };
+        self.graph
+            .attach(child, role)
+            .map_err(|_| super::conflict::claimed(child.name(), of, claims).unwrap_or_else(in_use))
     }
 
     fn keep(&self, below: Below, places: Vec<Arc<Place>>, making: Making) -> Result<Below, DaemonError> {

@@ -106,7 +106,7 @@ impl Daemon {
             let node = file.entry.node.name();
             let roles = self.graph.roles(&file.entry.node);
             let other = roles.iter().find_map(|role| match role {
-                Role::Child { of } => Some(of),
+                Role::Child { of, .. } => Some(of),
                 _ => None,
             });
             let Some(other) = other else { return error };

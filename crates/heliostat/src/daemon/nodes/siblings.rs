@@ -10,7 +10,7 @@ use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
 
 use super::super::{Daemon, DaemonError};
-use super::{Below, Record};
+use super::{Below, Nodes, Record};
 
 impl Daemon {
     /// Whether a node other than `of` sees bytes of `child` in its part `shown`, and one of the two may be written.
@@ -21,9 +21,9 @@ impl Daemon {
         shown: ByteRange,
         read_only: bool,
     ) -> bool {
-        self.lock_nodes().list.iter().filter(|other| other.node().name() != of).any(|other| {
-            let is_read_only = other.node().options().read_only && read_only;
-            !is_read_only
+        let nodes = self.lock_nodes();
+        nodes.list.iter().filter(|other| other.node().name() != of).any(|other| {
+            (!read_only || nodes.is_written(other))
                 && other.children().any(|(at, seen)| Arc::ptr_eq(&at, child) && seen.overlaps(shown))
         })
     }
@@ -41,13 +41,24 @@ impl Daemon {
         {
             let by_image = above.entry.node.image().is_some();
             for (child, _) in &children {
-                self.check_heard(&self.below(child.name().as_str())?, by_image, false)?;
+                let below = self.below(child.name().as_str())?;
+                self.check_heard(&below, by_image, false)?;
+                // It is written past, so what is below that is written to as well.
+                if below.is_passed_by(by_image) && child.options().read_only {
+                    self.check_alone(child.name())?;
+                }
             }
         }
         match children.iter().find(|(child, seen)| self.overlaps_sibling(child, name, *seen, false)) {
             Some((child, _)) => Err(DaemonError::NodeInUse(child.name().clone())),
             None => Ok(()),
         }
+    }
+
+    /// Whether anything that stands on the node `name` may write its bytes, through it or past it.
+    pub(in crate::daemon) fn is_written(&self, name: &NodeName) -> bool {
+        let nodes = self.lock_nodes();
+        nodes.find(name.as_str()).is_some_and(|record| nodes.is_written(record))
     }
 
     /// Says whether `name` is a window of a node that an operator made and that is only read. What was made for the
@@ -91,8 +102,21 @@ impl Daemon {
     pub(super) fn has_unlisted_user(&self, child: &Arc<Node>) -> bool {
         let nodes = self.lock_nodes();
         self.graph.roles(child).iter().any(|role| match role {
-            Role::Child { of } => nodes.find(of.as_str()).is_none(),
+            Role::Child { of, .. } => nodes.find(of.as_str()).is_none(),
             _ => false,
         })
+    }
+}
+
+impl Nodes {
+    /// Whether anything that stands on `record` may write its bytes: through it, or past it.
+    fn is_written(&self, record: &Record) -> bool {
+        !record.node().options().read_only
+            || self.list.iter().any(|above| {
+                above.below.entry.filter.is_none()
+                    && record.below.is_passed_by(above.node().image().is_some())
+                    && above.children().any(|(child, _)| Arc::ptr_eq(&child, record.node()))
+                    && self.is_written(above)
+            })
     }
 }

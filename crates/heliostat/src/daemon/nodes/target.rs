@@ -12,9 +12,12 @@ use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
 
 use super::super::gate::Format;
+use super::super::open::flush;
 use super::super::{Daemon, DaemonError};
 use super::qcow2::{namer, probe};
-use super::{BackingSpec, Child, DEPTH_MAX, DriverSpec, Making, NodeSpec, Qcow2Spec, Record};
+use super::{
+    BackingSpec, Child, DEPTH_MAX, DriverSpec, FilterEntry, Making, NodeSpec, Nodes, Qcow2Spec, Record,
+};
 
 /// What the target of a mirror stands on when it has taken the source's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +100,10 @@ impl Daemon {
             })),
         };
         let node = self.make_node(&NodeSpec { name, driver, ..below.clone() }, making)?.entry.node;
+        if node.image().is_some_and(|image| image.header().backing_file.is_none()) {
+            // It stands on nothing by its own account, too.
+            self.change_record(&node, |record| record.below.entry.backing_is_given = false);
+        }
         if is_guess
             && let Some(image) = node.image().map(|image| image.header())
             && let Some(backing) = image.backing_file
@@ -148,8 +155,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Puts `target` on what it is to stand on, and in the place of the drained source, in this order: nobody sees it
-    /// without. Called on the job's thread, which must not wait for an operator's change to end.
+    /// Puts `target` on what it is to stand on, and in the place of the drained node, the source or one below it, in
+    /// this order: nobody sees it without. Called on the job's thread, which must not wait for an operator's change to end.
     ///
     /// # Errors
     /// With the reason; nothing has changed then.
@@ -175,12 +182,14 @@ impl Daemon {
                 return Err("What the target stands on is not open".to_owned());
             }
             self.graph.pivot(drained, target);
+            self.follow_filters(source, target);
             return Ok(());
         };
         if beneath == Beneath::FromHeader {
             target.set_backing(Some(below));
             self.change_record(target, |record| record.below.entry.backing_is_given = false);
             self.graph.pivot(drained, target);
+            self.follow_filters(source, target);
             return Ok(());
         }
         let onto = Onto { drained, target, below: &below };
@@ -213,8 +222,34 @@ impl Daemon {
                 record.below.entry.backing_is_given = *named == Named::ByOperator;
                 record.places.push(place);
             });
+            self.follow_filters(one.drained.node(), one.target);
         }
         Ok(())
+    }
+
+    /// Takes note that the filters over `replaced` stand on `target` now.
+    fn follow_filters(&self, replaced: &Arc<Node>, target: &Arc<Node>) {
+        let mut nodes = self.lock_nodes();
+        let entries = nodes.list.iter_mut().map(|record| &mut record.below.entry);
+        for entry in entries.filter(|entry| entry.filter.is_some()) {
+            if entry.child.as_ref() == Some(replaced.name()) {
+                entry.child = Some(target.name().clone());
+            }
+        }
+        nodes.follow_file(target);
+    }
+
+    /// Puts the drained node, a filter, on `below` instead of what it stands on; see
+    /// [`heliostat_block::graph::Graph::move_filter`].
+    pub(in super::super) fn change_child(&self, drained: &Drained, below: &Arc<Node>) {
+        let mut nodes = self.lock_nodes();
+        let is_it = |record: &&mut Record| Arc::ptr_eq(record.node(), drained.node());
+        let Some(record) = nodes.list.iter_mut().find(is_it) else { return };
+        let mut places = record.places.iter();
+        let Some(place) = places.find(|place| matches!(place.role(), Role::Child { .. })) else { return };
+        self.graph.move_filter(drained, place, below);
+        record.below.entry.child = Some(below.name().clone());
+        nodes.follow_file(below);
     }
 
     /// Puts other nodes, or none, below images: all or none. The caller holds the gates of the images' nodes.
@@ -241,6 +276,20 @@ impl Daemon {
             });
         }
         Ok(())
+    }
+
+    /// Keeps what is said of a node, for who asks; and lets its file flush as it is said.
+    pub(in super::super) fn keep_said(&self, node: &Arc<Node>, spec: &NodeSpec) {
+        self.change_record(node, |record| {
+            let entry = &mut record.below.entry;
+            entry.cache = spec.cache;
+            if let Some(file) = &entry.file {
+                file.set_flush(flush(spec.cache));
+            }
+            if let DriverSpec::Throttle { group, .. } = &spec.driver {
+                entry.filter = Some(FilterEntry::Throttle { group: group.clone() });
+            }
+        });
     }
 
     fn change_record(&self, node: &Arc<Node>, change: impl FnOnce(&mut Record)) {
@@ -283,5 +332,23 @@ impl Record {
     async fn close_here(self) {
         // As closing a file does: who cared has flushed.
         let _ = self.node().close().await;
+    }
+}
+
+impl Nodes {
+    /// Takes note that `node` has come below filters: these are in its file now.
+    fn follow_file(&mut self, node: &Arc<Node>) {
+        let mut lower: Vec<_> =
+            self.find(node.name().as_str()).map(|record| record.below.clone()).into_iter().collect();
+        while let Some(below) = lower.pop() {
+            for record in &mut self.list {
+                let entry = &mut record.below.entry;
+                if entry.filter.is_some() && entry.child.as_ref() == Some(below.entry.node.name()) {
+                    entry.path.clone_from(&below.entry.path);
+                    record.below.identity = below.identity;
+                    lower.push(record.below.clone());
+                }
+            }
+        }
     }
 }

@@ -157,6 +157,49 @@ fn a_bitmap_is_not_on_a_node_that_writes_pass_by() {
     assert!(is_in_use(daemon.reopen_nodes(&[above])));
 }
 
+/// A window over one that was made for it, over `disk`; all is only read.
+fn window_of_a_window() -> NodeSpec {
+    let below = read_only(NodeSpec { name: None, ..raw("", "disk", 0, None) });
+    let file = Child::New(Box::new(below));
+    let driver = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+    read_only(NodeSpec::new(Some("above".to_owned()), driver))
+}
+
+#[test]
+fn a_bitmap_two_nodes_below_hears_of_whoever_becomes_a_writer() {
+    let daemon = Daemon::new();
+    daemon.add_node(&null("disk")).unwrap();
+    let bitmap = BitmapSpec {
+        node: "disk".to_owned(),
+        name: "b".to_owned(),
+        granularity: None,
+        persistent: false,
+        disabled: false,
+    };
+    daemon.change_bitmaps(&[BitmapAction::Add(bitmap)]).unwrap();
+    daemon.add_node(&window_of_a_window()).unwrap();
+    let child = daemon.below("above").unwrap().entry.child.unwrap();
+    let writable = raw("above", child.as_str(), 0, None);
+    assert!(is_in_use(daemon.reopen_nodes(std::slice::from_ref(&writable))));
+    let remove = BitmapAction::Remove("disk".to_owned(), "b".to_owned());
+    daemon.change_bitmaps(&[remove]).unwrap();
+    daemon.reopen_nodes(&[writable]).unwrap();
+}
+
+#[test]
+fn a_reader_two_nodes_below_is_beside_no_writer() {
+    let daemon = Daemon::new();
+    daemon.add_node(&null("disk")).unwrap();
+    daemon.add_node(&window_of_a_window()).unwrap();
+    daemon.add_node(&read_only(raw("beside", "disk", 0, None))).unwrap();
+    let child = daemon.below("above").unwrap().entry.child.unwrap();
+    let writable = raw("above", child.as_str(), 0, None);
+    assert!(is_in_use(daemon.reopen_nodes(std::slice::from_ref(&writable))));
+    daemon.remove_node("beside").unwrap();
+    daemon.reopen_nodes(&[writable]).unwrap();
+    assert!(is_in_use(daemon.add_node(&read_only(raw("beside", "disk", 0, None)))), "the other way round");
+}
+
 #[test]
 fn nobody_writes_past_a_node_that_is_only_read() {
     let folder = tempfile::tempdir().unwrap();

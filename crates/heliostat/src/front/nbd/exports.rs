@@ -75,16 +75,26 @@ pub struct ExportStatus {
 pub(super) struct Export {
     settings: ExportSettings,
     closing: AtomicBool,
-    /// Changed with the lock of [`Exports`] held.
-    clients: Mutex<usize>,
-    unused: Event,
+    clients: Arc<Clients>,
 }
+
+/// How many connections use an export.
+#[derive(Default)]
+struct Clients {
+    count: Mutex<usize>,
+    none: Event,
+}
+
+/// That a connection uses an export.
+struct Counted(Arc<Clients>);
 
 /// What a server offers.
 pub(super) struct Exports {
     /// Held for look-ups and changes only. Lock order: this, then an export's clients.
     by_name: Mutex<BTreeMap<String, Arc<Export>>>,
     stopping: AtomicBool,
+    /// Connections are taken.
+    is_open: AtomicBool,
     /// Tells connections to look whether they are to end.
     changed: Event,
 }
@@ -92,14 +102,38 @@ pub(super) struct Exports {
 /// A connection's use of an export.
 pub(super) struct Client {
     export: Arc<Export>,
+    /// Dropped last: who hears that there are no clients may want the node's file for himself.
+    _counted: Counted,
 }
 
 /// An export that is no longer offered, while its last connections end.
 pub struct Removed(Arc<Export>);
 
 impl Exports {
-    pub(super) const fn new() -> Self {
-        Self { by_name: Mutex::new(BTreeMap::new()), stopping: AtomicBool::new(false), changed: Event::new() }
+    pub(super) const fn new(is_open: bool) -> Self {
+        Self {
+            by_name: Mutex::new(BTreeMap::new()),
+            stopping: AtomicBool::new(false),
+            is_open: AtomicBool::new(is_open),
+            changed: Event::new(),
+        }
+    }
+
+    /// Lets connections be taken.
+    pub(super) fn open(&self) {
+        self.is_open.store(true, Ordering::SeqCst);
+        self.changed.notify(usize::MAX);
+    }
+
+    /// Waits until connections are taken.
+    pub(super) async fn opened(&self) {
+        loop {
+            let changed = self.changed.listen();
+            if self.is_open.load(Ordering::SeqCst) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     pub(super) fn add(&self, settings: ExportSettings) -> Result<(), ExportError> {
@@ -118,15 +152,15 @@ impl Exports {
             return Err(ExportError::Duplicate(settings.name));
         }
         let name = settings.name.clone();
-        let (closing, clients) = (AtomicBool::new(false), Mutex::new(0));
-        by_name.insert(name, Arc::new(Export { settings, closing, clients, unused: Event::new() }));
+        let (closing, clients) = (AtomicBool::new(false), Arc::default());
+        by_name.insert(name, Arc::new(Export { settings, closing, clients }));
         Ok(())
     }
 
     pub(super) fn remove(&self, name: &str, removal: Removal) -> Result<Removed, ExportError> {
         let mut by_name = self.by_name();
         let export = by_name.get(name).ok_or_else(|| ExportError::NotFound(name.to_owned()))?;
-        if removal == Removal::Safe && export.clients() > 0 {
+        if removal == Removal::Safe && export.clients.count() > 0 {
             return Err(ExportError::InUse(name.to_owned()));
         }
         let export = Arc::clone(export);
@@ -141,7 +175,7 @@ impl Exports {
         let by_name = self.by_name();
         by_name
             .iter()
-            .map(|(name, export)| ExportStatus { name: name.clone(), clients: export.clients() })
+            .map(|(name, export)| ExportStatus { name: name.clone(), clients: export.clients.count() })
             .collect()
     }
 
@@ -158,8 +192,7 @@ impl Exports {
         if export.is_closing() || self.is_stopping() {
             return None;
         }
-        *export.lock_clients() += 1;
-        Some(Client { export: Arc::clone(export) })
+        Some(Client { export: Arc::clone(export), _counted: Clients::enter(&export.clients) })
     }
 
     /// Tells every connection to end.
@@ -201,13 +234,20 @@ impl Export {
     fn is_closing(&self) -> bool {
         self.closing.load(Ordering::SeqCst)
     }
+}
 
-    fn clients(&self) -> usize {
-        *self.lock_clients()
+impl Clients {
+    fn enter(this: &Arc<Self>) -> Counted {
+        *this.lock() += 1;
+        Counted(Arc::clone(this))
     }
 
-    fn lock_clients(&self) -> MutexGuard<'_, usize> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    fn count(&self) -> usize {
+        *self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -223,12 +263,12 @@ impl Client {
     }
 }
 
-impl Drop for Client {
+impl Drop for Counted {
     fn drop(&mut self) {
-        let mut clients = self.export.lock_clients();
-        *clients -= 1;
-        if *clients == 0 {
-            self.export.unused.notify(usize::MAX);
+        let mut count = self.0.lock();
+        *count -= 1;
+        if *count == 0 {
+            self.0.none.notify(usize::MAX);
         }
     }
 }
@@ -239,20 +279,22 @@ impl Removed {
     /// # Cancel safety
     /// Dropping it leaves nothing behind; the connections end all the same.
     pub async fn ended(&self) {
-        while self.0.clients() > 0 {
-            let unused = self.0.unused.listen();
-            if self.0.clients() > 0 {
-                unused.await;
+        let clients = &self.0.clients;
+        while clients.count() > 0 {
+            let none = clients.none.listen();
+            if clients.count() > 0 {
+                none.await;
             }
         }
     }
 
     /// As [`Removed::ended`], blocking.
     pub fn wait(&self) {
-        while self.0.clients() > 0 {
-            let unused = self.0.unused.listen();
-            if self.0.clients() > 0 {
-                unused.wait();
+        let clients = &self.0.clients;
+        while clients.count() > 0 {
+            let none = clients.none.listen();
+            if clients.count() > 0 {
+                none.wait();
             }
         }
     }

@@ -53,6 +53,17 @@ pub struct ServerSettings {
     pub connections_max: usize,
     /// How long a client may take until it has chosen its export. After that it may be silent for ever.
     pub handshake_time: Duration,
+    /// Whether clients are served from the start.
+    pub doors: Doors,
+}
+
+/// Whether a new server serves those who connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doors {
+    /// At once.
+    Open,
+    /// From [`NbdServer::let_in`] on; until then they wait for its first byte.
+    Closed,
 }
 
 impl Default for ServerSettings {
@@ -61,6 +72,7 @@ impl Default for ServerSettings {
             reach: Reach::Local,
             connections_max: CONNECTIONS_DEFAULT,
             handshake_time: HANDSHAKE_TIME_DEFAULT,
+            doors: Doors::Open,
         }
     }
 }
@@ -90,7 +102,7 @@ impl NbdServer {
         }
         let listener = Listener::bind(address)?;
         let address = listener.address().clone();
-        let exports = Arc::new(Exports::new());
+        let exports = Arc::new(Exports::new(settings.doors == Doors::Open));
         let shared = Arc::clone(&exports);
         let body = move || run(listener, shared, settings);
         let thread = Thread::spawn("nbd", body)?;
@@ -101,6 +113,11 @@ impl NbdServer {
     #[must_use]
     pub const fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// Takes connections from now on, where it was started with [`Doors::Closed`].
+    pub fn let_in(&self) {
+        self.exports.open();
     }
 
     /// Offers one more export.
@@ -203,6 +220,8 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
     let shared = Rc::new(shared);
     let tally = Rc::new(Tally::default());
     let bound = if settings.connections_max == 0 { usize::MAX } else { settings.connections_max };
+    // Those who have connected wait for it: they are to find what will be offered from the start.
+    let _ = until_stopped(&exports, exports.opened()).await;
     loop {
         let next = async {
             tally.fewer_than(bound).await;

@@ -10,6 +10,7 @@ use super::super::entry::{COPIED, OFFSET_MASK, RawEntry, ZERO};
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
 use super::super::header::{Header, Table, autoclear};
+use super::super::header_change::name_bitmaps;
 use super::super::layout::Layout;
 use super::super::state::{read_numbers, write_numbers};
 use super::counts::cluster_at;
@@ -70,8 +71,7 @@ pub(super) async fn names(file: &ImageFile, notes: &mut Notes) -> Result<bool, F
 pub(super) async fn drop_bitmaps(file: &ImageFile, mut header: Header) -> Result<(), FormatError> {
     header.bitmaps = None;
     header.autoclear &= !autoclear::BITMAPS;
-    file.write(0, header.encode()?.into()).await?;
-    Ok(file.flush().await?)
+    name_bitmaps(file, &header).await
 }
 
 /// Says in the header how many snapshots there are, and where.

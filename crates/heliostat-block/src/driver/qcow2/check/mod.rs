@@ -191,4 +191,4 @@ pub async fn check(file: &ImageFile, options: CheckOptions<'_>) -> Result<CheckR
 }
 
 #[cfg(test)]
-pub(in crate::driver::qcow2) mod tests;
+mod tests;

@@ -20,6 +20,7 @@ use super::counts::Block;
 use super::walk::{Examination, Named, entries, examine, named};
 use super::{CheckOptions, CheckReport, Finding, FindingKind, Repair, mend};
 use crate::convert::{u64_from, usize_from};
+use crate::planted::{Bug, is_planted};
 
 /// Where the header says where the refcount table is, and how long.
 const REFCOUNT_TABLE_FIELDS: u64 = 48;
@@ -202,9 +203,17 @@ async fn mark(file: &ImageFile, header: &Header, features: u64) -> Result<(), Fo
         return Ok(());
     }
     // What has been done so far is done before the image says so.
-    file.flush().await?;
+    settle(file).await?;
     file.write(INCOMPATIBLE_WORD, features.to_be_bytes().to_vec().into()).await?;
     Ok(file.flush().await?)
+}
+
+/// Makes durable what the next step counts on.
+async fn settle(file: &ImageFile) -> Result<(), FormatError> {
+    if !is_planted(Bug::CleanBeforeCounts) {
+        file.flush().await?;
+    }
+    Ok(())
 }
 
 /// Lowers counts that are too high, where the counts can be trusted.
@@ -223,7 +232,7 @@ async fn all_counts(
 ) -> Result<(), FormatError> {
     if examination.refcounts.is_sound && !has_uncounted(examination) {
         each_block(file, examination, |_, used| used).await?;
-        return Ok(file.flush().await?);
+        return settle(file).await;
     }
     rebuild(file, examination).await?;
     *examination = examine(file, options).await?;
@@ -436,7 +445,7 @@ async fn copied_flags(file: &ImageFile, examination: &Examination) -> Result<(),
         });
         write_changes(file, offset, &old, &new.collect::<Vec<u64>>()).await?;
     }
-    Ok(file.flush().await?)
+    settle(file).await
 }
 
 /// Writes a table anew if it has changed.

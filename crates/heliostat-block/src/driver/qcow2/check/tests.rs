@@ -1,124 +1,15 @@
 //! What needs no other program to be judged: limits, the order of writes, a repair that stops anywhere.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-
-use bytes::Bytes;
+use std::sync::Arc;
 
 use super::super::create::{CreateOptions, Preallocation, create};
 use super::super::entry::COPIED;
 use super::super::error::FormatError;
 use super::super::file::ImageFile;
+use super::super::test_memory::{Memory, run};
 use super::references::References;
 use super::*;
-use crate::buffer::Buffer;
-use crate::convert::{u64_from, usize_from};
-use crate::range::ByteRange;
-use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
-
-/// A storage in memory. Refuses writes once a number of them has been taken, as after a crash.
-pub(in super::super) struct Memory {
-    bytes: Mutex<Vec<u8>>,
-    writes_left: AtomicU64,
-    can_resize: bool,
-}
-
-impl Memory {
-    pub(in super::super) fn new(bytes: Vec<u8>, writes_left: u64) -> Arc<Self> {
-        Arc::new(Self {
-            bytes: Mutex::new(bytes),
-            writes_left: AtomicU64::new(writes_left),
-            can_resize: true,
-        })
-    }
-
-    /// As a block device: its length stays.
-    fn fixed(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self { bytes: Mutex::new(bytes), writes_left: AtomicU64::new(u64::MAX), can_resize: false })
-    }
-
-    pub(in super::super) fn bytes(&self) -> Vec<u8> {
-        self.bytes.lock().unwrap().clone()
-    }
-
-    fn write_one(&self, change: impl FnOnce(&mut Vec<u8>)) -> IoFuture<'_, ()> {
-        let take = |left: u64| left.checked_sub(1);
-        if self.writes_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
-            return IoFuture::ready(Err(std::io::Error::other("the power is gone")));
-        }
-        change(&mut self.bytes.lock().unwrap());
-        IoFuture::ready(Ok(()))
-    }
-}
-
-impl Storage for Memory {
-    fn traits(&self) -> Traits {
-        Traits {
-            block_size: 1,
-            preferred_size: 4096,
-            read_only: false,
-            can_discard: false,
-            can_zero_fast: true,
-            can_resize: self.can_resize,
-            remote: false,
-        }
-    }
-
-    fn size(&self) -> u64 {
-        u64_from(self.bytes.lock().unwrap().len())
-    }
-
-    fn set_size(&self, size: u64) -> IoFuture<'_, ()> {
-        if !self.can_resize {
-            return IoFuture::ready(Err(std::io::ErrorKind::Unsupported.into()));
-        }
-        self.write_one(|bytes| bytes.resize(usize_from(size), 0))
-    }
-
-    fn allocated_size(&self) -> Option<u64> {
-        None
-    }
-
-    fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
-        let start = usize_from(offset);
-        let len = buffer.len();
-        buffer.copy_from_slice(&self.bytes.lock().unwrap()[start..start + len]);
-        IoFuture::ready(Ok(buffer))
-    }
-
-    fn write(&self, offset: u64, data: Bytes, _: Durability) -> IoFuture<'_, ()> {
-        let start = usize_from(offset);
-        self.write_one(|bytes| bytes[start..start + data.len()].copy_from_slice(&data))
-    }
-
-    fn write_zeroes(&self, range: ByteRange, _: ZeroSpace, _: ZeroEffort, _: Durability) -> IoFuture<'_, ()> {
-        self.write_one(|bytes| bytes[usize_from(range.offset())..usize_from(range.end())].fill(0))
-    }
-
-    fn discard(&self, _: ByteRange) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn flush(&self) -> IoFuture<'_, ()> {
-        IoFuture::ready(Ok(()))
-    }
-
-    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
-        IoFuture::ready(Ok(vec![Extent { range, status: ExtentStatus::Data }]))
-    }
-}
-
-/// Polls until it ends: nothing here waits.
-pub(in super::super) fn run<T>(future: impl Future<Output = T>) -> T {
-    let mut future = std::pin::pin!(future);
-    let mut cx = std::task::Context::from_waker(futures_util::task::noop_waker_ref());
-    for _ in 0..1000 {
-        if let std::task::Poll::Ready(output) = future.as_mut().poll(&mut cx) {
-            return output;
-        }
-    }
-    panic!("it waits for ever");
-}
+use crate::convert::u64_from;
 
 /// An image of 1 MiB in clusters of 4 KiB, all of them mapped: refcount table, block, L1 and L2 table in the clusters
 /// 1 to 4, data from cluster 5 on.
@@ -127,7 +18,7 @@ fn image() -> Vec<u8> {
 }
 
 fn image_of(version: u32) -> Vec<u8> {
-    let memory = Memory::new(Vec::new(), u64::MAX);
+    let memory = Memory::of(Vec::new());
     let options = CreateOptions {
         size: 1 << 20,
         cluster_bits: 12,
@@ -136,7 +27,7 @@ fn image_of(version: u32) -> Vec<u8> {
         ..CreateOptions::default()
     };
     run(create(&ImageFile::new(memory.clone()), None, &options)).unwrap();
-    memory.bytes()
+    memory.content()
 }
 
 const L1: usize = 3 << 12;
@@ -148,7 +39,7 @@ fn put(bytes: &mut [u8], at: usize, value: u64) {
 }
 
 fn check_bytes(bytes: Vec<u8>, options: CheckOptions<'_>) -> Result<CheckReport, FormatError> {
-    run(check(&ImageFile::new(Memory::new(bytes, u64::MAX)), options))
+    run(check(&ImageFile::new(Memory::of(bytes)), options))
 }
 
 #[test]
@@ -228,11 +119,11 @@ fn stop_anywhere(bytes: &[u8], judge: impl Fn(&[u8], &CheckReport, &CheckReport)
     assert!(!before.is_clean());
     let all = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
     for writes in 0.. {
-        let memory = Memory::new(bytes.to_vec(), writes);
+        let memory = Memory::until(writes, bytes.to_vec());
         let ended = run(check(&ImageFile::new(memory.clone()), all)).is_ok();
-        let left = check_bytes(memory.bytes(), CheckOptions::default()).unwrap();
-        assert!(judge(&memory.bytes(), &before, &left), "{writes} writes: {before:?} became {left:?}");
-        let after = check_bytes(memory.bytes(), all).unwrap();
+        let left = check_bytes(memory.content(), CheckOptions::default()).unwrap();
+        assert!(judge(&memory.content(), &before, &left), "{writes} writes: {before:?} became {left:?}");
+        let after = check_bytes(memory.content(), all).unwrap();
         assert!(after.is_clean(), "{writes} writes, then all: {after:?}");
         if ended {
             assert!(left.is_clean());
@@ -267,35 +158,35 @@ fn counts_of_an_image_that_was_not_closed_are_repaired_and_nothing_else_is() {
     bytes[79] = 1;
     bytes[BLOCK + 21] = 0;
     bytes[BLOCK + 23] = 5;
-    let memory = Memory::new(bytes.clone(), u64::MAX);
+    let memory = Memory::of(bytes.clone());
     let report = run(repair_dirty(&ImageFile::new(memory.clone()))).unwrap();
     assert!(report.is_clean());
-    assert_eq!(memory.bytes()[79], 0);
-    assert!(check_bytes(memory.bytes(), CheckOptions::default()).unwrap().is_clean());
+    assert_eq!(memory.content()[79], 0);
+    assert!(check_bytes(memory.content(), CheckOptions::default()).unwrap().is_clean());
     // Where a block cannot be used, all counts are made anew.
     let mut without_block = bytes.clone();
     put(&mut without_block, 1 << 12, 3 << 50);
-    let memory = Memory::new(without_block, u64::MAX);
+    let memory = Memory::of(without_block);
     assert!(run(repair_dirty(&ImageFile::new(memory.clone()))).unwrap().is_clean());
     // An entry that leads nowhere is for the operator to decide.
     put(&mut bytes, L2 + 16, (9 << 40) | COPIED);
-    let memory = Memory::new(bytes.clone(), u64::MAX);
+    let memory = Memory::of(bytes.clone());
     assert!(matches!(run(repair_dirty(&ImageFile::new(memory.clone()))), Err(FormatError::Invalid(_))));
-    assert_eq!(memory.bytes(), bytes);
+    assert_eq!(memory.content(), bytes);
 }
 
 #[test]
 fn what_cannot_grow_is_made_and_repaired_within_its_length() {
-    let memory = Memory::fixed(vec![7; 4 << 20]);
+    let memory = Arc::new(Memory { can_resize: false, ..Memory::new(vec![7; 4 << 20]) });
     let options = CreateOptions { size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
     run(create(&ImageFile::new(memory.clone()), None, &options)).unwrap();
-    let mut bytes = memory.bytes();
+    let mut bytes = memory.content();
     assert!(check_bytes(bytes.clone(), CheckOptions::default()).unwrap().is_clean());
     put(&mut bytes, 1 << 12, 3 << 50);
-    let memory = Memory::fixed(bytes);
+    let memory = Arc::new(Memory { can_resize: false, ..Memory::new(bytes) });
     let all = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
     assert!(run(check(&ImageFile::new(memory.clone()), all)).unwrap().is_clean());
-    assert_eq!(memory.bytes().len(), 4 << 20);
+    assert_eq!(memory.content().len(), 4 << 20);
 }
 
 #[test]
@@ -303,10 +194,10 @@ fn giving_back_leaks_touches_nothing_where_tables_contradict_each_other() {
     let mut bytes = image();
     bytes[BLOCK + 7] = 2;
     put(&mut bytes, L2 + 16, (9 << 40) | COPIED);
-    let memory = Memory::new(bytes.clone(), u64::MAX);
+    let memory = Memory::of(bytes.clone());
     let leaks = CheckOptions { repair: Repair::Leaks, ..CheckOptions::default() };
     let report = run(check(&ImageFile::new(memory.clone()), leaks)).unwrap();
-    assert_eq!((report.leaks, memory.bytes() == bytes), (2, true));
+    assert_eq!((report.leaks, memory.content() == bytes), (2, true));
     assert!(report.findings.iter().any(|finding| finding.text.starts_with("nothing is given back")));
 }
 

@@ -69,7 +69,7 @@ fn an_image_whose_counts_stand_where_its_tables_do_is_not_repaired_on_opening() 
         let mut files = not_closed();
         damage(&mut files.bytes[0]);
         let journal = Journal::default();
-        let memory = Memory::new(0, files.bytes[0].clone(), &journal);
+        let memory = memory(0, files.bytes[0].clone(), &journal);
         let refused = now(Qcow2::open(memory, OpenOptions::default()));
         assert!(matches!(refused, Err(FormatError::Invalid(_))));
         assert!(lock(&journal).is_empty(), "nothing has been written");
@@ -165,4 +165,53 @@ fn a_bitmap_is_believed_only_when_it_says_everything() {
         }
     });
     assert!(believed > 0 && written.is_some());
+}
+
+/// The same changes, a sector at a time: what a medium may do of a longer one.
+fn torn(journal: &[(usize, Change)]) -> Vec<(usize, Change)> {
+    let pieces = journal.iter().flat_map(|(file, change)| {
+        let pieces = match change {
+            Change::Write(offset, data) => {
+                let range = ByteRange::new(*offset, u64_from(data.len())).unwrap();
+                let cut = |piece: ByteRange| {
+                    let at = usize_from(piece.offset() - offset);
+                    Change::Write(piece.offset(), data.slice(at..at + usize_from(piece.len())))
+                };
+                range.pieces(512).map(cut).collect()
+            }
+            other => vec![other.clone()],
+        };
+        pieces.into_iter().map(|piece| (*file, piece))
+    });
+    pieces.collect()
+}
+
+#[test]
+fn a_repair_that_gives_up_bitmaps_leaves_a_header_at_whatever_sector_it_is_cut_off() {
+    for name_len in [10, 120, 200, 300, 600, 1000] {
+        let (mut files, _) = with_bitmap();
+        let bytes = &mut files.bytes[0];
+        // Somebody wrote the image who does not know bitmaps.
+        let backing_file = Some(vec![b'x'; name_len]);
+        let old = Header { autoclear: 0, backing_file, ..Header::decode(bytes).unwrap() };
+        let encoded = old.encode().unwrap();
+        bytes[..encoded.len()].copy_from_slice(&encoded);
+        let journal = Journal::default();
+        let memory = memory(0, bytes.clone(), &journal);
+        let all = check::CheckOptions { repair: check::Repair::All, ..check::CheckOptions::default() };
+        assert!(now(check::check(&ImageFile::new(memory), all)).unwrap().is_clean());
+        let (mut with, mut without) = (0, 0);
+        let journal = torn(&lock(&journal));
+        files.crashes(&journal, |left, moment| {
+            let what = format!("{name_len} bytes of name, cut off before {moment} of {}", journal.len());
+            let header = Header::decode(&left.bytes[0]).unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert!(header.bitmaps.is_none() || header.bitmaps == old.bitmaps, "{what}");
+            *if header.bitmaps.is_none() { &mut without } else { &mut with } += 1;
+            // While counts are put right the image may say that it is dirty.
+            let incompatible = old.incompatible;
+            assert_eq!(Header { bitmaps: old.bitmaps, incompatible, ..header }, old, "{what}");
+            is_sound(left, &what);
+        });
+        assert!(with > 0 && without > 0);
+    }
 }

@@ -98,7 +98,7 @@ pub(in super::super) fn query(daemon: &Arc<Daemon>) -> Value {
         let names: Vec<_> = waiting.iter().map(|entry| entry.node.name().clone()).collect();
         waiting.retain(|entry| {
             let is_below = daemon.graph().roles(&entry.node).iter().any(|role| match role {
-                Role::Child { of } | Role::Backing { of } => names.contains(of),
+                Role::Child { of, .. } | Role::Backing { of } => names.contains(of),
                 _ => false,
             });
             if !is_below {
@@ -163,14 +163,14 @@ fn hand_down(daemon: &Daemon, nodes: &[NodeEntry], entry: &NodeEntry, edges: &mu
                     let reads = Rights { consistent_read: needs.consistent_read, ..Rights::NONE };
                     ("backing", reads, Rights::ALL)
                 }
-                Role::Child { of } if of == *name && entry.driver != "qcow2" => {
+                Role::Child { of, .. } if of == *name && entry.driver != "qcow2" => {
                     (if is_file { "file" } else { "image" }, needs, shares)
                 }
-                Role::Child { of } if of == *name && is_file => {
+                Role::Child { of, .. } if of == *name && is_file => {
                     let own = if entry.node.options().read_only { Rights::READ } else { Rights::CHANGE };
                     ("file", own.or(needs), shares.and(Rights::BESIDE_IMAGE))
                 }
-                Role::Child { of } if of == *name => {
+                Role::Child { of, .. } if of == *name => {
                     let grows = Rights { resize: needs.write, ..needs };
                     ("data-file", grows, shares.and(Rights::BESIDE_CLIENT))
                 }

@@ -69,7 +69,7 @@ fn of_node(daemon: &Arc<Daemon>, nodes: &[NodeEntry], entry: &NodeEntry, below: 
 /// The node that holds a node's bytes: of an image with a data file that, else the file.
 fn primary<'a>(daemon: &Daemon, nodes: &'a [NodeEntry], entry: &NodeEntry) -> Option<&'a NodeEntry> {
     let file = find(nodes, entry.child.as_ref()?.as_str())?;
-    let is_of_this = |role: &Role| matches!(role, Role::Child { of } if of == entry.node.name());
+    let is_of_this = |role: &Role| matches!(role, Role::Child { of, .. } if of == entry.node.name());
     let is_data = |other: &&NodeEntry| {
         !Arc::ptr_eq(&other.node, &file.node) && daemon.graph().roles(&other.node).iter().any(is_of_this)
     };
@@ -82,7 +82,7 @@ fn primary<'a>(daemon: &Daemon, nodes: &'a [NodeEntry], entry: &NodeEntry) -> Op
 fn above<'a>(daemon: &Daemon, nodes: &'a [NodeEntry], entry: &NodeEntry) -> Vec<&'a NodeEntry> {
     let roles = daemon.graph().roles(&entry.node);
     let names = roles.into_iter().filter_map(|role| match role {
-        Role::Child { of } => Some(of),
+        Role::Child { of, .. } => Some(of),
         _ => None,
     });
     names.filter_map(|name| find(nodes, name.as_str())).collect()
