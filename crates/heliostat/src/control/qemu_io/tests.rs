@@ -80,13 +80,12 @@ fn requests_that_are_held_up_take_no_more_than_a_bounded_memory() {
     let daemon = with_a_node();
     let null = DriverSpec::NullCo { size: 1 << 30, read_zeroes: true };
     let faults = FaultSpec {
-        claims: heliostat_block::graph::Claims::default(),
+        claims: Claims::default(),
         image: Child::New(Box::new(NodeSpec::new(None, null))),
         config: None,
         limits: FaultLimits::default(),
         errors: Vec::new(),
         states: Vec::new(),
-        claims: Claims::default(),
     };
     let faults = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
     let raw = DriverSpec::Raw { file: faults, offset: 0, size: None, is_guess: false };
