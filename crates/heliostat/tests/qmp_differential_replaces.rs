@@ -124,6 +124,20 @@ fn a_disk_moves_twice_below_its_filter_alike() {
 }
 
 #[test]
+fn what_was_made_for_a_filter_goes_when_it_is_replaced_alike() {
+    let inner = json!({ "driver": "qcow2", "node-name": "inner", "file": {
+        "driver": "file", "filename": "DIR/over", "node-name": "innermost",
+    } });
+    let upper = json!({ "driver": "throttle", "node-name": "s", "file": inner, "throttle-group": "g" });
+    let mut script = start(&[upper]);
+    script.push(replaces("innermost"));
+    script.push(replaces("inner"));
+    script.extend(finish());
+    script.extend(["inner", "t", "s"].map(delete));
+    compare(&script);
+}
+
+#[test]
 fn a_cancelled_replacement_leaves_everything_where_it_was_alike() {
     for (command, key) in [("block-job-cancel", "device"), ("job-cancel", "id")] {
         let mut script = start(&[throttle("s", "low")]);
