@@ -18,6 +18,7 @@ mod mirror;
 mod mirror_bitmap;
 mod nodes;
 mod open;
+mod overlay_file;
 mod poke;
 mod reopen;
 mod resize;

@@ -6,7 +6,6 @@
 //! nodes are flushed once more, so that what was acknowledged to clients is durable in the layers that they leave: from
 //! then on they flush the overlays only. Called by `transaction`, of which a command for one snapshot is one.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,11 +21,12 @@ use heliostat_block::tracked::Drained;
 use heliostat_host::runtime;
 
 use super::conflict::conflict;
-use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer};
+use super::drive_mirror::{Made, file_spec};
 use super::gate::CHAIN_MAX;
 use super::mirror_bitmap::unstorable;
 use super::nodes::Named;
-use super::{Action, Beneath, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
+use super::overlay_file::{is_same_file, overlay_file};
+use super::{Action, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 
 /// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
 /// drivers in guests take a disk for dead.
@@ -465,48 +465,6 @@ impl Snapshots {
 fn undrained(nodes: &[Arc<Node>], limit: Duration) -> DaemonError {
     let busy = nodes.iter().filter(|node| node.in_flight() > 0).map(|node| format!("'{}'", node.name()));
     DaemonError::Undrained { nodes: busy.collect::<Vec<_>>().join(", "), limit }
-}
-
-/// Checks what can be known of the overlay before anything is made.
-fn overlay_file(daemon: &Daemon, spec: &SnapshotSpec, node: &NodeEntry) -> Result<New, DaemonError> {
-    let Some(layer) = layer(&spec.format) else {
-        return Err(match spec.mode {
-            TargetMode::AbsolutePaths => {
-                DaemonError::Create(format!("Unknown file format '{}'", spec.format))
-            }
-            TargetMode::Existing => DaemonError::UnknownDriver(spec.format.clone()),
-        });
-    };
-    let mut new = New { path: spec.file.clone(), layer, beneath: Beneath::Source, image: None };
-    if spec.mode == TargetMode::Existing {
-        return Ok(new);
-    }
-    if !layer.is_image() {
-        let text = format!("Backing file not supported for file format '{}'", spec.format);
-        return Err(DaemonError::Create(text));
-    }
-    let is_same = std::fs::canonicalize(&spec.file)
-        .is_ok_and(|file| std::fs::canonicalize(&node.path).is_ok_and(|path| path == file));
-    if is_same {
-        let text = "Error: Trying to create an image with the same filename as the backing file";
-        return Err(DaemonError::Create(text.to_owned()));
-    }
-    new.image = Some(image_of(node, Some(node))?);
-    check_creatable(&spec.file, node, &daemon.files_in_use())?;
-    if let Some(name) = &spec.overlay_name {
-        NodeName::new(name)?;
-    }
-    Ok(new)
-}
-
-/// Says whether both are, or would be, one file.
-fn is_same_file(a: &Path, b: &Path) -> bool {
-    let identity = |path: &Path| std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
-    let place = |path: &Path| {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        Some((std::fs::canonicalize(folder).ok()?, path.file_name()?.to_owned()))
-    };
-    (identity(a).is_some() && identity(a) == identity(b)) || (place(a).is_some() && place(a) == place(b))
 }
 
 #[cfg(test)]
