@@ -80,6 +80,7 @@ fn requests_that_are_held_up_take_no_more_than_a_bounded_memory() {
     let daemon = with_a_node();
     let null = DriverSpec::NullCo { size: 1 << 30, read_zeroes: true };
     let faults = FaultSpec {
+        claims: Claims::default(),
         image: Child::New(Box::new(NodeSpec::new(None, null))),
         config: None,
         limits: FaultLimits::default(),
