@@ -358,6 +358,11 @@ impl Oracle {
         self.writes.iter().filter(|write| write.ended == u64::MAX).map(|write| write.range).collect()
     }
 
+    /// The ranges of all that had not ended at `moment` or came later, discards and what failed among it.
+    pub(crate) fn touched_since(&self, moment: u64) -> Vec<ByteRange> {
+        self.writes.iter().filter(|write| write.ended > moment).map(|write| write.range).collect()
+    }
+
     /// The ranges of all writes that had not ended at `moment` or came later, as starts and ends. Discards and
     /// failed writes are left out: they may have done nothing.
     pub(crate) fn written_since(&self, moment: u64) -> BTreeMap<u64, u64> {

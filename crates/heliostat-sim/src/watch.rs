@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use heliostat_block::convert::usize_from;
 use heliostat_block::graph::Role;
 use heliostat_block::job::scan::SyncMode;
 use heliostat_block::job::{
@@ -274,7 +275,7 @@ impl Watch {
         };
         for (what, image) in [("shows", &to), ("has durably", &durable)] {
             if let Some(at) = Medium::difference(&from, image, &ranges) {
-                let index = heliostat_block::convert::usize_from(at);
+                let index = usize_from(at);
                 let (is, should) = (image[index], from[index]);
                 self.fail(&format!(
                     "at the end the target {what} {is:#04x} at {at:#x}, the source {should:#04x}"
@@ -292,8 +293,13 @@ impl Watch {
     fn stand(&self, image: Vec<u8>) {
         let bench = &self.bench;
         let (source, target) = (&bench.disks[self.known.source], &bench.disks[self.known.target]);
-        // Guests' flushes go to the target alone from here on.
-        if source.storage.flush_failures() == 0 && source.storage.durable() != image {
+        // Guests' flushes go to the target alone from here on. What was touched since the job began it holds itself.
+        let mut below = source.storage.durable();
+        for range in bench.oracle().touched_since(self.known.since) {
+            let bytes = usize_from(range.offset())..usize_from(range.end());
+            below[bytes.clone()].copy_from_slice(&image[bytes]);
+        }
+        if source.storage.flush_failures() == 0 && below != image {
             self.fail("what the target stands on is not durable");
         }
         target.storage.hold(image.clone());

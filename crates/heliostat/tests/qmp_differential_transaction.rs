@@ -257,3 +257,52 @@ fn a_snapshots_arguments_are_refused_in_the_same_words() {
         list(),
     ]);
 }
+
+/// Numbers that a seed leads to.
+struct Drawn(u64);
+
+impl Drawn {
+    fn below(&mut self, count: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from((self.0 >> 33) % u64::try_from(count).expect("small")).expect("less than the count")
+    }
+}
+
+/// Transactions of some actions each, on nodes that are there, that some of them make, and that are not there. The node
+/// that is left is always of a chain that somebody uses: of others ours lets none go into the middle.
+fn drawn_transactions(seed: u64) -> Vec<Step> {
+    let mut drawn = Drawn(seed);
+    let mut nodes: Vec<String> = ["a", "b", "zz"].map(str::to_owned).into();
+    let mut script = Vec::new();
+    for round in 0..14 {
+        let mut actions = Vec::new();
+        for index in 0..=drawn.below(3) {
+            let node = nodes[drawn.below(nodes.len())].clone();
+            let overlay = match drawn.below(4) {
+                0 => nodes[drawn.below(nodes.len())].as_str(),
+                1 => IMAGES[drawn.below(2)],
+                _ => IMAGES[2 + drawn.below(2)],
+            };
+            let new = format!("n{round}-{index}");
+            actions.push(match drawn.below(9) {
+                0..=3 => snapshot(&node, overlay),
+                4..=6 => {
+                    nodes.push(new.clone());
+                    snapshot_to(&node, &new)
+                }
+                7 => bitmap("add", &node, &new, &json!({})),
+                _ => abort(),
+            });
+        }
+        script.extend([all(&actions), exports()]);
+    }
+    script
+}
+
+#[test]
+fn drawn_transactions_are_taken_and_refused_alike() {
+    for seed in 0..12 {
+        eprintln!("seed {seed}");
+        compare(with_exports(drawn_transactions(seed)));
+    }
+}

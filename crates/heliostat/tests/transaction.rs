@@ -261,3 +261,16 @@ fn a_mirror_beside_a_snapshot_of_its_disk_copies_what_the_export_shows_then() {
         assert_eq!(target[at..at + 4096], [byte; 4096]);
     }
 }
+
+#[test]
+fn a_kept_bitmap_that_follows_to_an_overlay_that_cannot_keep_it_is_told_of() {
+    let Some(mut scene) = with_disks(&["a", "b"], "1M") else { return };
+    scene.img(&["create", "-q", "-f", "qcow2", "-o", "compat=0.10", "old.qcow2", "1M"]);
+    scene.add("old", "old.qcow2", json!({}));
+    scene.execute("block-dirty-bitmap-add", json!({ "node": "b", "name": "kept", "persistent": true }));
+    let snapshot = json!({ "type": "blockdev-snapshot", "data": { "node": "b", "overlay": "old" } });
+    scene.execute("transaction", json!({ "actions": [snapshot_to("a", "new"), snapshot] }));
+    let event = scene.qmp.wait_event("BLOCK_DIRTY_BITMAP_NOT_STORED", wait::LIMIT).unwrap();
+    assert_eq!(event["data"], json!({ "node-name": "old", "name": "kept" }));
+    scene.end();
+}

@@ -12,7 +12,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{Either, select, try_join_all};
+use futures_util::future::{Either, join_all, select};
 use heliostat_block::error::BlockError;
 use heliostat_block::graph::{GraphError, Onto, Role};
 use heliostat_block::name::NodeName;
@@ -24,6 +24,7 @@ use heliostat_host::runtime;
 use super::conflict::conflict;
 use super::drive_mirror::{Made, New, check_creatable, file_spec, image_of, layer};
 use super::gate::CHAIN_MAX;
+use super::mirror_bitmap::unstorable;
 use super::nodes::Named;
 use super::{Action, Beneath, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 
@@ -65,7 +66,7 @@ pub(super) struct Snapshots {
     made: Vec<Made>,
     /// Names of nodes that there will be.
     promised: Vec<String>,
-    /// Files that will be made.
+    /// Files that are made, or will be.
     files: Vec<PathBuf>,
 }
 
@@ -203,8 +204,8 @@ impl Snapshots {
     /// As [`Daemon::snapshot`].
     pub(super) fn add(&mut self, daemon: &Daemon, node: &str, overlay: &str) -> Result<(), DaemonError> {
         let node = daemon.node(node)?;
-        let overlay = daemon.node(overlay)?;
         self.check_node(daemon, &node)?;
+        let overlay = daemon.node(overlay)?;
         self.check_overlay(daemon, &node, &overlay)?;
         self.plan(node, overlay, Named::ByOperator);
         Ok(())
@@ -233,6 +234,9 @@ impl Snapshots {
         let entries = daemon.nodes();
         let entry = entries.iter().find(|entry| Arc::ptr_eq(&entry.node, &node));
         let entry = entry.ok_or_else(|| DaemonError::NodeNotFound(node.name().to_string()))?;
+        if spec.mode == TargetMode::AbsolutePaths {
+            self.note_file(&spec.file)?;
+        }
         let there = overlay_file(daemon, spec, entry)?;
         let named = match spec.mode {
             TargetMode::AbsolutePaths => Named::ByImage,
@@ -244,7 +248,7 @@ impl Snapshots {
                     Some(name) => NodeName::new(name)?,
                     None => daemon.graph.generate_name(),
                 };
-                self.promise(name.as_str(), &spec.file)?;
+                self.promised.push(name.to_string());
                 self.list.push(Planned { node, name, overlay: None, named });
                 return Ok(());
             }
@@ -262,11 +266,10 @@ impl Snapshots {
     /// # Errors
     /// `Create` where two make one file.
     pub(super) fn defer(&mut self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
-        let name = spec.overlay_name.as_deref().unwrap_or_default();
         if spec.mode == TargetMode::AbsolutePaths {
-            return self.promise(name, &spec.file);
+            self.note_file(&spec.file)?;
         }
-        self.promised.push(name.to_owned());
+        self.promised.extend(spec.overlay_name.clone());
         Ok(())
     }
 
@@ -285,12 +288,12 @@ impl Snapshots {
         }
     }
 
-    fn promise(&mut self, name: &str, file: &Path) -> Result<(), DaemonError> {
+    /// Takes note of a file that is to be made.
+    fn note_file(&mut self, file: &Path) -> Result<(), DaemonError> {
         if self.files.iter().any(|other| is_same_file(other, file)) {
             return Err(DaemonError::Create("Failed to get \"write\" lock".to_owned()));
         }
         self.files.push(file.to_owned());
-        self.promised.push(name.to_owned());
         Ok(())
     }
 
@@ -409,13 +412,16 @@ impl Snapshots {
         daemon: &Daemon,
         changes: &[(Arc<Node>, Change)],
     ) -> Result<(), DaemonError> {
-        let unflushed = |error: BlockError| DaemonError::Unflushed(error);
+        // Each runs to its end, whatever becomes of the others.
+        let all_of = |flushed: Vec<Result<(), BlockError>>| {
+            flushed.into_iter().collect::<Result<(), _>>().map_err(DaemonError::Unflushed)
+        };
         let is_left = |node: &Arc<Node>| self.is_left(node) && !node.options().read_only;
         // None of them is on top of another: that would be somebody's use, and is refused.
         let nodes = self.nodes();
         // The long one, beside clients.
         let written = nodes.iter().filter(|node| is_left(node));
-        try_join_all(written.map(async |node| node.enter().await.flush().await)).await.map_err(unflushed)?;
+        all_of(join_all(written.map(async |node| node.enter().await.flush().await)).await)?;
         // All gates close before any waits. What mirrors are writing to overlays ends with what it began with.
         let clock = daemon.clock();
         let drained =
@@ -425,7 +431,7 @@ impl Snapshots {
                 Either::Right(_) => return Err(undrained(&nodes, limit)),
             };
         let written = drained.iter().filter(|drained| is_left(drained.node()));
-        try_join_all(written.map(Drained::flush)).await.map_err(unflushed)?;
+        all_of(join_all(written.map(Drained::flush)).await)?;
         let gate = |node: &Arc<Node>| drained.iter().find(|drained| Arc::ptr_eq(drained.node(), node));
         let onto = |planned: &'_ Planned| {
             let drained = gate(&planned.node)?;
@@ -433,11 +439,16 @@ impl Snapshots {
         };
         let moves: Vec<_> = self.list.iter().filter_map(onto).collect();
         let named: Vec<_> = self.list.iter().map(|planned| planned.named).collect();
+        let unstored = moves.iter().map(|one| (unstorable(one.below, one.target), one.target));
+        let unstored: Vec<_> = unstored.collect();
         daemon.put_on_top(&moves, &named, changes).map_err(|error| match error {
             GraphError::InUse { node, .. } => DaemonError::NodeInUse(node),
             GraphError::NotFound(name) | GraphError::Duplicate(name) => DaemonError::NodeNotFound(name),
         })?;
-        self.list.iter().for_each(|planned| daemon.keep_as_it_is(&planned.node));
+        for (planned, (unstored, target)) in self.list.iter().zip(unstored) {
+            daemon.keep_as_it_is(&planned.node);
+            daemon.say_unstored(unstored, target);
+        }
         Ok(())
     }
 

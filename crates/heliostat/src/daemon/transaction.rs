@@ -1,9 +1,9 @@
 //! Several changes, all or none.
 //!
 //! Every action is checked in its order against what those before it would leave; what it needs (memory, threads,
-//! places at nodes, files) is had then. Where a file is to be made, all is gone through without that first: it may take
-//! the place of another. Only when all have passed is anything done: bitmaps change and snapshots are taken at one moment
-//! over all nodes, which happens or does not; then mirrors start, which cannot fail.
+//! places at nodes, files) is had then. Where a file takes the place of another, all is gone through without making any
+//! first, so that nothing is lost when it is refused. Only when all have passed is anything done: bitmaps change and
+//! snapshots are taken at one moment over all nodes, which happens or does not; then mirrors start, which cannot fail.
 
 use heliostat_block::job::Group;
 
@@ -69,7 +69,7 @@ impl Daemon {
     /// Of the first action that cannot be done.
     pub fn transaction(&self, actions: &[Action], mode: CompletionMode) -> Result<(), DaemonError> {
         let _change = self.begin_change()?;
-        if actions.iter().any(Action::makes_file) {
+        if actions.iter().any(Action::replaces_file) {
             let mut plans = Plans::default();
             let checked = self.plan_all(actions, Pass::Check, &mut plans);
             drop(plans);
@@ -170,9 +170,10 @@ impl Daemon {
 }
 
 impl Action {
-    /// Says whether it makes a file, in whose place another may be.
-    const fn makes_file(&self) -> bool {
-        matches!(self, Self::SnapshotToFile(SnapshotSpec { mode: TargetMode::AbsolutePaths, .. }))
+    /// Says whether it makes a file where one is.
+    fn replaces_file(&self) -> bool {
+        matches!(self, Self::SnapshotToFile(spec)
+            if spec.mode == TargetMode::AbsolutePaths && spec.file.symlink_metadata().is_ok())
     }
 
     /// The nodes that it names, after `snapshots`.
