@@ -417,3 +417,51 @@ fn creation(error: DaemonError) -> DaemonError {
     // It is made longer before it is written.
     DaemonError::Create(text.replacen("Failed to get \"write\" lock", "Failed to get \"resize\" lock", 1))
 }
+
+#[cfg(test)]
+mod tests {
+    use heliostat_block::driver::qcow2::create::{CreateOptions, create};
+    use heliostat_block::driver::qcow2::file::ImageFile;
+    use heliostat_block::job::{Force, JobEvent, Verb};
+    use heliostat_host::file::FileStorage;
+    use heliostat_host::open::{Access, Existing, OpenOptions};
+    use heliostat_host::runtime;
+
+    use super::*;
+    use crate::daemon::events::Happening;
+
+    /// Somebody may look at the job for longer than it lives.
+    #[test]
+    fn a_target_is_anybodys_when_its_job_has_said_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("target");
+        let options = OpenOptions { access: Access::ReadWrite, ..OpenOptions::default() };
+        let storage = FileStorage::create(&path, 0, Existing::Replace, &options).unwrap();
+        let image = CreateOptions { size: 1 << 20, ..CreateOptions::default() };
+        runtime::block_on(create(&ImageFile::new(Arc::new(storage)), None, &image)).unwrap().unwrap();
+        let daemon = Daemon::new();
+        let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
+        daemon.add_node(&NodeSpec::new(Some("source".to_owned()), null)).unwrap();
+        let events = daemon.subscribe();
+        let spec = DriveMirrorSpec {
+            mirror: MirrorSpec::new("j", "source", ""),
+            target: TargetName::Path(path.clone()),
+            format: Some("qcow2".to_owned()),
+            node_name: None,
+            mode: TargetMode::Existing,
+        };
+        daemon.start_drive_mirror(&spec).unwrap();
+        let entry = daemon.job("j").unwrap();
+        let hears = |wanted: &JobEvent| loop {
+            let next = events.next(std::time::Duration::from_secs(30)).expect("something is said");
+            if matches!(&next.what, Happening::Job { event, .. } if event == wanted) {
+                return;
+            }
+        };
+        hears(&JobEvent::Ready);
+        assert!(FileStorage::open(&path, &options).is_err(), "it is the job's");
+        daemon.ask_job(&entry, Verb::Cancel(Force::Hard)).unwrap();
+        hears(&JobEvent::Cancelled);
+        FileStorage::open(&path, &options).unwrap();
+    }
+}

@@ -1,6 +1,6 @@
 //! The jobs of a daemon: which there are, newest first, and the threads that they run on.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 
 use event_listener::Listener;
 use heliostat_block::job::{End, Force, Job, JobStatus, Observer, Verb, VerbError, allows};
@@ -45,7 +45,8 @@ pub struct JobEntry {
     /// A node's name that is kept free as long as the job lives.
     pub filter_node_name: Option<String>,
     /// A target that is to stand on what its image names: opened when the job is asked to complete.
-    pub(super) opens_at_end: Option<Arc<Node>>,
+    /// It is not held: its file is somebody else's as soon as the job has said its end.
+    pub(super) opens_at_end: Option<Weak<Node>>,
 }
 
 impl JobEntry {
@@ -117,7 +118,8 @@ impl Daemon {
     /// # Errors
     /// `Verb`, as [`Job::ask`] says it; `Backing`.
     pub fn ask_job(&self, entry: &JobEntry, verb: Verb) -> Result<(), DaemonError> {
-        if let Some(target) = entry.opens_at_end.as_ref().filter(|_| verb == Verb::Complete) {
+        let target = entry.opens_at_end.as_ref().and_then(Weak::upgrade);
+        if let Some(target) = target.filter(|_| verb == Verb::Complete) {
             // Looked at once: a job that becomes ready between two looks must not be told without its chain.
             let status = entry.job.status();
             if !allows(status, verb) {
@@ -125,7 +127,7 @@ impl Daemon {
             }
             if entry.job.orders().end != Some(End::Copy) {
                 let _change = self.begin_change()?;
-                self.open_beneath(target)?;
+                self.open_beneath(&target)?;
             }
         }
         Ok(entry.ask(verb)?)

@@ -292,7 +292,7 @@ impl Daemon {
             source: source.name().to_string(),
             target: target.name().to_string(),
             filter_node_name: spec.filter_node_name,
-            opens_at_end: (beneath == Beneath::FromHeader).then_some(target),
+            opens_at_end: (beneath == Beneath::FromHeader).then(|| Arc::downgrade(&target)),
         };
         self.keep_job(entry, thread);
         if let Some(bitmap) = &prepared.by_bitmap {

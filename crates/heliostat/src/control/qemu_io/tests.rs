@@ -9,7 +9,7 @@ fn with_a_node() -> Arc<Daemon> {
     let daemon = Daemon::new();
     let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
     let image = Child::New(Box::new(NodeSpec::new(None, null)));
-    let (limits, claims) = (FaultLimits::default(), Claims::default());
+    let (limits, claims) = (FaultLimits::default(), heliostat_block::graph::Claims::default());
     let faults = FaultSpec { image, config: None, limits, errors: Vec::new(), states: Vec::new(), claims };
     let node = NodeSpec::new(Some("n".to_owned()), DriverSpec::Faults(Box::new(faults)));
     daemon.add_node(&node).unwrap();
@@ -80,12 +80,12 @@ fn requests_that_are_held_up_take_no_more_than_a_bounded_memory() {
     let daemon = with_a_node();
     let null = DriverSpec::NullCo { size: 1 << 30, read_zeroes: true };
     let faults = FaultSpec {
+        claims: Claims::default(),
         image: Child::New(Box::new(NodeSpec::new(None, null))),
         config: None,
         limits: FaultLimits::default(),
         errors: Vec::new(),
         states: Vec::new(),
-        claims: Claims::default(),
     };
     let faults = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
     let raw = DriverSpec::Raw { file: faults, offset: 0, size: None, is_guess: false };
@@ -156,7 +156,7 @@ fn nodes_on_each_other_are_reopened_in_any_order_while_a_request_is_between_them
     says(&daemon, "wait_break A");
     let image =
         daemon.nodes().iter().find_map(|entry| entry.filter.as_ref().and(entry.child.clone())).unwrap();
-    let (limits, claims) = (FaultLimits::default(), Claims::default());
+    let (limits, claims) = (FaultLimits::default(), heliostat_block::graph::Claims::default());
     let (errors, states, image) = (Vec::new(), Vec::new(), Child::Named(image.to_string()));
     let lower =
         DriverSpec::Faults(Box::new(FaultSpec { image, config: None, limits, errors, states, claims }));
