@@ -282,7 +282,8 @@ impl Graph {
 
     /// As [`Graph::pivot`] for each of `moves`, in their order, with its target standing on something from then on: all
     /// in one step, so that nobody comes between who minds, and nobody sees some without the others. `bitmaps` change at
-    /// the same point, before those of the drained nodes follow. Answers the places of what is below.
+    /// the same point, before those of the drained nodes follow. Where nobody moves to the target and nobody is there, they
+    /// stay: a target without users may be gone in a moment. Answers the places of what is below.
     ///
     /// # Errors
     /// [`GraphError::InUse`] where a user of what is to be below that does not move minds; nothing has changed then.
@@ -305,7 +306,9 @@ impl Graph {
         change(bitmaps);
         let mut standing = Vec::new();
         for Onto { drained, target, below } in moves {
-            state.pivot(drained.node(), target);
+            if state.has_movers(drained.node()) || state.places_at(target).next().is_some() {
+                state.pivot(drained.node(), target);
+            }
             let role = Role::Backing { of: target.name().clone() };
             let place = Place::new(role, below);
             state.places.push(Arc::downgrade(&place));
@@ -341,6 +344,11 @@ impl State {
         for place in self.places_at(replaced).filter(|place| self.moves_with_a_pivot(place)) {
             place.spot.put(target);
         }
+    }
+
+    /// Says whether a pivot would move somebody away from `node`.
+    fn has_movers(&self, node: &Arc<Node>) -> bool {
+        self.places_at(node).any(|place| self.moves_with_a_pivot(&place))
     }
 
     /// Exports do, and filters, whose requests go wherever their place is. What else stands on a node stays on it.

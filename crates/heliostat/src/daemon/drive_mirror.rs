@@ -85,6 +85,14 @@ impl Layer {
         }
     }
 
+    /// How many nodes it takes, that of the file among them.
+    pub(super) const fn nodes(self) -> usize {
+        match self {
+            Self::None => 1,
+            Self::Format(_) => 2,
+        }
+    }
+
     pub(super) const fn is_image(self) -> bool {
         matches!(self, Self::Format(Format::Qcow2))
     }
@@ -182,14 +190,19 @@ impl Daemon {
         check_creatable(&new.path, source, &self.files_in_use())?;
         if let Some(name) = &spec.node_name {
             let name = NodeName::new(name)?;
-            if self.graph.node(name.as_str()).is_ok() || self.is_filter_name(name.as_str()) {
+            if self.is_taken(name.as_str()) {
                 return Err(DaemonError::NodeExists(name.to_string()));
             }
         }
+        self.check_room_for_nodes(new.layer.nodes())?;
         let size = new.layer.is_image().then_some(CLUSTER);
         let whole = size.filter(|_| new.beneath != Beneath::AsItIs);
         let prospect = Prospect { node: None, clusters: Clusters { size, whole } };
         let prepared = self.prepare(&spec.mirror, &source.node, &prospect)?;
+        if let Some(name) = spec.node_name.as_ref().filter(|_| spec.node_name == spec.mirror.filter_node_name)
+        {
+            return Err(DaemonError::NodeExists(name.clone()));
+        }
         if spec.mirror.speed < 0 {
             self.say_stillborn(&spec.mirror.job_id);
             return Err(DaemonError::Speed);

@@ -9,6 +9,7 @@ use heliostat_block::node::Node;
 use heliostat_host::runtime::Thread;
 
 use super::events::Happening;
+use super::nodes::NODES_MAX;
 use super::{Daemon, DaemonError};
 
 /// What a job does.
@@ -158,6 +159,19 @@ impl Daemon {
             jobs.list.iter().map(|running| &running.entry).filter(is_over).cloned().collect()
         };
         over.iter().for_each(|entry| wait_until_silent(&entry.job));
+    }
+
+    /// Says whether no new node may be called that.
+    pub(super) fn is_taken(&self, name: &str) -> bool {
+        self.graph.node(name).is_ok() || self.is_filter_name(name)
+    }
+
+    /// Refuses `coming` nodes more beside those that are there.
+    pub(super) fn check_room_for_nodes(&self, coming: usize) -> Result<(), DaemonError> {
+        if self.nodes().len() + coming > NODES_MAX {
+            return Err(DaemonError::TooMany { what: "nodes", limit: NODES_MAX });
+        }
+        Ok(())
     }
 
     pub(super) fn is_filter_name(&self, name: &str) -> bool {

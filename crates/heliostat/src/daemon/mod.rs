@@ -11,6 +11,7 @@ mod drive_mirror;
 mod error;
 mod events;
 mod exports;
+mod flushing;
 mod gate;
 mod jobs;
 mod lanes;

@@ -3,9 +3,10 @@
 //! It looks at what is there and makes nothing. Called by `snapshot`.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use heliostat_block::name::NodeName;
+use heliostat_host::pinned::Pinned;
 
 use super::drive_mirror::{New, check_creatable, image_of, layer};
 use super::{Beneath, Daemon, DaemonError, NodeEntry, SnapshotSpec, TargetMode};
@@ -44,6 +45,19 @@ pub(super) fn overlay_file(
         NodeName::new(name)?;
     }
     Ok(new)
+}
+
+/// Refuses what was opened while it was looked whether all can be done, where one of `files`, which are to be replaced
+/// then, is of it.
+pub(super) fn check_unopened(daemon: &Daemon, files: &[PathBuf]) -> Result<(), DaemonError> {
+    let opened = daemon.files_in_use();
+    let is_opened = |file: &PathBuf| Pinned::find(file).is_ok_and(|found| opened.contains(&found.identity()));
+    if files.iter().any(is_opened) { Err(locked()) } else { Ok(()) }
+}
+
+/// What is said of a file that is somebody else's.
+pub(super) fn locked() -> DaemonError {
+    DaemonError::Create("Failed to get \"write\" lock".to_owned())
 }
 
 /// Says whether both are, or would be, one file.

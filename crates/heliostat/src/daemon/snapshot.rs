@@ -6,7 +6,7 @@
 //! nodes are flushed once more, so that what was acknowledged to clients is durable in the layers that they leave: from
 //! then on they flush the overlays only. Called by `transaction`, of which a command for one snapshot is one.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,16 +21,20 @@ use heliostat_block::tracked::Drained;
 use heliostat_host::runtime;
 
 use super::conflict::conflict;
-use super::drive_mirror::{Made, file_spec};
-use super::gate::CHAIN_MAX;
+use super::drive_mirror::{Layer, Made, file_spec};
+use super::flushing::flush_until_short;
+use super::gate::{CHAIN_MAX, Format};
 use super::mirror_bitmap::unstorable;
 use super::nodes::Named;
-use super::overlay_file::{is_same_file, overlay_file};
+use super::overlay_file::{check_unopened, is_same_file, locked, overlay_file};
 use super::{Action, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 
 /// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
 /// drivers in guests take a disk for dead.
 const DRAIN_MAX: Duration = Duration::from_secs(20);
+
+/// What an overlay that is made is.
+const IMAGE: Layer = Layer::Format(Format::Qcow2);
 
 /// A snapshot that makes, or opens, its overlay.
 #[derive(Clone, Debug)]
@@ -66,6 +70,8 @@ pub(super) struct Snapshots {
     made: Vec<Made>,
     /// Names of nodes that there will be.
     promised: Vec<String>,
+    /// Names that mirrors of the same transaction keep free.
+    kept_free: Vec<String>,
     /// Files that are made, or will be.
     files: Vec<PathBuf>,
 }
@@ -84,7 +90,7 @@ impl Daemon {
     ///
     /// # Errors
     /// `NodeNotFound`; `NodeBusy`, `NodeIsBacking`, `NodeIsChild` by who uses `node`; `Snapshot` by what is wrong with
-    /// the overlay; `PermissionConflict`; `Unflushed`. Nothing has changed then.
+    /// the overlay; `PermissionConflict`; `Unflushed`, `Undrained`. Nothing has changed then.
     pub fn snapshot(&self, node: &str, overlay: &str) -> Result<(), DaemonError> {
         self.transaction(
             &[Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() }],
@@ -95,7 +101,8 @@ impl Daemon {
     /// Makes or opens an overlay, and puts it in the place of a node, on top of it.
     ///
     /// # Errors
-    /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`.
+    /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`. With `Unflushed` and `Undrained`, which only show when
+    /// the overlay is there, a file in whose place it was made is lost: what was in it is gone.
     pub fn snapshot_to_file(&self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
         self.transaction(&[Action::SnapshotToFile(spec.clone())], CompletionMode::Individual)
     }
@@ -134,6 +141,23 @@ impl Snapshots {
     /// Says whether a node of that name will be there, and is not yet.
     pub(super) fn promises(&self, name: &str) -> bool {
         self.promised.iter().any(|promised| promised == name)
+    }
+
+    /// Takes note of a name that no node is to have from then on.
+    ///
+    /// # Errors
+    /// `NodeExists`.
+    pub(super) fn keep_free(&mut self, name: Option<&str>) -> Result<(), DaemonError> {
+        let Some(name) = name else { return Ok(()) };
+        if self.promises(name) || self.is_kept_free(name) {
+            return Err(DaemonError::NodeExists(name.to_owned()));
+        }
+        self.kept_free.push(name.to_owned());
+        Ok(())
+    }
+
+    fn is_kept_free(&self, name: &str) -> bool {
+        self.kept_free.iter().any(|kept| kept == name)
     }
 
     /// The name of the node that `device`, a node's name or an export's id, would mean.
@@ -225,7 +249,8 @@ impl Snapshots {
         if spec.node_name.is_some() && spec.overlay_name.is_none() {
             return Err(DaemonError::Snapshot("New overlay node-name missing".to_owned()));
         }
-        let is_taken = |name: &String| daemon.graph.node(name).is_ok() || self.promises(name);
+        let is_taken =
+            |name: &String| daemon.is_taken(name) || self.promises(name) || self.is_kept_free(name);
         if spec.overlay_name.as_ref().is_some_and(is_taken) {
             return Err(DaemonError::Snapshot("New overlay node-name already in use".to_owned()));
         }
@@ -234,10 +259,10 @@ impl Snapshots {
         let entries = daemon.nodes();
         let entry = entries.iter().find(|entry| Arc::ptr_eq(&entry.node, &node));
         let entry = entry.ok_or_else(|| DaemonError::NodeNotFound(node.name().to_string()))?;
-        if spec.mode == TargetMode::AbsolutePaths {
-            self.note_file(&spec.file)?;
-        }
+        self.note_file(spec)?;
         let there = overlay_file(daemon, spec, entry)?;
+        let images = self.list.iter().filter(|planned| planned.overlay.is_none()).count();
+        daemon.check_room_for_nodes(images * IMAGE.nodes() + there.layer.nodes())?;
         let named = match spec.mode {
             TargetMode::AbsolutePaths => Named::ByImage,
             TargetMode::Existing => Named::ByOperator,
@@ -256,6 +281,9 @@ impl Snapshots {
         }
         let below = file_spec(&spec.file, entry);
         let overlay = daemon.make_target(&below, spec.overlay_name.clone(), there.layer.wanted())?;
+        if pass == Pass::Check {
+            check_unopened(daemon, &self.files)?;
+        }
         self.check_overlay(daemon, &node, &overlay)?;
         self.plan(node, overlay, named);
         Ok(())
@@ -266,9 +294,7 @@ impl Snapshots {
     /// # Errors
     /// `Create` where two make one file.
     pub(super) fn defer(&mut self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
-        if spec.mode == TargetMode::AbsolutePaths {
-            self.note_file(&spec.file)?;
-        }
+        self.note_file(spec)?;
         self.promised.extend(spec.overlay_name.clone());
         Ok(())
     }
@@ -288,12 +314,14 @@ impl Snapshots {
         }
     }
 
-    /// Takes note of a file that is to be made.
-    fn note_file(&mut self, file: &Path) -> Result<(), DaemonError> {
-        if self.files.iter().any(|other| is_same_file(other, file)) {
-            return Err(DaemonError::Create("Failed to get \"write\" lock".to_owned()));
+    /// Takes note of a file that is to be made, and refuses one that is somebody else's by then.
+    fn note_file(&mut self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
+        if self.files.iter().any(|other| is_same_file(other, &spec.file)) {
+            return Err(locked());
         }
-        self.files.push(file.to_owned());
+        if spec.mode == TargetMode::AbsolutePaths {
+            self.files.push(spec.file.clone());
+        }
         Ok(())
     }
 
@@ -401,7 +429,7 @@ impl Snapshots {
     /// that moment, too.
     ///
     /// # Errors
-    /// `Unflushed`, `Undrained`, `NodeInUse`; nothing has changed then.
+    /// `Unflushed`, `Undrained`, `NodeInUse`; no node has changed then.
     pub(super) fn take(&self, daemon: &Daemon, changes: &[(Arc<Node>, Change)]) -> Result<(), DaemonError> {
         runtime::block_on(self.take_within(DRAIN_MAX, daemon, changes)).map_err(DaemonError::Engine)?
     }
@@ -419,9 +447,12 @@ impl Snapshots {
         let is_left = |node: &Arc<Node>| self.is_left(node) && !node.options().read_only;
         // None of them is on top of another: that would be somebody's use, and is refused.
         let nodes = self.nodes();
-        // The long one, beside clients.
-        let written = nodes.iter().filter(|node| is_left(node));
-        all_of(join_all(written.map(async |node| node.enter().await.flush().await)).await)?;
+        // The long ones, beside clients.
+        let beside_clients = async || {
+            let written = nodes.iter().filter(|node| is_left(node));
+            all_of(join_all(written.map(async |node| node.enter().await.flush().await)).await)
+        };
+        flush_until_short(daemon.clock().as_ref(), beside_clients).await?;
         // All gates close before any waits. What mirrors are writing to overlays ends with what it began with.
         let clock = daemon.clock();
         let drained =
@@ -447,7 +478,8 @@ impl Snapshots {
         })?;
         for (planned, (unstored, target)) in self.list.iter().zip(unstored) {
             daemon.keep_as_it_is(&planned.node);
-            daemon.say_unstored(unstored, target);
+            let is_gone = |name: &String| planned.node.named_bitmap(name).is_none();
+            daemon.say_unstored(unstored.into_iter().filter(is_gone).collect(), target);
         }
         Ok(())
     }
@@ -475,8 +507,14 @@ mod tests {
     use heliostat_host::file::FileStorage;
     use heliostat_host::open::{Existing, OpenOptions};
 
+    use std::path::Path;
+
     use super::*;
-    use crate::daemon::{Child, DriverSpec, NodeSpec, Qcow2Spec};
+    use crate::daemon::nodes::NODES_MAX;
+    use crate::daemon::{
+        BitmapAction, BitmapSpec, Child, DriveMirrorSpec, DriverSpec, MirrorSpec, NodeSpec, Qcow2Spec,
+        TargetName,
+    };
 
     /// A daemon with the images `names`, each a node.
     fn with_images(folder: &Path, names: &[&str]) -> Arc<Daemon> {
@@ -516,5 +554,134 @@ mod tests {
         drop(request);
         take(DRAIN_MAX).unwrap();
         assert!(Arc::ptr_eq(&daemon.node("ob").unwrap().backing().unwrap(), &b) && b.options().read_only);
+    }
+
+    /// A snapshot of `node` to an image that is made.
+    fn to_file(node: &str, file: &Path, overlay: &str) -> SnapshotSpec {
+        SnapshotSpec {
+            device: None,
+            node_name: Some(node.to_owned()),
+            file: file.to_owned(),
+            overlay_name: Some(overlay.to_owned()),
+            format: "qcow2".to_owned(),
+            mode: TargetMode::AbsolutePaths,
+        }
+    }
+
+    /// A mirror whose filter would have that name.
+    fn mirror(source: &str, target: &str, filter: &str) -> MirrorSpec {
+        MirrorSpec { filter_node_name: Some(filter.to_owned()), ..MirrorSpec::new(source, source, target) }
+    }
+
+    fn all(daemon: &Daemon, actions: &[Action]) -> Result<(), DaemonError> {
+        daemon.transaction(actions, CompletionMode::Individual)
+    }
+
+    /// A file with something in it.
+    fn file_in(folder: &Path) -> PathBuf {
+        let file = folder.join("there");
+        std::fs::write(&file, [7; 100_000]).unwrap();
+        file
+    }
+
+    fn assert_whole(file: &Path) {
+        assert!(std::fs::read(file).unwrap() == [7; 100_000], "it is lost");
+    }
+
+    #[test]
+    fn a_file_is_not_replaced_when_the_nodes_name_is_a_filters() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a", "b", "c", "t", "u"]);
+        let file = file_in(folder.path());
+        let snapshot = || Action::SnapshotToFile(to_file("a", &file, "ov"));
+        let with_it = |source: &str, target: &str| Action::Mirror(Box::new(mirror(source, target, "ov")));
+        for actions in [[snapshot(), with_it("b", "t")], [with_it("b", "t"), snapshot()]] {
+            all(&daemon, &actions).unwrap_err();
+            assert_whole(&file);
+        }
+        let refused = all(&daemon, &[with_it("b", "t"), with_it("c", "u")]).unwrap_err();
+        assert!(matches!(refused, DaemonError::NodeExists(_)), "{refused}");
+        daemon.start_mirror(&mirror("b", "t", "ov")).unwrap();
+        let refused = daemon.snapshot_to_file(&to_file("a", &file, "ov")).unwrap_err();
+        assert_eq!(refused.to_string(), "New overlay node-name already in use");
+        assert_whole(&file);
+        let own = DriveMirrorSpec {
+            mirror: mirror("c", "", "own"),
+            target: TargetName::Path(file.clone()),
+            format: Some("qcow2".to_owned()),
+            node_name: Some("own".to_owned()),
+            mode: TargetMode::AbsolutePaths,
+        };
+        let refused = daemon.start_drive_mirror(&own).err().unwrap();
+        assert!(matches!(refused, DaemonError::NodeExists(_)), "{refused}");
+        assert_whole(&file);
+        daemon.shutdown().unwrap();
+    }
+
+    #[test]
+    fn a_file_that_another_snapshot_opens_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a", "b", "there"]);
+        daemon.remove_node("there").unwrap();
+        let file = folder.path().join("there");
+        let before = std::fs::read(&file).unwrap();
+        let opened = SnapshotSpec { mode: TargetMode::Existing, ..to_file("b", &file, "ob") };
+        let made = Action::SnapshotToFile(to_file("a", &file, "oa"));
+        let opened = Action::SnapshotToFile(opened);
+        for actions in [[made.clone(), opened.clone()], [opened, made]] {
+            all(&daemon, &actions).unwrap_err();
+            assert_eq!(std::fs::read(&file).unwrap(), before);
+        }
+    }
+
+    #[test]
+    fn a_file_is_not_replaced_when_there_is_no_room_for_its_nodes() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a", "b"]);
+        let file = file_in(folder.path());
+        let null = |number: usize| {
+            let driver = DriverSpec::NullCo { size: 512, read_zeroes: true };
+            NodeSpec::new(Some(format!("null{number}")), driver)
+        };
+        let room = |nodes: usize| {
+            (daemon.nodes().len()..NODES_MAX - nodes)
+                .for_each(|at| drop(daemon.add_node(&null(at)).unwrap()));
+        };
+        let is_full = |refused: DaemonError| matches!(refused, DaemonError::TooMany { what: "nodes", .. });
+        room(3);
+        let two = [to_file("a", &file, "oa"), to_file("b", &folder.path().join("new"), "ob")];
+        assert!(is_full(all(&daemon, &two.map(Action::SnapshotToFile)).unwrap_err()));
+        assert_whole(&file);
+        room(1);
+        assert!(is_full(daemon.snapshot_to_file(&to_file("a", &file, "oa")).unwrap_err()));
+        let mirror = DriveMirrorSpec {
+            mirror: MirrorSpec::new("j", "a", ""),
+            target: TargetName::Path(file.clone()),
+            format: None,
+            node_name: None,
+            mode: TargetMode::AbsolutePaths,
+        };
+        assert!(is_full(daemon.start_drive_mirror(&mirror).err().unwrap()));
+        assert_whole(&file);
+    }
+
+    #[test]
+    fn bitmaps_stay_where_nobody_goes_to_the_overlay() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a", "o"]);
+        let spec = BitmapSpec {
+            node: "a".to_owned(),
+            name: "x".to_owned(),
+            granularity: None,
+            persistent: true,
+            disabled: false,
+        };
+        all(&daemon, &[Action::Bitmap(BitmapAction::Add(spec))]).unwrap();
+        daemon.snapshot_to_file(&to_file("a", &folder.path().join("new"), "new")).unwrap();
+        assert!(daemon.node("new").is_err(), "nobody uses it");
+        let a = daemon.node("a").unwrap();
+        assert!(a.named_bitmap("x").is_some());
+        daemon.snapshot("a", "o").unwrap();
+        assert!(a.named_bitmap("x").is_some() && daemon.node("o").unwrap().named_bitmaps().is_empty());
     }
 }

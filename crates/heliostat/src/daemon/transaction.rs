@@ -162,6 +162,7 @@ impl Daemon {
         let target = self.node(&spec.target)?;
         plans.snapshots.check_target(self, &target)?;
         let prepared = self.prepare(spec, &source, &Prospect::of(&target))?;
+        plans.snapshots.keep_free(spec.filter_node_name.as_deref())?;
         if let Some(name) = &spec.bitmap.name {
             plans.bitmaps.hold(self, &source, name)?;
         }

@@ -44,7 +44,7 @@ pub(super) use target::{Named, Wanted};
 
 /// The most nodes in one daemon: a mirror of an image to another takes four, and there may be
 /// [`heliostat_block::limits::JOBS_MAX`] of those; and chains. What there are descriptors for is the host's to say.
-const NODES_MAX: usize = 4096;
+pub(super) const NODES_MAX: usize = 4096;
 
 /// The most nodes on top of each other in one order: more than any chain that makes sense, far less than what
 /// would exhaust a stack.
