@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use heliostat_block::name::NodeName;
 use heliostat_host::pinned::Pinned;
 
-use super::drive_mirror::{New, check_creatable, image_of, layer};
+use super::drive_mirror::{Layer, New, check_creatable, image_of, layer};
+use super::gate::Format;
 use super::{Beneath, Daemon, DaemonError, NodeEntry, SnapshotSpec, TargetMode};
 
 /// Checks what can be known of the overlay before anything is made.
@@ -45,6 +46,11 @@ pub(super) fn overlay_file(
         NodeName::new(name)?;
     }
     Ok(new)
+}
+
+/// Refuses an overlay for whose nodes there is no room beside those of `images` that are to be made.
+pub(super) fn check_room(daemon: &Daemon, layer: Layer, images: usize) -> Result<(), DaemonError> {
+    daemon.check_room_for_nodes(images * Layer::Format(Format::Qcow2).nodes() + layer.nodes())
 }
 
 /// Refuses what was opened while it was looked whether all can be done, where one of `files`, which are to be replaced

@@ -21,20 +21,17 @@ use heliostat_block::tracked::Drained;
 use heliostat_host::runtime;
 
 use super::conflict::conflict;
-use super::drive_mirror::{Layer, Made, file_spec};
+use super::drive_mirror::{Made, file_spec};
 use super::flushing::flush_until_short;
-use super::gate::{CHAIN_MAX, Format};
+use super::gate::CHAIN_MAX;
 use super::mirror_bitmap::unstorable;
 use super::nodes::Named;
-use super::overlay_file::{check_unopened, is_same_file, locked, overlay_file};
+use super::overlay_file::{check_room, check_unopened, is_same_file, locked, overlay_file};
 use super::{Action, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 
 /// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
 /// drivers in guests take a disk for dead.
 const DRAIN_MAX: Duration = Duration::from_secs(20);
-
-/// What an overlay that is made is.
-const IMAGE: Layer = Layer::Format(Format::Qcow2);
 
 /// A snapshot that makes, or opens, its overlay.
 #[derive(Clone, Debug)]
@@ -262,7 +259,7 @@ impl Snapshots {
         self.note_file(spec)?;
         let there = overlay_file(daemon, spec, entry)?;
         let images = self.list.iter().filter(|planned| planned.overlay.is_none()).count();
-        daemon.check_room_for_nodes(images * IMAGE.nodes() + there.layer.nodes())?;
+        check_room(daemon, there.layer, images)?;
         let named = match spec.mode {
             TargetMode::AbsolutePaths => Named::ByImage,
             TargetMode::Existing => Named::ByOperator,
