@@ -393,6 +393,12 @@ impl Daemon {
                 replaces: node.name().clone(),
                 source_node: source.name().clone(),
             })?;
+            // Another's filter would move with the pivot, and with it what another mirror reads.
+            let is_shared =
+                self.graph.roles(&at).iter().filter(|role| matches!(role, Role::Child { .. })).count() > 1;
+            if is_shared {
+                return Err(DaemonError::NodeBusy(at.name().clone()));
+            }
             below.push(Arc::clone(&at));
         }
         Ok(below)

@@ -336,14 +336,14 @@ impl Record {
 }
 
 impl Nodes {
-    /// Takes note that `node` has come below filters: these are in its file now.
+    /// Takes note that `node` has come below others: all that is above it is in its file now.
     fn follow_file(&mut self, node: &Arc<Node>) {
         let mut lower: Vec<_> =
             self.find(node.name().as_str()).map(|record| record.below.clone()).into_iter().collect();
         while let Some(below) = lower.pop() {
             for record in &mut self.list {
                 let entry = &mut record.below.entry;
-                if entry.filter.is_some() && entry.child.as_ref() == Some(below.entry.node.name()) {
+                if entry.child.as_ref() == Some(below.entry.node.name()) {
                     entry.path.clone_from(&below.entry.path);
                     record.below.identity = below.identity;
                     lower.push(record.below.clone());
