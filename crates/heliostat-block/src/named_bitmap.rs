@@ -167,11 +167,15 @@ pub(crate) fn follow(source: &Arc<Node>, target: &Arc<Node>) {
         let mut changes = Vec::new();
         match &there {
             Some(there) if there.bits.is_some() && bitmap.bits.is_some() => {
+                let is_recording = bitmap.recording;
+                // What is merged has the marks of what the target is longer by, too.
+                changes.push((Arc::clone(source), Change::Remove(name.clone())));
+                changes.push((Arc::clone(source), Change::Add(bitmap)));
                 changes.push((
                     Arc::clone(target),
                     Change::Merge(name.clone(), vec![(Arc::clone(source), name.clone())]),
                 ));
-                if bitmap.recording {
+                if is_recording {
                     changes.push((Arc::clone(target), Change::Record(name.clone(), true)));
                 }
             }

@@ -131,7 +131,7 @@ fn run_in(running: &Running, mut random: Random) -> Result<Seen, String> {
         executor.spawn(format!("guest{guest}"), write(Rc::clone(&bench), guest, pause, random.fork()));
     }
     start(&bench, executor, granularity, &mut random)?;
-    executor.spawn("operator", operate(Rc::clone(&bench), delay_max, random.fork()));
+    executor.spawn_beside("operator", operate(Rc::clone(&bench), delay_max, random.fork()));
     let step_cost = Duration::from_nanos(random.pick(&[0, 1_000, 20_000]));
     let _steps = executor.run(world, &mut random.fork(), step_cost);
     match world.failure() {
@@ -281,7 +281,8 @@ async fn operate(bench: Rc<Bench>, delay_max: Duration, mut random: Random) {
             0..25 => Verb::Pause,
             25..45 => Verb::Resume,
             45..55 => Verb::Change(random.pick(&[CopyMode::Background, CopyMode::WriteBlocking])),
-            55..90 => goal,
+            55..80 => goal,
+            80..90 => random.pick(&[Verb::Complete, Verb::Cancel(Force::Soft)]),
             90..94 => Verb::Cancel(Force::Hard),
             _ => Verb::Finalize,
         };

@@ -127,11 +127,16 @@ impl State {
         self.jobs.len() == size && self.at.iter().all(|at| *at == Some(point))
     }
 
-    /// Goes on for all, who are at `point`; says whether it could.
-    fn go_on(&mut self, point: Point, jobs: &[Arc<Job>]) -> bool {
+    /// Goes on for all, who are at `point`, with the `step` of the last; says whether it could.
+    fn go_on(&mut self, point: Point, step: Step, jobs: &[Arc<Job>]) -> bool {
         let mut states: Vec<_> = jobs.iter().map(|job| job.state()).collect();
         match point {
-            Point::Ready => states.iter_mut().for_each(|state| state.become_ready()),
+            Point::Ready => {
+                if states.iter().any(|state| state.orders.paused || state.orders.cancelled) {
+                    return false;
+                }
+                states.iter_mut().for_each(|state| state.become_ready());
+            }
             Point::Gate => self.is_closing = true,
             Point::Pending => {
                 if !states.iter().all(|state| state.may_leave_ready()) {
@@ -143,9 +148,13 @@ impl State {
                 }
             }
             Point::End => {
-                let may_end = |state: &super::State| match state.status {
-                    JobStatus::Pending => !state.orders.cancelled,
-                    _ => state.may_leave_ready(),
+                let may_end = |state: &super::State| {
+                    let ends_so = state.orders.end.is_some_and(|end| end.step() == step);
+                    ends_so
+                        && match state.status {
+                            JobStatus::Pending => !state.orders.cancelled,
+                            _ => state.may_leave_ready(),
+                        }
                 };
                 if !(self.is_closing && states.iter().all(|state| may_end(state))) {
                     return false;
@@ -180,8 +189,15 @@ impl Member {
     pub(crate) fn meet(&self, step: Step, view: View) -> Step {
         let group = &self.group;
         let mut state = group.state();
-        if let (true, Some(end)) = (state.is_decided, view.orders.end) {
+        let Some(job) = state.jobs[self.index].upgrade() else { return step };
+        // No verb is taken any more then: what is wanted stays what all were decided on.
+        if let (true, Some(end)) = (state.is_decided, job.orders().end) {
             return end.step();
+        }
+        if job.status() != view.status || job.orders() != view.orders {
+            // Another has gone on for all since it looked, or a verb was taken: it looks again, and is awake for that.
+            state.at[self.index] = None;
+            return Step::Wait;
         }
         let point = Point::before(step);
         if is_planted(Bug::GroupEndsOneByOne) && matches!(point, Some(Point::Gate | Point::End)) {
@@ -199,7 +215,7 @@ impl Member {
             return meanwhile(step, view);
         }
         let jobs: Vec<_> = state.jobs.iter().filter_map(Weak::upgrade).collect();
-        let has_gone_on = point.is_some_and(|point| state.go_on(point, &jobs));
+        let has_gone_on = point.is_some_and(|point| state.go_on(point, step, &jobs));
         drop(state);
         jobs.iter().for_each(|job| job.tell());
         match point {
@@ -208,6 +224,11 @@ impl Member {
             Some(Point::Ready | Point::Pending) if has_gone_on => Step::Wait,
             _ => meanwhile(step, view),
         }
+    }
+
+    /// The mirror has met an error: it is not where it was.
+    pub(crate) fn step_back(&self) {
+        self.group.state().at[self.index] = None;
     }
 
     /// The mirror has opened its gate again, between two looks at its group: so do the others.

@@ -7,6 +7,7 @@ use futures_util::FutureExt;
 use futures_util::future::join_all;
 
 use super::mirror::{Mirror, MirrorOptions};
+use super::mirror_step::{Gate, Others, Scan, Step, TargetFlush, View};
 use super::test_disk::{Bench, Disk, SECTOR};
 use super::{Force, Group, Job, JobEvent, JobOptions, JobStatus, OnError, Verb, VerbError};
 use crate::storage::Durability;
@@ -269,4 +270,109 @@ fn one_whose_target_fails_at_the_gate_tries_again_and_so_do_the_others() {
     });
     assert_eq!(disks.have_moved(), [true; 2]);
     assert_eq!((disks.targets[0].durable()[0], disks.targets[1].durable()[0]), (7, 8));
+}
+
+// ---------------------------------------------------------------------- between a look and a meeting
+
+/// Two jobs that are ready, and have been asked for `verb`.
+fn ready_pair(options: JobOptions, verb: Verb) -> [(Arc<Job>, super::group::Member); 2] {
+    let group = Group::new(2);
+    let pair = ["a", "b"].map(|id| {
+        let job = Job::start(id.to_owned(), options, Arc::new(|_: &Job, _: &JobEvent| ()));
+        job.become_ready();
+        let member = group.join(&job);
+        (job, member)
+    });
+    pair[0].0.ask(verb).unwrap();
+    pair
+}
+
+/// What a mirror of `job` sees that has nothing left to do but to end.
+fn sees(job: &Job, others: Others, gate: Gate) -> View {
+    View {
+        status: job.status(),
+        orders: job.orders(),
+        failed: false,
+        scan: Scan::Over,
+        copyable: false,
+        pace_allows: true,
+        clean: true,
+        nearly_clean: true,
+        copies: 0,
+        doubled: 0,
+        unknown: 0,
+        flush: TargetFlush::Good,
+        flushed: true,
+        gate,
+        closed_below: true,
+        held_too_long: false,
+        resting: false,
+        others,
+    }
+}
+
+#[test]
+fn a_verb_that_is_taken_between_a_look_and_the_meeting_is_kept_by_all() {
+    let [(a, at_a), (b, at_b)] = ready_pair(JobOptions::default(), Verb::Complete);
+    assert_eq!(at_a.meet(Step::CloseGate, sees(&a, Others::Here, Gate::Open)), Step::WaitForMarks);
+    assert_eq!(at_b.meet(Step::CloseGate, sees(&b, Others::Here, Gate::Open)), Step::CloseGate);
+    let closed = |job: &Job| sees(job, Others::Called, Gate::Closed);
+    assert_eq!(at_a.meet(Step::Pivot, closed(&a)), Step::Wait);
+    let old = closed(&b);
+    a.ask(Verb::Cancel(Force::Soft)).unwrap();
+    assert_eq!(at_b.meet(Step::Pivot, old), Step::Wait, "it looks again");
+    // The other is behind its gate still, and has nothing left to do, whichever end it is.
+    assert_eq!(at_b.meet(Step::EndWithCopy, closed(&b)), Step::EndWithCopy);
+    assert!(a.ask(Verb::Complete).is_err() && b.ask(Verb::Cancel(Force::Hard)).is_err());
+    for (step, orders) in [(Step::Pivot, old.orders), (Step::OpenGate, a.orders())] {
+        let seen = View { orders, ..closed(&a) };
+        assert_eq!(at_a.meet(step, seen), Step::EndWithCopy, "whatever it has seen");
+    }
+}
+
+#[test]
+fn a_status_that_changes_between_a_look_and_the_meeting_is_looked_at_again() {
+    let manual = JobOptions { auto_finalize: false, ..JobOptions::default() };
+    let [(a, at_a), (b, at_b)] = ready_pair(manual, Verb::Complete);
+    let open = |job: &Job| sees(job, Others::Here, Gate::Open);
+    assert_eq!(at_a.meet(Step::BecomePending, open(&a)), Step::WaitForMarks);
+    a.ask(Verb::Pause).unwrap();
+    let old = open(&a);
+    a.ask(Verb::Resume).unwrap();
+    assert_eq!(at_b.meet(Step::BecomePending, open(&b)), Step::Wait);
+    assert_eq!([a.status(), b.status()], [JobStatus::Pending; 2]);
+    // It would have become paused, which nobody can who is pending.
+    assert_eq!(at_a.meet(Step::BecomePaused, old), Step::Wait);
+}
+
+#[test]
+fn one_that_has_met_an_error_is_not_where_it_was() {
+    let group = Group::new(2);
+    let [(a, at_a), (b, at_b)] = ["a", "b"].map(|id| {
+        let job = Job::start(id.to_owned(), JobOptions::default(), Arc::new(|_: &Job, _: &JobEvent| ()));
+        let member = group.join(&job);
+        (job, member)
+    });
+    let open = |job: &Job| sees(job, Others::Here, Gate::Open);
+    assert_eq!(at_a.meet(Step::BecomeReady, open(&a)), Step::Wait);
+    at_a.step_back();
+    assert_eq!(at_b.meet(Step::BecomeReady, open(&b)), Step::Wait);
+    assert_eq!([a.status(), b.status()], [JobStatus::Running; 2]);
+    a.ask(Verb::Pause).unwrap();
+    at_a.meet(Step::BecomePaused, open(&a));
+    a.ask(Verb::Resume).unwrap();
+    assert_eq!(at_a.meet(Step::BecomeReady, open(&a)), Step::Wait);
+    assert_eq!([a.status(), b.status()], [JobStatus::Ready; 2]);
+}
+
+#[test]
+fn an_error_that_would_hold_a_pending_job_takes_finalize_back() {
+    let manual = JobOptions { auto_finalize: false, ..JobOptions::default() };
+    let job = Job::start("a".to_owned(), manual, Arc::new(|_: &Job, _: &JobEvent| ()));
+    job.become_ready();
+    job.ask(Verb::Complete).unwrap();
+    assert!(job.leave_ready(super::End::Complete));
+    job.ask(Verb::Finalize).unwrap();
+    assert!(!job.stop_for_error(false));
+    assert_eq!((job.orders().paused, job.orders().finalize), (false, false));
 }

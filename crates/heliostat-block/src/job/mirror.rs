@@ -250,8 +250,9 @@ impl Mirror {
             }
             Step::BecomeReady => self.job.become_ready(),
             Step::BecomePaused => self.job.become_status(match self.job.status() {
+                JobStatus::Running => JobStatus::Paused,
                 JobStatus::Ready => JobStatus::Standby,
-                _ => JobStatus::Paused,
+                status => status,
             }),
             Step::Continue => {
                 self.rest = Rest::default();
@@ -394,16 +395,14 @@ impl Mirror {
         };
         let no_space = error.kind() == ErrorKind::NoSpace;
         let action = policy.action(no_space);
+        self.member.iter().for_each(Member::step_back);
         match action {
             ErrorAction::Report => {
                 self.failure.get_or_insert_with(|| error.to_string());
             }
             // A pending job takes no `resume`, so it is not paused: it stays pending and can be finalized again.
-            ErrorAction::Stop if self.job.status() == JobStatus::Pending => {
-                self.job.withdraw_finalize();
-                self.rest.begin(self.clock.now());
-            }
-            ErrorAction::Stop => self.job.stop_for_error(no_space),
+            ErrorAction::Stop if !self.job.stop_for_error(no_space) => self.rest.begin(self.clock.now()),
+            ErrorAction::Stop => {}
             ErrorAction::Ignore => {
                 self.tally.error_ignored();
                 self.rest.begin(self.clock.now());

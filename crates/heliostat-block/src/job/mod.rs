@@ -317,24 +317,24 @@ impl Job {
         self.state().figures = figures;
     }
 
-    /// Holds the job because of an error; the first error's status stays.
-    pub(crate) fn stop_for_error(&self, no_space: bool) {
+    /// Holds the job because of an error; the first error's status stays. A job that is pending cannot be held: its
+    /// `finalize` is taken back, and the answer is no.
+    pub(crate) fn stop_for_error(&self, no_space: bool) -> bool {
         let mut state = self.state();
+        if state.status == JobStatus::Pending {
+            state.orders.finalize = self.options.auto_finalize;
+            return false;
+        }
         state.orders.paused = true;
         if state.io_status == IoStatus::Ok {
             state.io_status = if no_space { IoStatus::NoSpace } else { IoStatus::Failed };
         }
+        true
     }
 
     /// Has it end with the error that it had met before it was cancelled.
     pub(crate) fn keep_failure(&self, failure: String) {
         self.state().failure = Some(failure);
-    }
-
-    /// Takes back a `finalize` that failed.
-    pub(crate) fn withdraw_finalize(&self) {
-        let mut state = self.state();
-        state.orders.finalize = self.options.auto_finalize;
     }
 
     /// Says the end, with the last figures, and concludes. For whoever runs the job, once, when nothing of it is held

@@ -100,6 +100,20 @@ fn one_that_follows_to_a_longer_disk_hears_of_all_of_it() {
 }
 
 #[test]
+fn one_that_finds_its_name_on_a_longer_disk_gives_it_all_that_is_longer() {
+    let source = node("s");
+    let storage = NullStorage::new(2 * SIZE, ReadsZero::Promised);
+    let target = node_of("t", Arc::new(storage), &Arc::new(Ticking::default()));
+    add(&source, "x", 512 << 10);
+    let bits = Arc::new(DirtyBitmap::new(2 * SIZE, 512 << 10).expect("it is allowed"));
+    change(&[(Arc::clone(&target), Change::Add(NamedBitmap::new("x".to_owned(), bits)))]);
+    write(&source, 0);
+    follow(&source, &target);
+    assert_eq!(dirty(&target, "x"), [0, 2, 3]);
+    assert!(source.named_bitmap("x").is_none());
+}
+
+#[test]
 fn one_hears_of_all_of_a_disk_that_another_node_made_longer() {
     let node = node("n");
     add(&node, "x", 4096);

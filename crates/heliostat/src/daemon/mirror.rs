@@ -381,23 +381,6 @@ impl Daemon {
         }
     }
 
-    /// Checks that `spec` names a node that may be replaced by a copy of `source`: this, or one to which it passes its
-    /// requests on. Answers the nodes below the source down to that.
-    fn check_replaces(&self, spec: &MirrorSpec, source: &Arc<Node>) -> Result<Vec<Arc<Node>>, DaemonError> {
-        let Some(replaces) = &spec.replaces else { return Ok(Vec::new()) };
-        let node = self.graph.node(replaces).map_err(|_| DaemonError::NodeNameNotFound(replaces.clone()))?;
-        let mut below = Vec::new();
-        let mut at = Arc::clone(source);
-        while !Arc::ptr_eq(&at, &node) {
-            at = at.passes_on_to().ok_or_else(|| DaemonError::CannotReplace {
-                replaces: node.name().clone(),
-                source_node: source.name().clone(),
-            })?;
-            below.push(Arc::clone(&at));
-        }
-        Ok(below)
-    }
-
     fn check_filter_name(&self, spec: &MirrorSpec) -> Result<(), DaemonError> {
         let Some(filter) = &spec.filter_node_name else { return Ok(()) };
         let name = NodeName::new(filter)?;

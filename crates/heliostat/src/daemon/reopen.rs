@@ -130,15 +130,17 @@ impl Daemon {
     /// Checks what can be said of the node that a filter is to stand on before the others of the same order are known.
     fn plan_file(&self, spec: &NodeSpec, entry: &NodeEntry) -> Result<Option<Arc<Node>>, DaemonError> {
         let DriverSpec::Throttle { file: Child::Named(name), .. } = &spec.driver else { return Ok(None) };
-        if entry.child.as_ref().is_some_and(|child| child.as_str() == name) {
-            return Ok(None);
-        }
         let below = self
             .graph
             .node(name)
             .map_err(|_| DaemonError::NoDeviceNorNode { device: String::new(), node: name.clone() })?;
-        if below.options().read_only && !spec.read_only {
+        let stays = entry.child.as_ref().is_some_and(|child| child.as_str() == name);
+        let becomes_writable = !spec.read_only && (!stays || entry.node.options().read_only);
+        if below.options().read_only && becomes_writable {
             return Err(DaemonError::TargetReadOnly);
+        }
+        if stays {
+            return Ok(None);
         }
         for role in self.graph.roles(&entry.node) {
             let minds = match role {
@@ -163,11 +165,19 @@ impl Daemon {
     fn check_files(&self, changes: &[Change]) -> Result<(), DaemonError> {
         let leaves =
             |of: &NodeName| changes.iter().any(|other| other.node.name() == of && other.file.is_some());
+        let becomes_written =
+            |of: &NodeName| changes.iter().any(|other| other.node.name() == of && !other.spec.read_only);
         for change in changes {
             let Some(file) = &change.file else { continue };
+            let comes_below = |other: &Change| {
+                matches!(&other.backing, Below::Node(below) if Arc::ptr_eq(below, file))
+                    && !change.spec.read_only
+            };
             let is_free = self.graph.roles(file).iter().all(|role| match role {
                 Role::Export { writable, .. } => !writable,
-                Role::Child { of, .. } => leaves(of) || (change.spec.read_only && !self.is_written(of)),
+                Role::Child { of, .. } => {
+                    leaves(of) || (change.spec.read_only && !self.is_written(of) && !becomes_written(of))
+                }
                 Role::MirrorSource { .. } | Role::MirrorTarget { .. } | Role::Backing { .. } => false,
             });
             let comes_too = |other: &&Change| {
@@ -175,7 +185,7 @@ impl Daemon {
                     && other.file.as_ref().is_some_and(|other| Arc::ptr_eq(other, file))
                     && !(other.spec.read_only && change.spec.read_only)
             };
-            if !is_free || changes.iter().any(|other| comes_too(&other)) {
+            if !is_free || changes.iter().any(|other| comes_too(&other) || comes_below(other)) {
                 return Err(DaemonError::NodeInUse(file.name().clone()));
             }
         }
@@ -226,7 +236,10 @@ impl Daemon {
 
     /// Refuses changes after which a node would stand on itself.
     fn check_acyclic(&self, changes: &[Change]) -> Result<(), DaemonError> {
-        let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
+        let mut moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
+        let files =
+            changes.iter().filter_map(|change| Some((Arc::clone(&change.node), change.file.clone()?)));
+        moves.extend(files.map(|(node, file)| (node, Some(file))));
         for change in changes {
             let Some(file) = &change.file else { continue };
             let node = &change.node;
@@ -361,5 +374,65 @@ mod tests {
             daemon.sort_from_the_top(&mut changes);
             assert_eq!(changes.map(|change| change.node.name().to_string()), ["top", "mid", "low"]);
         }
+    }
+
+    fn throttle(name: &str, below: &str) -> NodeSpec {
+        let file = Child::Named(below.to_owned());
+        NodeSpec::new(Some(name.to_owned()), DriverSpec::Throttle { group: "g".to_owned(), file })
+    }
+
+    /// Files `q1` and `q2`, with throttles `t1` and `t2` over them.
+    fn with_throttles(folder: &std::path::Path) -> Arc<Daemon> {
+        let daemon = Daemon::new();
+        daemon.add_throttle_group("g", heliostat_block::throttle::Limits::default()).unwrap();
+        for number in [1, 2] {
+            let path = folder.join(format!("q{number}"));
+            std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+            daemon.add_node(&NodeSpec::file(&format!("q{number}"), path)).unwrap();
+            daemon.add_node(&throttle(&format!("t{number}"), &format!("q{number}"))).unwrap();
+        }
+        daemon
+    }
+
+    #[test]
+    fn two_that_would_stand_on_each_other_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_throttles(folder.path());
+        let refused = daemon.reopen_nodes(&[throttle("t1", "t2"), throttle("t2", "t1")]).unwrap_err();
+        assert!(refused.to_string().contains("would create a cycle"), "{refused}");
+    }
+
+    #[test]
+    fn what_is_above_knows_the_file_that_it_has_come_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_throttles(folder.path());
+        let file = Child::Named("t1".to_owned());
+        let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+        daemon.add_node(&NodeSpec::new(Some("above".to_owned()), raw)).unwrap();
+        daemon.reopen_nodes(&[throttle("t1", "q2"), throttle("t2", "q1")]).unwrap();
+        let entries = daemon.nodes();
+        let path = |name: &str| {
+            entries.iter().find(|entry| entry.node.name().as_str() == name).unwrap().path.clone()
+        };
+        // An overlay of it would name another disk in its header.
+        assert_eq!(path("above"), folder.path().join("q2"));
+        assert_eq!(path("t2"), folder.path().join("q1"));
+    }
+
+    #[test]
+    fn no_writer_comes_beside_a_reader_that_the_same_order_makes() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_throttles(folder.path());
+        let reader = |read_only| {
+            let file = Child::Named("q2".to_owned());
+            let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+            NodeSpec { read_only, ..NodeSpec::new(Some("reader".to_owned()), raw) }
+        };
+        daemon.remove_node("t2").unwrap();
+        daemon.add_node(&reader(true)).unwrap();
+        let mover = NodeSpec { read_only: true, ..throttle("t1", "q2") };
+        let refused = daemon.reopen_nodes(&[mover.clone(), reader(false)]);
+        assert!(matches!(refused, Err(DaemonError::NodeInUse(_))), "{refused:?}");
+        daemon.reopen_nodes(&[mover]).unwrap();
     }
 }

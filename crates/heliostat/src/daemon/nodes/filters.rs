@@ -261,6 +261,8 @@ impl Daemon {
     /// # Errors
     /// `ObjectNotFound`, `ObjectInUse`.
     pub fn remove_throttle_group(&self, id: &str) -> Result<(), DaemonError> {
+        // Somebody who is about to join it comes first.
+        let _change = self.begin_change()?;
         let mut groups = self.lock_groups();
         let group = groups.get(id).ok_or_else(|| DaemonError::ObjectNotFound(id.to_owned()))?;
         if group.has_members() {

@@ -13,7 +13,7 @@ use heliostat_block::tracked::Drained;
 
 use super::super::gate::Format;
 use super::super::open::flush;
-use super::super::{Daemon, DaemonError};
+use super::super::{Daemon, DaemonError, MirrorSpec};
 use super::qcow2::{namer, probe};
 use super::{
     BackingSpec, Child, DEPTH_MAX, DriverSpec, FilterEntry, Making, NodeSpec, Nodes, Qcow2Spec, Record,
@@ -299,6 +299,33 @@ impl Daemon {
         }
     }
 
+    /// Checks that `spec` names a node that may be replaced by a copy of `source`: this, or one to which it passes its
+    /// requests on. Answers the nodes below the source down to that.
+    pub(in super::super) fn check_replaces(
+        &self,
+        spec: &MirrorSpec,
+        source: &Arc<Node>,
+    ) -> Result<Vec<Arc<Node>>, DaemonError> {
+        let Some(replaces) = &spec.replaces else { return Ok(Vec::new()) };
+        let node = self.graph.node(replaces).map_err(|_| DaemonError::NodeNameNotFound(replaces.clone()))?;
+        let mut below = Vec::new();
+        let mut at = Arc::clone(source);
+        while !Arc::ptr_eq(&at, &node) {
+            at = at.passes_on_to().ok_or_else(|| DaemonError::CannotReplace {
+                replaces: node.name().clone(),
+                source_node: source.name().clone(),
+            })?;
+            // Another's filter would move with the pivot, and with it what another mirror reads.
+            let is_shared =
+                self.graph.roles(&at).iter().filter(|role| matches!(role, Role::Child { .. })).count() > 1;
+            if is_shared {
+                return Err(DaemonError::NodeBusy(at.name().clone()));
+            }
+            below.push(Arc::clone(&at));
+        }
+        Ok(below)
+    }
+
     /// Closes what was made for a job and is used by nobody any more, on a thread of the data plane. Waits for
     /// changes that are under way.
     pub(in super::super) async fn let_go(&self) {
@@ -336,14 +363,14 @@ impl Record {
 }
 
 impl Nodes {
-    /// Takes note that `node` has come below filters: these are in its file now.
+    /// Takes note that `node` has come below others: all that is above it is in its file now.
     fn follow_file(&mut self, node: &Arc<Node>) {
         let mut lower: Vec<_> =
             self.find(node.name().as_str()).map(|record| record.below.clone()).into_iter().collect();
         while let Some(below) = lower.pop() {
             for record in &mut self.list {
                 let entry = &mut record.below.entry;
-                if entry.filter.is_some() && entry.child.as_ref() == Some(below.entry.node.name()) {
+                if entry.child.as_ref() == Some(below.entry.node.name()) {
                     entry.path.clone_from(&below.entry.path);
                     record.below.identity = below.identity;
                     lower.push(record.below.clone());

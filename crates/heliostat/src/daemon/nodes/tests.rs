@@ -216,3 +216,29 @@ fn nobody_writes_past_a_node_that_is_only_read() {
     daemon.reopen_nodes(&[raw("above", "reader", 0, None)]).unwrap();
     assert!(!above.options().read_only);
 }
+
+#[test]
+fn a_node_that_another_filter_reads_too_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = Daemon::new();
+    daemon.add_throttle_group("g", heliostat_block::throttle::Limits::default()).unwrap();
+    for name in ["low", "target"] {
+        let path = folder.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(MIB).unwrap();
+        daemon.add_node(&NodeSpec { read_only: name == "low", ..NodeSpec::file(name, &path) }).unwrap();
+    }
+    let throttle = |name: &str| {
+        let file = Child::Named("low".to_owned());
+        let driver = DriverSpec::Throttle { group: "g".to_owned(), file };
+        read_only(NodeSpec::new(Some(name.to_owned()), driver))
+    };
+    daemon.add_node(&throttle("a")).unwrap();
+    daemon.add_node(&throttle("b")).unwrap();
+    let mut spec = crate::daemon::MirrorSpec::new("j", "a", "target");
+    spec.replaces = Some("low".to_owned());
+    let refused = daemon.start_mirror(&spec);
+    assert!(matches!(refused, Err(DaemonError::NodeBusy(_))), "{:?}", refused.err());
+    daemon.remove_node("b").unwrap();
+    daemon.start_mirror(&spec).unwrap();
+    daemon.shutdown().unwrap();
+}
