@@ -217,7 +217,8 @@ impl Member {
         let jobs: Vec<_> = state.jobs.iter().filter_map(Weak::upgrade).collect();
         let has_gone_on = point.is_some_and(|point| state.go_on(point, step, &jobs));
         drop(state);
-        jobs.iter().for_each(|job| job.tell());
+        // Nobody where nothing has changed: it would wake itself for ever.
+        jobs.iter().filter(|_| has_opened || has_gone_on).for_each(|job| job.tell());
         match point {
             Some(Point::Gate | Point::End) if has_gone_on => step,
             // Its status is another one now, and the job has woken everybody who waits for that.

@@ -376,3 +376,15 @@ fn an_error_that_would_hold_a_pending_job_takes_finalize_back() {
     assert!(!job.stop_for_error(false));
     assert_eq!((job.orders().paused, job.orders().finalize), (false, false));
 }
+
+#[test]
+fn who_comes_last_and_cannot_go_on_does_not_wake_itself() {
+    let [(a, at_a), (b, at_b)] =
+        ready_pair(JobOptions { auto_finalize: false, ..JobOptions::default() }, Verb::Complete);
+    let open = |job: &Job| sees(job, Others::Here, Gate::Open);
+    at_a.meet(Step::BecomePending, open(&a));
+    a.ask(Verb::Pause).unwrap();
+    let woken = b.listen();
+    assert_eq!(at_b.meet(Step::BecomePending, open(&b)), Step::WaitForMarks);
+    assert!(woken.now_or_never().is_none());
+}
