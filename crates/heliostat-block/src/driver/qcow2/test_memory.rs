@@ -95,6 +95,7 @@ impl Memory {
     }
 
     /// What was dropped on its way arrives.
+    #[cfg_attr(loom, expect(dead_code, reason = "the tests that want it are left out of loom's models"))]
     pub(super) fn land(&self) {
         for (offset, data) in std::mem::take(&mut *lock(&self.on_their_way)) {
             self.change(Change::Write(offset, data)).unwrap();
