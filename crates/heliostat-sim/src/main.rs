@@ -127,8 +127,8 @@ impl Search {
         if let Some(all) = &self.image {
             let seen = *all.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             println!(
-                "{} guests' requests; {} pivots, {} of them onto the source, {} copies left, {} jobs cancelled, {} failed, \
-             {} refused at the pivot; {} errors met; {} requests by lanes",
+                "{} guests' requests, {} dropped, {} failed; {} resizes; {} crash images, {} written on; {} repaired on \
+                 opening; {} closed; {} leaks",
                 seen.requests,
                 seen.dropped,
                 seen.errors,
