@@ -7,7 +7,8 @@ use futures_util::FutureExt;
 use futures_util::future::join_all;
 
 use super::mirror::{Mirror, MirrorOptions};
-use super::mirror_step::{Gate, Others, Scan, Step, TargetFlush, View};
+use super::mirror_step::tests::READY;
+use super::mirror_step::{Gate, Others, Step, View};
 use super::test_disk::{Bench, Disk, SECTOR};
 use super::{Force, Group, Job, JobEvent, JobOptions, JobStatus, OnError, Verb, VerbError};
 use crate::storage::Durability;
@@ -289,26 +290,7 @@ fn ready_pair(options: JobOptions, verb: Verb) -> [(Arc<Job>, super::group::Memb
 
 /// What a mirror of `job` sees that has nothing left to do but to end.
 fn sees(job: &Job, others: Others, gate: Gate) -> View {
-    View {
-        status: job.status(),
-        orders: job.orders(),
-        failed: false,
-        scan: Scan::Over,
-        copyable: false,
-        pace_allows: true,
-        clean: true,
-        nearly_clean: true,
-        copies: 0,
-        doubled: 0,
-        unknown: 0,
-        flush: TargetFlush::Good,
-        flushed: true,
-        gate,
-        closed_below: true,
-        held_too_long: false,
-        resting: false,
-        others,
-    }
+    View { status: job.status(), orders: job.orders(), flushed: true, gate, others, ..READY }
 }
 
 #[test]

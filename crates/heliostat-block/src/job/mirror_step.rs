@@ -252,7 +252,7 @@ fn behind_closed_gate(view: View) -> Step {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::job::CopyMode;
 
@@ -266,7 +266,7 @@ mod tests {
     };
 
     /// Ready, in step, everything copied and flushed, nothing wanted.
-    const READY: View = View {
+    pub(crate) const READY: View = View {
         status: JobStatus::Ready,
         orders: ORDERS,
         failed: false,

@@ -5,8 +5,9 @@
 
 use serde_json::{Value, json};
 
+use super::Peer;
 use super::transcript::Step::{self, Await, Do};
-use super::transcript::Transcript;
+use super::transcript::{Script, Transcript};
 
 /// Where a job is at rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,6 +213,14 @@ fn comparable(transcript: &Transcript) -> Vec<(String, String)> {
         (of.clone(), said.collect::<Vec<_>>().join("\n"))
     });
     replies.chain(events).collect()
+}
+
+/// Talks to QEMU's daemon and to ours, and fails where they differ.
+pub fn compare(script: &Script, talk: impl Fn(&Peer, &Script) -> Transcript) {
+    let Some(qemu) = Peer::qemu() else { return };
+    let [theirs, ours] = [qemu, Peer::ours()].map(|peer| talk(&peer, script));
+    let wrong = differences(&ours, &theirs);
+    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong[..wrong.len().min(20)].join("\n"));
 }
 
 /// Where they differ.

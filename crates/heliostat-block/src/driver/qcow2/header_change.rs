@@ -2,7 +2,9 @@
 //!
 //! A medium writes a sector wholly or not at all, and anything else in any part. So only bytes that change are
 //! written, no write reaches over the end of a sector, each is durable before the next, and between any two of them the
-//! header can be read: extensions and names that stay are not moved. Never changes another field. Called when an
+//! header can be read: extensions and names that stay are not moved. Not so where the last bitmaps go and an extension
+//! that nobody knows stands behind theirs: it moves, and where that is over a sector's end a crash in between leaves a
+//! header that cannot be read. Never changes another field. Called when an
 //! image is closed, and by a repair.
 
 use super::error::FormatError;
