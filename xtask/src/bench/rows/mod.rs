@@ -4,6 +4,7 @@ mod control;
 mod copy;
 mod guest;
 mod mirror;
+mod nbd;
 mod qcow2;
 mod serve;
 
@@ -34,6 +35,10 @@ pub fn all() -> Vec<Row> {
         mirror::DIRECT,
         mirror::SPARSE,
         serve::RANDOM,
+        nbd::COPY,
+        nbd::CACHED,
+        nbd::DIRECT,
+        nbd::CONNECTED,
         control::JOBS_AT_ONCE,
         control::COMMANDS,
         guest::QUIET,
