@@ -124,6 +124,7 @@ pub struct Latencies(Vec<(u64, u64)>);
 /// Figures of the requests that ended in some span of time, in milliseconds.
 #[derive(Debug, PartialEq)]
 pub struct Spread {
+    pub mean_ms: f64,
     pub p99_ms: f64,
     pub longest_ms: f64,
 }
@@ -148,7 +149,9 @@ impl Latencies {
         took.sort_unstable();
         let longest = *took.last().context("no request ended in that time")?;
         let p99 = took[(took.len() * 99 / 100).min(took.len() - 1)];
-        Ok(Spread { p99_ms: ms(p99), longest_ms: ms(longest) })
+        let count = u32::try_from(took.len()).context("more requests than fio can make")?;
+        let mean_ms = took.iter().map(|took| ms(*took)).sum::<f64>() / f64::from(count);
+        Ok(Spread { mean_ms, p99_ms: ms(p99), longest_ms: ms(longest) })
     }
 }
 
@@ -165,8 +168,14 @@ mod tests {
         let log: String =
             (1..=200).map(|n| format!("{}, {}, 1, 4096, 0\n", 1000 + n, n * 1_000_000)).collect();
         let latencies = Latencies::parse(&log).unwrap();
-        assert_eq!(latencies.between(1001, 1100).unwrap(), Spread { p99_ms: 100.0, longest_ms: 100.0 });
-        assert_eq!(latencies.between(0, 9999).unwrap(), Spread { p99_ms: 199.0, longest_ms: 200.0 });
+        assert_eq!(
+            latencies.between(1001, 1100).unwrap(),
+            Spread { mean_ms: 50.5, p99_ms: 100.0, longest_ms: 100.0 }
+        );
+        assert_eq!(
+            latencies.between(0, 9999).unwrap(),
+            Spread { mean_ms: 100.5, p99_ms: 199.0, longest_ms: 200.0 }
+        );
         assert!(latencies.between(0, 10).is_err(), "nothing ended then");
     }
 

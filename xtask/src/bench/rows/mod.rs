@@ -5,6 +5,7 @@ mod copy;
 mod guest;
 mod mirror;
 mod nbd;
+mod nbd_target;
 mod qcow2;
 mod serve;
 
@@ -39,6 +40,10 @@ pub fn all() -> Vec<Row> {
         nbd::CACHED,
         nbd::DIRECT,
         nbd::CONNECTED,
+        nbd_target::NEAR,
+        nbd_target::FAR,
+        nbd_target::SLOW,
+        nbd_target::GONE,
         control::JOBS_AT_ONCE,
         control::COMMANDS,
         guest::QUIET,
