@@ -289,8 +289,8 @@ fn killed(scene: &Scene, contender: Contender) -> Result<Sample> {
     let back = Instant::now();
     caught_up(&mut daemon)?;
     let caught_up = back.elapsed().as_secs_f64();
-    // Requests that were held have ended by then.
-    thread::sleep(Duration::from_secs(1));
+    // Requests that were held have ended by then, also with who tries again after 1, 2 and 4 seconds.
+    thread::sleep(Duration::from_secs(if scene.is_quick() { 5 } else { 8 }));
     let to = now_ms();
     let latencies = guest.stop()?;
     complete(&mut daemon)?;
