@@ -17,7 +17,9 @@ pub mod client;
 pub mod client_reply;
 pub mod client_request;
 pub mod handshake;
+pub mod link;
 mod option;
+pub mod outbox;
 pub mod reply;
 pub mod request;
 #[cfg(test)]

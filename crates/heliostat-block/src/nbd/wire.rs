@@ -138,4 +138,6 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 pub mod state {
     pub const HOLE: u32 = 1 << 0;
     pub const ZERO: u32 = 1 << 1;
+    /// Of `qemu:dirty-bitmap:`, not of `base:allocation`.
+    pub const DIRTY: u32 = 1 << 0;
 }
