@@ -7,31 +7,47 @@
 //! then on they flush the overlays only. Called by `transaction`, of which a command for one snapshot is one.
 
 use std::path::PathBuf;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{Either, join_all, select};
-use heliostat_block::error::BlockError;
 use heliostat_block::graph::{GraphError, Onto, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::{Node, NodeOptions};
-use heliostat_block::tracked::Drained;
 use heliostat_host::runtime;
 
 use super::conflict::conflict;
 use super::drive_mirror::{Made, file_spec};
-use super::flushing::flush_until_short;
+use super::flusher::Wanted;
+use super::flushing::{flush_until_short, until};
 use super::gate::CHAIN_MAX;
 use super::mirror_bitmap::unstorable;
 use super::nodes::Named;
 use super::overlay_file::{check_room, check_unopened, is_same_file, locked, overlay_file};
 use super::{Action, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
 
-/// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
-/// drivers in guests take a disk for dead.
-const DRAIN_MAX: Duration = Duration::from_secs(20);
+/// The longest that guests of all disks wait at closed gates, for what is in flight at the slowest and for the flush
+/// behind them: less than the 30 s after which drivers in guests take a disk for dead.
+const GATES_MAX: Duration = Duration::from_secs(20);
+
+/// The longest that is flushed beside clients, while no other change of nodes, exports or jobs can be made: for some ten
+/// gigabytes in the host's page cache on a slow disk. What has become durable until then need not be flushed again when
+/// it is tried again.
+const BESIDE_CLIENTS_MAX: Duration = Duration::from_secs(120);
+
+/// How long it is waited.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    beside_clients: Duration,
+    /// From their closing on.
+    gates: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { beside_clients: BESIDE_CLIENTS_MAX, gates: GATES_MAX }
+    }
+}
 
 /// A snapshot that makes, or opens, its overlay.
 #[derive(Clone, Debug)]
@@ -87,7 +103,7 @@ impl Daemon {
     ///
     /// # Errors
     /// `NodeNotFound`; `NodeBusy`, `NodeIsBacking`, `NodeIsChild` by who uses `node`; `Snapshot` by what is wrong with
-    /// the overlay; `PermissionConflict`; `Unflushed`, `Undrained`. Nothing has changed then.
+    /// the overlay; `PermissionConflict`; `Unflushed`, `UnendedFlush`, `Undrained`. Nothing has changed then.
     pub fn snapshot(&self, node: &str, overlay: &str) -> Result<(), DaemonError> {
         self.transaction(
             &[Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() }],
@@ -426,40 +442,42 @@ impl Snapshots {
     /// that moment, too.
     ///
     /// # Errors
-    /// `Unflushed`, `Undrained`, `NodeInUse`; no node has changed then.
+    /// `Unflushed`, `UnendedFlush`, `Undrained`, `NodeInUse`; no node has changed then.
     pub(super) fn take(&self, daemon: &Daemon, changes: &[(Arc<Node>, Change)]) -> Result<(), DaemonError> {
-        runtime::block_on(self.take_within(DRAIN_MAX, daemon, changes)).map_err(DaemonError::Engine)?
+        runtime::block_on(self.take_within(Bounds::default(), daemon, changes))
+            .map_err(DaemonError::Engine)?
     }
 
     async fn take_within(
         &self,
-        limit: Duration,
+        bounds: Bounds,
         daemon: &Daemon,
         changes: &[(Arc<Node>, Change)],
     ) -> Result<(), DaemonError> {
-        // Each runs to its end, whatever becomes of the others.
-        let all_of = |flushed: Vec<Result<(), BlockError>>| {
-            flushed.into_iter().collect::<Result<(), _>>().map_err(DaemonError::Unflushed)
-        };
+        let clock = daemon.clock().as_ref();
+        let flusher = daemon.flushers.start()?;
+        let unended = |limit| DaemonError::UnendedFlush { nodes: flusher.unended(), limit };
         let is_left = |node: &Arc<Node>| self.is_left(node) && !node.options().read_only;
         // None of them is on top of another: that would be somebody's use, and is refused.
         let nodes = self.nodes();
         // The long ones, beside clients.
         let beside_clients = async || {
             let written = nodes.iter().filter(|node| is_left(node));
-            all_of(join_all(written.map(async |node| node.enter().await.flush().await)).await)
+            let wanted = written.map(|node| Wanted::Beside(Arc::clone(node))).collect();
+            flusher.flush(wanted).await.map_err(DaemonError::Unflushed)
         };
-        flush_until_short(daemon.clock().as_ref(), beside_clients).await?;
+        let deadline = clock.now() + bounds.beside_clients;
+        let short = until(clock, deadline, flush_until_short(clock, beside_clients)).await;
+        short.ok_or_else(|| unended(bounds.beside_clients))??;
         // All gates close before any waits. What mirrors are writing to overlays ends with what it began with.
-        let clock = daemon.clock();
-        let drained =
-            match select(pin!(Node::drain_all(&nodes)), clock.sleep_until(clock.now() + limit)).await {
-                Either::Left((drained, _)) => drained,
-                // The gates open again.
-                Either::Right(_) => return Err(undrained(&nodes, limit)),
-            };
+        let deadline = clock.now() + bounds.gates;
+        let drained = until(clock, deadline, Node::drain_all(&nodes)).await;
+        // The gates open again where this ends early.
+        let drained = drained.ok_or_else(|| undrained(&nodes, bounds.gates))?;
         let written = drained.iter().filter(|drained| is_left(drained.node()));
-        all_of(join_all(written.map(Drained::flush)).await)?;
+        let wanted = written.map(|drained| Wanted::Behind(drained.enter())).collect();
+        let flushed = until(clock, deadline, flusher.flush(wanted)).await;
+        flushed.ok_or_else(|| unended(bounds.gates))?.map_err(DaemonError::Unflushed)?;
         let gate = |node: &Arc<Node>| drained.iter().find(|drained| Arc::ptr_eq(drained.node(), node));
         let onto = |planned: &'_ Planned| {
             let drained = gate(&planned.node)?;
@@ -498,9 +516,16 @@ fn undrained(nodes: &[Arc<Node>], limit: Duration) -> DaemonError {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use futures_util::FutureExt;
+    use futures_util::future::join;
+    use heliostat_block::debug_event::DebugEvent;
+    use heliostat_block::driver::fault::FaultInjector;
     use heliostat_block::driver::qcow2::create::{CreateOptions, create};
     use heliostat_block::driver::qcow2::file::ImageFile;
+    use heliostat_block::graph::{Claims, Place};
+    use heliostat_block::storage::Durability;
     use heliostat_host::file::FileStorage;
     use heliostat_host::open::{Existing, OpenOptions};
 
@@ -509,8 +534,8 @@ mod tests {
     use super::*;
     use crate::daemon::nodes::NODES_MAX;
     use crate::daemon::{
-        BitmapAction, BitmapSpec, Child, DriveMirrorSpec, DriverSpec, MirrorSpec, NodeSpec, Qcow2Spec,
-        TargetName,
+        BitmapAction, BitmapSpec, Child, DriveMirrorSpec, DriverSpec, FaultLimits, FaultSpec, MirrorSpec,
+        NodeSpec, Qcow2Spec, TargetName,
     };
 
     /// A daemon with the images `names`, each a node.
@@ -538,7 +563,10 @@ mod tests {
         let mut snapshots = Snapshots::default();
         snapshots.add(&daemon, "a", "oa").unwrap();
         snapshots.add(&daemon, "b", "ob").unwrap();
-        let take = |limit| runtime::block_on(snapshots.take_within(limit, &daemon, &[])).unwrap();
+        let take = |gates| {
+            let bounds = Bounds { gates, ..Bounds::default() };
+            runtime::block_on(snapshots.take_within(bounds, &daemon, &[])).unwrap()
+        };
         let b = daemon.node("b").unwrap();
         let request = b.enter().now_or_never().expect("the gate is open");
         let refused = take(Duration::from_millis(20)).unwrap_err();
@@ -549,8 +577,114 @@ mod tests {
             assert!(node.backing().is_none() && !node.options().read_only);
         }
         drop(request);
-        take(DRAIN_MAX).unwrap();
+        take(GATES_MAX).unwrap();
         assert!(Arc::ptr_eq(&daemon.node("ob").unwrap().backing().unwrap(), &b) && b.options().read_only);
+    }
+
+    /// A disk of a daemon, `disk`, whose flushes can be held up.
+    fn with_faults(folder: &Path) -> (Arc<Daemon>, Arc<FaultInjector>) {
+        let daemon = with_images(folder, &["overlay"]);
+        let path = folder.join("disk");
+        std::fs::write(&path, [0; 1 << 20]).unwrap();
+        let file = NodeSpec::new(None, DriverSpec::at(path, crate::daemon::Sharing::Locked));
+        let faults = FaultSpec {
+            image: Child::New(Box::new(file)),
+            config: None,
+            limits: FaultLimits::default(),
+            errors: Vec::new(),
+            states: Vec::new(),
+            claims: Claims::default(),
+        };
+        let file = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
+        let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+        daemon.add_node(&NodeSpec::new(Some("disk".to_owned()), raw)).unwrap();
+        let injector = daemon.fault_injector("disk").unwrap().unwrap();
+        (daemon, injector)
+    }
+
+    /// A guest's write of 512 bytes.
+    async fn write(guest: &Place, byte: u8) {
+        let data = vec![byte; 512].into();
+        guest.enter().await.write(0, data, Durability::Cached).await.unwrap();
+    }
+
+    #[test]
+    fn guests_are_not_held_for_ever_by_a_flush_behind_closed_gates() {
+        let folder = tempfile::tempdir().unwrap();
+        let (daemon, injector) = with_faults(folder.path());
+        let (disk, overlay) = (daemon.node("disk").unwrap(), daemon.node("overlay").unwrap());
+        let role = Role::Export { id: "guest".to_owned(), writable: true };
+        let guest = daemon.graph().attach(&disk, role).unwrap();
+        let mut snapshots = Snapshots::default();
+        snapshots.add(&daemon, "disk", "overlay").unwrap();
+        let take = |gates| snapshots.take_within(Bounds { gates, ..Bounds::default() }, &daemon, &[]);
+        runtime::block_on(async {
+            let held = disk.enter().await;
+            let refused = take(Duration::from_millis(300));
+            let meanwhile = async {
+                while let Some(entered) = disk.enter().now_or_never() {
+                    drop(entered);
+                    runtime::yield_now().await;
+                }
+                // The gate is closed, and nothing is quiet yet.
+                injector.add_break(DebugEvent::FlushToDisk, "behind").unwrap();
+                let mut writing = pin!(write(&guest, 7));
+                assert!(writing.as_mut().now_or_never().is_none());
+                drop(held);
+                injector.wait_break("behind").await;
+                assert!(
+                    writing.as_mut().now_or_never().is_none(),
+                    "what is flushed is what was written before"
+                );
+                writing.await;
+            };
+            let (refused, ()) = join(refused, meanwhile).await;
+            let refused = refused.unwrap_err();
+            assert!(
+                matches!(&refused, DaemonError::UnendedFlush { nodes, .. } if nodes == "'disk'"),
+                "{refused}"
+            );
+            write(&guest, 8).await;
+            assert!(Arc::ptr_eq(&guest.node(), &disk) && overlay.backing().is_none());
+            assert!(!disk.options().read_only && overlay.in_flight() == 0);
+            assert_eq!(disk.in_flight(), 1, "the flush goes on");
+            // The next one waits for it.
+            let refused = take(Duration::from_millis(20)).await.unwrap_err();
+            assert!(
+                matches!(&refused, DaemonError::Undrained { nodes, .. } if nodes == "'disk'"),
+                "{refused}"
+            );
+            injector.resume("behind").unwrap();
+            take(GATES_MAX).await.unwrap();
+            write(&guest, 9).await;
+        })
+        .unwrap();
+        assert!(Arc::ptr_eq(&guest.node(), &overlay) && disk.in_flight() == 0);
+        assert_eq!(std::fs::read(folder.path().join("disk")).unwrap()[..512], [8; 512]);
+        drop(guest);
+        daemon.shutdown().unwrap();
+    }
+
+    #[test]
+    fn a_flush_beside_guests_is_waited_for_so_long_and_ends_by_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let (daemon, injector) = with_faults(folder.path());
+        let disk = daemon.node("disk").unwrap();
+        let mut snapshots = Snapshots::default();
+        snapshots.add(&daemon, "disk", "overlay").unwrap();
+        injector.add_break(DebugEvent::FlushToDisk, "beside").unwrap();
+        let bounds = Bounds { beside_clients: Duration::from_millis(20), ..Bounds::default() };
+        let refused = runtime::block_on(snapshots.take_within(bounds, &daemon, &[])).unwrap().unwrap_err();
+        let said = refused.to_string();
+        assert!(
+            said.contains("a flush of 'disk' has not ended") && said.contains("nothing has changed"),
+            "{said}"
+        );
+        assert!(disk.enter().now_or_never().is_some(), "the gate is open");
+        assert!(injector.is_suspended("beside"));
+        // The end releases it, and waits for it.
+        daemon.shutdown().unwrap();
+        assert_eq!(disk.in_flight(), 0);
     }
 
     /// A snapshot of `node` to an image that is made.
