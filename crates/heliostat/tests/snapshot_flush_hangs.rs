@@ -65,6 +65,7 @@ fn a_flush_that_hangs_behind_closed_gates_refuses_the_transaction_and_guests_go_
         let export = json!({ "type": "nbd", "id": disk, "node-name": disk, "name": disk, "writable": true });
         scene.execute("block-export-add", export);
     }
+    std::fs::write(scene.path().join("a1.qcow2"), [7; 100_000]).unwrap();
     let (mut a, mut b) = (guest(&scene.path(), "a"), guest(&scene.path(), "b"));
     let mut other = Qmp::connect(&scene.path().join("control")).unwrap();
     let actions: Vec<Value> = ["a", "b"]
@@ -99,9 +100,11 @@ fn a_flush_that_hangs_behind_closed_gates_refuses_the_transaction_and_guests_go_
         guest.write(0, &[byte; 512]);
         assert_eq!(guest.read(0, 512), [byte; 512]);
     }
-    for new in ["a1.qcow2", "b1.qcow2"] {
-        assert!(!scene.path().join(new).exists(), "{new}");
-    }
+    let mut files: Vec<_> =
+        std::fs::read_dir(scene.path()).unwrap().map(|it| it.unwrap().file_name()).collect();
+    files.sort();
+    assert_eq!(files, ["a.qcow2", "a1.qcow2", "b.qcow2", "control", "nbd"]);
+    assert_eq!(std::fs::read(scene.path().join("a1.qcow2")).unwrap(), [7; 100_000], "the text says so");
     qemu_io_of(&mut other, &format!("resume f{tag}"));
     scene.execute("transaction", snapshots);
     for (guest, byte) in [(&mut a, 5), (&mut b, 6)] {

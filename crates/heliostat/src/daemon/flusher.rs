@@ -4,6 +4,7 @@
 //! one no longer than a bound is not who carries it out. Each is in flight at its node until it has ended: whoever drains
 //! that node waits for it. It closes no gates. Called by `snapshot`.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_listener::Event;
@@ -11,6 +12,7 @@ use futures_util::future::join_all;
 use heliostat_block::error::BlockError;
 use heliostat_block::node::Node;
 use heliostat_block::tracked::Tracked;
+use heliostat_host::open::sync_directory_of;
 use heliostat_host::runtime::Thread;
 
 use super::DaemonError;
@@ -39,6 +41,8 @@ pub(super) enum Wanted {
     Beside(Arc<Node>),
     /// Of what was written before the gate closed.
     Behind(Tracked),
+    /// Of the directory in which the file at this path has its name.
+    Name(PathBuf),
 }
 
 #[derive(Default)]
@@ -51,7 +55,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     handed: Option<Vec<Wanted>>,
-    /// The nodes of which a flush has not ended.
+    /// That of which a flush has not ended.
     unended: Vec<String>,
     outcome: Option<Result<(), BlockError>>,
     is_over: bool,
@@ -98,7 +102,7 @@ impl Flusher<'_> {
     pub(super) async fn flush(&self, wanted: Vec<Wanted>) -> Result<(), BlockError> {
         {
             let mut state = self.shared.lock();
-            state.unended = wanted.iter().map(|wanted| format!("'{}'", wanted.node().name())).collect();
+            state.unended = wanted.iter().map(Wanted::what).collect();
             state.handed = Some(wanted);
             state.outcome = None;
         }
@@ -106,7 +110,7 @@ impl Flusher<'_> {
         self.shared.wait(|state| state.outcome.take()).await
     }
 
-    /// The nodes of which a flush has not ended.
+    /// That of which a flush has not ended.
     pub(super) fn unended(&self) -> String {
         self.shared.lock().unended.join(", ")
     }
@@ -121,19 +125,24 @@ impl Drop for Flusher<'_> {
 }
 
 impl Wanted {
-    const fn node(&self) -> &Arc<Node> {
+    /// What is flushed, for people.
+    fn what(&self) -> String {
         match self {
-            Self::Beside(node) => node,
-            Self::Behind(tracked) => tracked.node(),
+            Self::Beside(node) => format!("'{}'", node.name()),
+            Self::Behind(tracked) => format!("'{}'", tracked.node().name()),
+            Self::Name(path) => format!("the directory of '{}'", path.display()),
         }
     }
 
     async fn carry_out(self) -> Result<(), BlockError> {
-        let tracked = match self {
-            Self::Beside(node) => node.enter().await,
-            Self::Behind(tracked) => tracked,
-        };
-        tracked.flush().await
+        match self {
+            Self::Beside(node) => node.enter().await.flush().await,
+            Self::Behind(tracked) => tracked.flush().await,
+            Self::Name(path) => {
+                sync_directory_of(&path);
+                Ok(())
+            }
+        }
     }
 }
 
@@ -141,11 +150,11 @@ impl Shared {
     async fn run(&self) {
         while let Some(wanted) = self.wait(State::next).await {
             let flushed = join_all(wanted.into_iter().map(async |wanted| {
-                let name = format!("'{}'", wanted.node().name());
+                let what = wanted.what();
                 // It has left the node before anybody hears that it has ended.
                 let flushed = wanted.carry_out().await;
                 let mut state = self.lock();
-                if let Some(at) = state.unended.iter().position(|unended| *unended == name) {
+                if let Some(at) = state.unended.iter().position(|unended| *unended == what) {
                     state.unended.remove(at);
                 }
                 flushed

@@ -18,6 +18,7 @@ mod jobs;
 mod lanes;
 mod mirror;
 mod mirror_bitmap;
+mod new_file;
 mod nodes;
 mod open;
 mod overlay_file;

@@ -17,14 +17,15 @@ use heliostat_block::node::{Node, NodeOptions};
 use heliostat_host::runtime;
 
 use super::conflict::conflict;
-use super::drive_mirror::{Made, file_spec};
+use super::drive_mirror::file_spec;
 use super::flusher::Wanted;
 use super::flushing::{flush_until_short, until};
 use super::gate::CHAIN_MAX;
 use super::mirror_bitmap::unstorable;
+use super::new_file::Made;
 use super::nodes::Named;
 use super::overlay_file::{check_room, check_unopened, is_same_file, locked, overlay_file};
-use super::{Action, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
+use super::{Action, CompletionMode, Daemon, DaemonError, DriverSpec, Export, NodeEntry, TargetMode};
 
 /// The longest that guests of all disks wait at closed gates, for what is in flight at the slowest and for the flush
 /// behind them: less than the 30 s after which drivers in guests take a disk for dead.
@@ -114,8 +115,8 @@ impl Daemon {
     /// Makes or opens an overlay, and puts it in the place of a node, on top of it.
     ///
     /// # Errors
-    /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`. With `Unflushed` and `Undrained`, which only show when
-    /// the overlay is there, a file in whose place it was made is lost: what was in it is gone.
+    /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`. With `Unflushed`, `UnendedFlush` and `Undrained`, which
+    /// only show when the overlay is there, what was on a block device that it was made on is lost. A file is as it was.
     pub fn snapshot_to_file(&self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
         self.transaction(&[Action::SnapshotToFile(spec.clone())], CompletionMode::Individual)
     }
@@ -280,6 +281,7 @@ impl Snapshots {
             TargetMode::AbsolutePaths => Named::ByImage,
             TargetMode::Existing => Named::ByOperator,
         };
+        let mut below = file_spec(&spec.file, entry);
         if spec.mode == TargetMode::AbsolutePaths {
             if pass == Pass::Check {
                 let name = match &spec.overlay_name {
@@ -290,9 +292,12 @@ impl Snapshots {
                 self.list.push(Planned { node, name, overlay: None, named });
                 return Ok(());
             }
-            self.made.push(Made::new(&there, entry)?);
+            let made = Made::beside(&there, entry)?;
+            if let DriverSpec::File(file) = &mut below.driver {
+                file.now_at = Some(made.now_at().to_owned());
+            }
+            self.made.push(made);
         }
-        let below = file_spec(&spec.file, entry);
         let overlay = daemon.make_target(&below, spec.overlay_name.clone(), there.layer.wanted())?;
         if pass == Pass::Check {
             check_unopened(daemon, &self.files)?;
@@ -443,9 +448,15 @@ impl Snapshots {
     ///
     /// # Errors
     /// `Unflushed`, `UnendedFlush`, `Undrained`, `NodeInUse`; no node has changed then.
-    pub(super) fn take(&self, daemon: &Daemon, changes: &[(Arc<Node>, Change)]) -> Result<(), DaemonError> {
-        runtime::block_on(self.take_within(Bounds::default(), daemon, changes))
-            .map_err(DaemonError::Engine)?
+    pub(super) fn take(
+        &mut self,
+        daemon: &Daemon,
+        changes: &[(Arc<Node>, Change)],
+    ) -> Result<(), DaemonError> {
+        let mut made = self.take_made();
+        let taken = runtime::block_on(self.take_within(Bounds::default(), daemon, changes, &mut made));
+        self.made = made;
+        taken.map_err(DaemonError::Engine)?
     }
 
     async fn take_within(
@@ -453,6 +464,7 @@ impl Snapshots {
         bounds: Bounds,
         daemon: &Daemon,
         changes: &[(Arc<Node>, Change)],
+        made: &mut [Made],
     ) -> Result<(), DaemonError> {
         let clock = daemon.clock().as_ref();
         let flusher = daemon.flushers.start()?;
@@ -478,6 +490,11 @@ impl Snapshots {
         let wanted = written.map(|drained| Wanted::Behind(drained.enter())).collect();
         let flushed = until(clock, deadline, flusher.flush(wanted)).await;
         flushed.ok_or_else(|| unended(bounds.gates))?.map_err(DaemonError::Unflushed)?;
+        // Overlays get their names before anybody writes to them, so that what is written is found.
+        let named = made.iter_mut().map(Made::take_place).collect::<Result<Vec<_>, _>>()?;
+        let named = named.into_iter().flatten().map(Wanted::Name).collect();
+        let durable = until(clock, deadline, flusher.flush(named)).await;
+        durable.ok_or_else(|| unended(bounds.gates))?.map_err(DaemonError::Unflushed)?;
         let gate = |node: &Arc<Node>| drained.iter().find(|drained| Arc::ptr_eq(drained.node(), node));
         let onto = |planned: &'_ Planned| {
             let drained = gate(&planned.node)?;
@@ -565,7 +582,7 @@ mod tests {
         snapshots.add(&daemon, "b", "ob").unwrap();
         let take = |gates| {
             let bounds = Bounds { gates, ..Bounds::default() };
-            runtime::block_on(snapshots.take_within(bounds, &daemon, &[])).unwrap()
+            runtime::block_on(snapshots.take_within(bounds, &daemon, &[], &mut [])).unwrap()
         };
         let b = daemon.node("b").unwrap();
         let request = b.enter().now_or_never().expect("the gate is open");
@@ -617,7 +634,10 @@ mod tests {
         let guest = daemon.graph().attach(&disk, role).unwrap();
         let mut snapshots = Snapshots::default();
         snapshots.add(&daemon, "disk", "overlay").unwrap();
-        let take = |gates| snapshots.take_within(Bounds { gates, ..Bounds::default() }, &daemon, &[]);
+        let take = async |gates| {
+            let bounds = Bounds { gates, ..Bounds::default() };
+            snapshots.take_within(bounds, &daemon, &[], &mut []).await
+        };
         runtime::block_on(async {
             let held = disk.enter().await;
             let refused = take(Duration::from_millis(300));
@@ -674,7 +694,8 @@ mod tests {
         snapshots.add(&daemon, "disk", "overlay").unwrap();
         injector.add_break(DebugEvent::FlushToDisk, "beside").unwrap();
         let bounds = Bounds { beside_clients: Duration::from_millis(20), ..Bounds::default() };
-        let refused = runtime::block_on(snapshots.take_within(bounds, &daemon, &[])).unwrap().unwrap_err();
+        let refused =
+            runtime::block_on(snapshots.take_within(bounds, &daemon, &[], &mut [])).unwrap().unwrap_err();
         let said = refused.to_string();
         assert!(
             said.contains("a flush of 'disk' has not ended") && said.contains("nothing has changed"),
@@ -717,6 +738,32 @@ mod tests {
 
     fn assert_whole(file: &Path) {
         assert!(std::fs::read(file).unwrap() == [7; 100_000], "it is lost");
+    }
+
+    #[test]
+    fn a_file_is_whole_when_what_comes_after_the_making_of_its_overlay_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a"]);
+        let file = file_in(folder.path());
+        let a = daemon.node("a").unwrap();
+        let mut snapshots = Snapshots::default();
+        snapshots.add_file(&daemon, &to_file("a", &file, "o"), Pass::Make).unwrap();
+        let entries = daemon.nodes();
+        assert!(entries.iter().filter(|entry| entry.path == file).count() == 2, "the overlay and its file");
+        let mut made = snapshots.take_made();
+        let mut take = |gates| {
+            let bounds = Bounds { gates, ..Bounds::default() };
+            runtime::block_on(snapshots.take_within(bounds, &daemon, &[], &mut made)).unwrap()
+        };
+        let request = a.enter().now_or_never().expect("the gate is open");
+        let refused = take(Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(&refused, DaemonError::Undrained { .. }), "{refused}");
+        assert_whole(&file);
+        drop(request);
+        take(GATES_MAX).unwrap();
+        assert!(std::fs::read(&file).unwrap().starts_with(b"QFI\xfb"), "it has the name before guests come");
+        made.into_iter().for_each(Made::keep);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 
     #[test]
