@@ -131,6 +131,10 @@ impl Storage for NodeStorage {
         })
     }
 
+    fn losses(&self) -> u64 {
+        self.node().losses()
+    }
+
     fn start_writeback(&self, range: ByteRange) {
         self.node().start_writeback(range);
     }

@@ -193,6 +193,10 @@ impl Storage for CopyOnRead {
         self.below.extents(range)
     }
 
+    fn losses(&self) -> u64 {
+        self.below.losses()
+    }
+
     fn start_writeback(&self, range: ByteRange) {
         self.below.start_writeback(range);
     }

@@ -153,6 +153,15 @@ impl Driver {
         }
     }
 
+    /// See [`crate::storage::Storage::losses`]; of everything that it writes to.
+    pub(crate) fn losses(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.storage().losses(),
+            Self::Qcow2(qcow2) => qcow2.storages().map(|below| below.losses()).sum(),
+            Self::Filter(filter) => filter.storage().losses(),
+        }
+    }
+
     /// See [`crate::storage::Storage::start_writeback`].
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         match self {

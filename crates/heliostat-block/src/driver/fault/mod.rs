@@ -307,6 +307,10 @@ impl Storage for FaultInjector {
         })
     }
 
+    fn losses(&self) -> u64 {
+        self.below.losses()
+    }
+
     fn start_writeback(&self, range: ByteRange) {
         self.below.start_writeback(range);
     }

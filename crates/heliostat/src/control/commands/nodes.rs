@@ -185,7 +185,7 @@ fn file_spec(arguments: Arguments<'_>, own: Inherited) -> Result<FileSpec, Refus
     }
     let shares = own.force_share || arguments.text("locking") == Some("off");
     let sharing = if shares { Sharing::Anything } else { Sharing::Locked };
-    Ok(FileSpec { path: PathBuf::from(arguments.required_text("filename")), sharing })
+    Ok(FileSpec { path: PathBuf::from(arguments.required_text("filename")), now_at: None, sharing })
 }
 
 pub(super) fn bytes(arguments: Arguments<'_>, name: &str) -> Result<Option<u64>, Refusal> {

@@ -139,6 +139,8 @@ pub struct TableCache {
 pub struct FileSpec {
     /// Where.
     pub path: PathBuf,
+    /// Where it is until it gets its place; `None` where it has that.
+    pub now_at: Option<PathBuf>,
     /// What other programs may do with it meanwhile.
     pub sharing: Sharing,
 }
@@ -211,7 +213,7 @@ impl DriverSpec {
     /// The bytes of the file or block device at `path`.
     #[must_use]
     pub fn at(path: PathBuf, sharing: Sharing) -> Self {
-        let file = FileSpec { path, sharing };
+        let file = FileSpec { path, now_at: None, sharing };
         if is_device(&file.path) { Self::HostDevice(file) } else { Self::File(file) }
     }
 }
