@@ -106,12 +106,12 @@ pub struct Onto<'a> {
     /// What that stands on.
     pub below: &'a Arc<Node>,
     /// What becomes of the named bitmaps of the drained node.
-    pub bitmaps: Bitmaps,
+    pub bitmaps: NamedBitmaps,
 }
 
 /// What becomes of the named bitmaps of a node that its users leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bitmaps {
+pub enum NamedBitmaps {
     /// They go where the users go.
     Follow,
     /// They stay, with what was written until then.
@@ -288,7 +288,7 @@ impl Graph {
     ///
     /// Where filters stand on the drained node, the caller has drained those before it, from the top down.
     pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
-        self.state().pivot(drained.node(), target, Bitmaps::Follow);
+        self.state().pivot(drained.node(), target, NamedBitmaps::Follow);
     }
 
     /// As [`Graph::pivot`] for each of `moves`, in their order, with its target standing on something from then on: all
@@ -346,8 +346,8 @@ impl State {
         self.places.iter().filter_map(Weak::upgrade).filter(|place| Arc::ptr_eq(&place.node(), node))
     }
 
-    fn pivot(&self, replaced: &Arc<Node>, target: &Arc<Node>, bitmaps: Bitmaps) {
-        if bitmaps == Bitmaps::Follow {
+    fn pivot(&self, replaced: &Arc<Node>, target: &Arc<Node>, bitmaps: NamedBitmaps) {
+        if bitmaps == NamedBitmaps::Follow {
             // Before anybody can write there: a write that they do not hear of would be lost to them.
             follow(replaced, target);
         }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use heliostat_block::graph::{Bitmaps, GraphError, Onto, Role};
+use heliostat_block::graph::{GraphError, NamedBitmaps, Onto, Role};
 use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
@@ -192,7 +192,7 @@ impl Daemon {
             self.follow_filters(source, target);
             return Ok(());
         }
-        let onto = Onto { drained, target, below: &below, bitmaps: Bitmaps::Follow };
+        let onto = Onto { drained, target, below: &below, bitmaps: NamedBitmaps::Follow };
         self.put_on_top(&[onto], &[Named::ByImage], &[]).map_err(|error| error.to_string())
     }
 

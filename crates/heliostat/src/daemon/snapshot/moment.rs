@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use heliostat_block::graph::{Bitmaps, GraphError, Onto};
+use heliostat_block::graph::{GraphError, NamedBitmaps, Onto};
 use heliostat_block::name::NodeName;
 use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::{Node, NodeOptions};
@@ -102,7 +102,7 @@ impl Snapshots {
                 drained,
                 target: gate(planned.overlay.as_ref()?)?.node(),
                 below: drained.node(),
-                bitmaps: Bitmaps::Stay,
+                bitmaps: NamedBitmaps::Stay,
             })
         };
         let moves: Vec<_> = self.list.iter().filter_map(onto).collect();
