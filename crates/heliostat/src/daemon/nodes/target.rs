@@ -315,7 +315,9 @@ impl Daemon {
                 replaces: node.name().clone(),
                 source_node: source.name().clone(),
             })?;
-            // Another's filter would move with the pivot, and with it what another mirror reads.
+            // Another's filter would move with the pivot, and a mirror of that which is to replace the node, too, would
+            // find nobody there. One that comes later may only read, finds the same bytes in the target, and cannot
+            // replace the node.
             let is_shared =
                 self.graph.roles(&at).iter().filter(|role| matches!(role, Role::Child { .. })).count() > 1;
             if is_shared {
