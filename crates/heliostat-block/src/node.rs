@@ -469,6 +469,11 @@ impl Node {
     }
 
     /// Starts writing `range` back and drops it from the host's cache; see
+    /// [`crate::storage::Storage::losses`].
+    pub(crate) fn losses(&self) -> u64 {
+        self.blocks.below().losses()
+    }
+
     /// [`crate::storage::Storage::start_writeback`].
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         self.blocks.below().start_writeback(range);

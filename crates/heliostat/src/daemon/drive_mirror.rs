@@ -250,7 +250,8 @@ const fn whole_of(sync: SyncMode) -> SyncMode {
 fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Result<New, DaemonError> {
     let format = spec.format.as_deref().unwrap_or(source.driver);
     let refused = |text: String| Err(DaemonError::Create(text));
-    let is_protocol = is_over_nothing(format) || matches!(format, "blkdebug" | "throttle" | "copy-on-read");
+    let is_protocol =
+        is_over_nothing(format) || matches!(format, "blkdebug" | "throttle" | "copy-on-read" | "preallocate");
     let layer = layer(format);
     if layer.is_none() && !is_protocol {
         return refused(format!("Unknown file format '{format}'"));

@@ -93,6 +93,7 @@ fn driver_spec(arguments: Arguments<'_>, own: Inherited) -> Result<DriverSpec, R
         "blkdebug" => filters::faults(arguments, own.passed_on()),
         "throttle" => filters::throttle(arguments, own.passed_on()),
         "copy-on-read" => filters::copy_on_read(arguments, own.passed_on()),
+        "preallocate" => filters::preallocate(arguments, own.passed_on()),
         "qcow2" => Ok(DriverSpec::Qcow2(Box::new(qcow2_spec(arguments, own)?))),
         _ => {
             let file = child(arguments, "file", own.passed_on())?;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use heliostat_block::driver::preallocate::Ahead;
 use heliostat_block::node::{DetectZeroes, Discard, NodeOptions};
 
 use super::super::open::is_device;
@@ -79,6 +80,13 @@ pub enum DriverSpec {
         file: Child,
         /// The lowest layer from which is copied.
         bottom: Option<String>,
+    },
+    /// In another node, in which room is made ahead of writes.
+    Preallocate {
+        /// The node below.
+        file: Child,
+        /// How much room.
+        ahead: Ahead,
     },
 }
 
