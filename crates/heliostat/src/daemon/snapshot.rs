@@ -489,7 +489,7 @@ mod tests {
             claims: Claims::default(),
         };
         let file = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
-        let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+        let raw = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
         daemon.add_node(&NodeSpec::new(Some("disk".to_owned()), raw)).unwrap();
         let injector = daemon.fault_injector("disk").unwrap().unwrap();
         (daemon, injector)

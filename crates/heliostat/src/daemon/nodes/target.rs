@@ -93,7 +93,7 @@ impl Daemon {
         };
         let child = Child::Named(file.entry.node.name().to_string());
         let driver = match format {
-            Format::Raw => DriverSpec::Raw { file: child, offset: 0, size: None, is_guess },
+            Format::Raw => DriverSpec::Raw { file: child, offset: None, size: None, is_guess },
             Format::Qcow2 => DriverSpec::Qcow2(Box::new(Qcow2Spec {
                 backing: BackingSpec::Nothing,
                 ..Qcow2Spec::new(child)
