@@ -1,7 +1,8 @@
 //! [`Negotiation`]: a client's side of the NBD handshake.
 //!
 //! Asks for structured replies and `base:allocation`, puts up with their refusal, then for the export with
-//! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Called by the demo's guest, by tests, and by
+//! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Where TLS is wanted that comes first, and without
+//! it nothing is said. Called by the demo's guest, by tests, and by
 //! the NBD storage; what follows is [`super::client_reply::Conversation`].
 
 use bytes::{Buf, BufMut, BytesMut};
@@ -60,12 +61,22 @@ pub enum NegotiationError {
         /// What it said; may be empty.
         message: String,
     },
+    /// The server would not set up TLS, which was asked for.
+    #[error("the server offers no TLS, and plain text was not asked for: {message}")]
+    TlsRefused {
+        /// What it said, or what it lacks.
+        message: String,
+    },
+    /// The server wants TLS, which was not asked for.
+    #[error("the server wants TLS: give TLS credentials for it")]
+    TlsRequired,
 }
 
 /// A client's side of the handshake.
 #[derive(Debug)]
 pub struct Negotiation {
     wish: Wish,
+    wants_tls: bool,
     stage: Stage,
     no_zeroes: bool,
     replies: ReplyStyle,
@@ -81,6 +92,8 @@ enum Stage {
     /// The option was sent; its last reply has not come.
     Option(u32),
     ExportName,
+    /// The stream is to go over to TLS.
+    Tls,
     Over,
 }
 
@@ -96,6 +109,7 @@ impl Negotiation {
     pub const fn new(wish: Wish) -> Self {
         Self {
             wish,
+            wants_tls: false,
             stage: Stage::Greeting,
             no_zeroes: false,
             replies: ReplyStyle::Simple,
@@ -103,6 +117,27 @@ impl Negotiation {
             export: None,
             block_sizes: BlockSizes::DEFAULT,
             description: String::new(),
+        }
+    }
+
+    /// The same, inside TLS: asks the server for it before anything else. See [`Negotiation::waits_for_tls`].
+    #[must_use]
+    pub const fn inside_tls(mut self) -> Self {
+        self.wants_tls = true;
+        self
+    }
+
+    /// Says whether TLS is to be set up now, by the caller; then [`Negotiation::tls_is_up`] is to be called. Until
+    /// that nothing more is said.
+    #[must_use]
+    pub fn waits_for_tls(&self) -> bool {
+        self.stage == Stage::Tls
+    }
+
+    /// Goes on, inside TLS.
+    pub fn tls_is_up(&mut self, output: &mut BytesMut) {
+        if self.waits_for_tls() {
+            self.ask_first(output);
         }
     }
 
@@ -134,6 +169,9 @@ impl Negotiation {
                     }
                     true
                 }
+                // The server waits for us there.
+                Stage::Tls if input.is_empty() => return Ok(None),
+                Stage::Tls => return Err(Violation::PlainAfterStartTls.into()),
                 Stage::Over => return Err(Violation::AfterEnd.into()),
             };
             if is_done {
@@ -143,27 +181,42 @@ impl Negotiation {
     }
 
     /// Answers whether the greeting was there.
-    fn greeting(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<bool, Violation> {
+    fn greeting(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<bool, NegotiationError> {
         let Some(mut greeting) = input.get(..18) else { return Ok(false) };
         for expected in [INIT_PASSWD, OPTION_MAGIC] {
             let found = greeting.get_u64();
             if found != expected {
-                return Err(Violation::Magic { expected, found });
+                return Err(Violation::Magic { expected, found }.into());
             }
         }
         let flags = greeting.get_u16();
         input.advance(18);
         let ours = flags & (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
         self.no_zeroes = ours & handshake_flag::NO_ZEROES != 0;
+        let is_fixed = ours & handshake_flag::FIXED_NEWSTYLE != 0;
+        if self.wants_tls && !is_fixed {
+            self.stage = Stage::Over;
+            let message = "its protocol is too old for it".to_owned();
+            return Err(NegotiationError::TlsRefused { message });
+        }
         output.put_u32(u32::from(ours));
-        if ours & handshake_flag::FIXED_NEWSTYLE == 0 {
+        if self.wants_tls {
+            self.ask(opt::STARTTLS, &[], output);
+        } else if is_fixed {
+            self.ask_first(output);
+        } else {
             self.ask_export_name(output);
-        } else if self.wish.replies == ReplyStyle::Structured {
+        }
+        Ok(true)
+    }
+
+    /// Asks for what comes first on a connection that is as it is to be.
+    fn ask_first(&mut self, output: &mut BytesMut) {
+        if self.wish.replies == ReplyStyle::Structured {
             self.ask(opt::STRUCTURED_REPLY, &[], output);
         } else {
             self.ask_go(output);
         }
-        Ok(true)
     }
 
     fn ask(&mut self, option: u32, parts: &[&[u8]], output: &mut BytesMut) {
@@ -213,6 +266,18 @@ impl Negotiation {
         let OptionReply { kind, mut data } = reply;
         match (option, kind) {
             (opt::GO, rep::ACK) => return Ok(true),
+            (opt::STARTTLS, rep::ACK) => self.stage = Stage::Tls,
+            (opt::STARTTLS, rep::ERROR_BIT..) => {
+                self.ask(opt::ABORT, &[], output);
+                self.stage = Stage::Over;
+                let message = string(&data).unwrap_or_default();
+                return Err(NegotiationError::TlsRefused { message });
+            }
+            (_, rep::ERR_TLS_REQD) => {
+                self.ask(opt::ABORT, &[], output);
+                self.stage = Stage::Over;
+                return Err(NegotiationError::TlsRequired);
+            }
             (opt::GO, rep::INFO) => self.info(&mut data)?,
             (opt::GO, rep::ERR_UNSUP) => self.ask_export_name(output),
             (_, rep::ERR_SHUTDOWN) | (opt::GO, rep::ERROR_BIT..) => {

@@ -18,6 +18,7 @@ mod lanes;
 mod mirror;
 mod mirror_bitmap;
 mod nodes;
+mod objects;
 mod open;
 mod overlay_file;
 mod poke;
@@ -41,7 +42,7 @@ pub use create::ImageSpec;
 pub use drive_mirror::{DriveMirrorSpec, TargetMode, TargetName};
 pub use error::{DaemonError, strerror};
 pub use events::{Event, Happening, Subscription, Watch};
-pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
+pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, NbdTls, Removal};
 pub use gate::{Gate, Probing, resolved};
 pub use jobs::{JobEntry, JobKind};
 pub use mirror::MirrorSpec;
@@ -50,6 +51,7 @@ pub use nodes::{
     BackingSpec, Beneath, CacheUse, Child, DriverSpec, FaultLimits, FaultSpec, FileSpec, FilterEntry,
     NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache, errno,
 };
+pub use objects::Object;
 pub use poke::{Poke, Poked};
 pub use shutdown::ShutdownError;
 pub use snapshot::SnapshotSpec;
@@ -60,6 +62,7 @@ use exports::Serving;
 use jobs::Jobs;
 use lanes::LaneThreads;
 use nodes::Nodes;
+use objects::Objects;
 use poke::Pokes;
 use shutdown::Quit;
 
@@ -80,6 +83,7 @@ pub struct Daemon {
     myself: Weak<Daemon>,
     nodes: Mutex<Nodes>,
     throttle_groups: Mutex<ThrottleGroups>,
+    objects: Arc<Objects>,
     pokes: Arc<Pokes>,
     jobs: Mutex<Jobs>,
     lanes: LaneThreads,
@@ -108,6 +112,7 @@ impl Daemon {
             changes: Mutex::default(),
             nodes: Mutex::default(),
             throttle_groups: Mutex::default(),
+            objects: Arc::default(),
             pokes: Arc::default(),
             jobs: Mutex::default(),
             lanes: LaneThreads::default(),

@@ -130,6 +130,7 @@ impl Stage {
             address: socket,
             max_connections: 0,
             handshake_time: None,
+            tls: None,
         })? {
             NbdAddress::Unix(path) => Address::Unix(path),
             NbdAddress::Tcp(address) => Address::Tcp(address),
@@ -140,6 +141,7 @@ impl Stage {
             name: Some(EXPORT.to_owned()),
             description: Some("the demo's disk".to_owned()),
             writable: true,
+            clients: None,
         })?;
         Ok(Self { folder: folder.to_owned(), daemon, address })
     }
