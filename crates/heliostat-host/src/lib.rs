@@ -10,6 +10,7 @@ mod fallocate;
 pub mod file;
 mod length;
 pub mod lock;
+pub mod nbd;
 pub mod open;
 mod pace;
 pub mod pinned;

@@ -1,9 +1,8 @@
 //! [`Negotiation`]: a client's side of the NBD handshake.
 //!
 //! Asks for structured replies and `base:allocation`, puts up with their refusal, then for the export with
-//! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Where TLS is wanted that comes first, and without
-//! it nothing is said. Called by the demo's guest, by tests, and by
-//! the NBD storage; what follows is [`super::client_reply::Conversation`].
+//! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Where TLS is wanted that comes first, and without it
+//! nothing is said. Called by the demo's guest, by tests, and by the NBD storage; what follows is [`super::client_reply::Conversation`].
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -27,13 +26,38 @@ pub struct Wish {
     pub allocation: Allocation,
 }
 
-/// Whether a client asks for `base:allocation`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which metadata context a client asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Allocation {
-    /// It does.
+    /// `base:allocation`.
     Wanted,
-    /// It does not.
+    /// None.
     Unwanted,
+    /// The one of this name instead, such as `qemu:dirty-bitmap:NAME`.
+    Context(String),
+}
+
+impl Allocation {
+    /// The context's name; `None` where none is wanted.
+    #[must_use]
+    pub fn context(&self) -> Option<&str> {
+        match self {
+            Self::Wanted => Some(BASE_ALLOCATION),
+            Self::Unwanted => None,
+            Self::Context(name) => Some(name),
+        }
+    }
+}
+
+/// Whether a client goes on in plain text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Privacy {
+    /// It does.
+    Plain,
+    /// It says nothing but the wish for TLS until that is there.
+    Wanted,
+    /// TLS is there.
+    Reached,
 }
 
 /// What a client got.
@@ -76,7 +100,6 @@ pub enum NegotiationError {
 #[derive(Debug)]
 pub struct Negotiation {
     wish: Wish,
-    wants_tls: bool,
     stage: Stage,
     no_zeroes: bool,
     replies: ReplyStyle,
@@ -84,16 +107,17 @@ pub struct Negotiation {
     export: Option<(u64, u16)>,
     block_sizes: BlockSizes,
     description: String,
+    privacy: Privacy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Greeting,
+    /// The server is ready for TLS; nothing is said until it is there.
+    Tls,
     /// The option was sent; its last reply has not come.
     Option(u32),
     ExportName,
-    /// The stream is to go over to TLS.
-    Tls,
     Over,
 }
 
@@ -109,7 +133,6 @@ impl Negotiation {
     pub const fn new(wish: Wish) -> Self {
         Self {
             wish,
-            wants_tls: false,
             stage: Stage::Greeting,
             no_zeroes: false,
             replies: ReplyStyle::Simple,
@@ -117,26 +140,29 @@ impl Negotiation {
             export: None,
             block_sizes: BlockSizes::DEFAULT,
             description: String::new(),
+            privacy: Privacy::Plain,
         }
     }
 
-    /// The same, inside TLS: asks the server for it before anything else. See [`Negotiation::waits_for_tls`].
+    /// The same, but nothing of the wish is said before the connection is private: see
+    /// [`Negotiation::awaits_tls`].
     #[must_use]
-    pub const fn inside_tls(mut self) -> Self {
-        self.wants_tls = true;
+    pub const fn with_tls(mut self) -> Self {
+        self.privacy = Privacy::Wanted;
         self
     }
 
-    /// Says whether TLS is to be set up now, by the caller; then [`Negotiation::tls_is_up`] is to be called. Until
-    /// that nothing more is said.
+    /// Says whether TLS must begin now. What came in plain text until then has been eaten; more of it is a
+    /// violation.
     #[must_use]
-    pub fn waits_for_tls(&self) -> bool {
+    pub fn awaits_tls(&self) -> bool {
         self.stage == Stage::Tls
     }
 
-    /// Goes on, inside TLS.
-    pub fn tls_is_up(&mut self, output: &mut BytesMut) {
-        if self.waits_for_tls() {
+    /// Goes on behind TLS.
+    pub fn tls_reached(&mut self, output: &mut BytesMut) {
+        if self.stage == Stage::Tls {
+            self.privacy = Privacy::Reached;
             self.ask_first(output);
         }
     }
@@ -163,15 +189,17 @@ impl Negotiation {
                     let Some(reply) = take_reply(option, input)? else { return Ok(None) };
                     self.reply(option, reply, output)?
                 }
+                // Whoever sits in between could have said it, and it would count as said in private.
+                Stage::Tls if !input.is_empty() => {
+                    return Err(Violation::PlainAfterStartTls.into());
+                }
+                Stage::Tls => return Ok(None),
                 Stage::ExportName => {
                     if !self.export_name_reply(input) {
                         return Ok(None);
                     }
                     true
                 }
-                // The server waits for us there.
-                Stage::Tls if input.is_empty() => return Ok(None),
-                Stage::Tls => return Err(Violation::PlainAfterStartTls.into()),
                 Stage::Over => return Err(Violation::AfterEnd.into()),
             };
             if is_done {
@@ -193,29 +221,27 @@ impl Negotiation {
         input.advance(18);
         let ours = flags & (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
         self.no_zeroes = ours & handshake_flag::NO_ZEROES != 0;
-        let is_fixed = ours & handshake_flag::FIXED_NEWSTYLE != 0;
-        if self.wants_tls && !is_fixed {
-            self.stage = Stage::Over;
-            let message = "its protocol is too old for it".to_owned();
-            return Err(NegotiationError::TlsRefused { message });
+        let can_answer = ours & handshake_flag::FIXED_NEWSTYLE != 0;
+        if can_answer || self.privacy != Privacy::Wanted {
+            output.put_u32(u32::from(ours));
         }
-        output.put_u32(u32::from(ours));
-        if self.wants_tls {
-            self.ask(opt::STARTTLS, &[], output);
-        } else if is_fixed {
-            self.ask_first(output);
-        } else {
-            self.ask_export_name(output);
+        match self.privacy {
+            Privacy::Wanted if can_answer => self.ask(opt::STARTTLS, &[], output),
+            Privacy::Wanted => {
+                self.stage = Stage::Over;
+                let message = "its protocol is too old for it".to_owned();
+                return Err(NegotiationError::TlsRefused { message });
+            }
+            _ if can_answer => self.ask_first(output),
+            _ => self.ask_export_name(output),
         }
         Ok(true)
     }
 
-    /// Asks for what comes first on a connection that is as it is to be.
     fn ask_first(&mut self, output: &mut BytesMut) {
-        if self.wish.replies == ReplyStyle::Structured {
-            self.ask(opt::STRUCTURED_REPLY, &[], output);
-        } else {
-            self.ask_go(output);
+        match self.wish.replies {
+            ReplyStyle::Structured | ReplyStyle::Extended => self.ask(opt::STRUCTURED_REPLY, &[], output),
+            ReplyStyle::Simple => self.ask_go(output),
         }
     }
 
@@ -243,11 +269,13 @@ impl Negotiation {
     }
 
     fn ask_context(&mut self, output: &mut BytesMut) {
+        let Some(query) = self.wish.allocation.context().map(str::to_owned) else {
+            return self.ask_go(output);
+        };
         let (name, len) = self.name();
-        let query = BASE_ALLOCATION.as_bytes();
-        let query_len = u32::try_from(query.len()).expect("a constant of 15 bytes");
+        let query_len = u32::try_from(query.len()).expect("a name that somebody typed is shorter than 4 GiB");
         let counts = [1, query_len].map(u32::to_be_bytes);
-        self.ask(opt::SET_META_CONTEXT, &[&len, &name, counts.as_flattened(), query], output);
+        self.ask(opt::SET_META_CONTEXT, &[&len, &name, counts.as_flattened(), query.as_bytes()], output);
     }
 
     fn ask_export_name(&mut self, output: &mut BytesMut) {
@@ -266,37 +294,27 @@ impl Negotiation {
         let OptionReply { kind, mut data } = reply;
         match (option, kind) {
             (opt::GO, rep::ACK) => return Ok(true),
-            (opt::STARTTLS, rep::ACK) => self.stage = Stage::Tls,
-            (opt::STARTTLS, rep::ERROR_BIT..) => {
-                self.ask(opt::ABORT, &[], output);
-                self.stage = Stage::Over;
-                let message = string(&data).unwrap_or_default();
-                return Err(NegotiationError::TlsRefused { message });
-            }
-            (_, rep::ERR_TLS_REQD) => {
-                self.ask(opt::ABORT, &[], output);
-                self.stage = Stage::Over;
-                return Err(NegotiationError::TlsRequired);
-            }
             (opt::GO, rep::INFO) => self.info(&mut data)?,
             (opt::GO, rep::ERR_UNSUP) => self.ask_export_name(output),
-            (_, rep::ERR_SHUTDOWN) | (opt::GO, rep::ERROR_BIT..) => {
+            (_, rep::ERR_SHUTDOWN | rep::ERR_TLS_REQD) | (opt::GO | opt::STARTTLS, rep::ERROR_BIT..) => {
                 self.ask(opt::ABORT, &[], output);
                 self.stage = Stage::Over;
                 let message = string(&data).unwrap_or_default();
-                return Err(NegotiationError::Refused { reply: kind, message });
+                return Err(match (option, kind) {
+                    (_, rep::ERR_SHUTDOWN) => NegotiationError::Refused { reply: kind, message },
+                    (opt::STARTTLS, _) => NegotiationError::TlsRefused { message },
+                    (_, rep::ERR_TLS_REQD) => NegotiationError::TlsRequired,
+                    _ => NegotiationError::Refused { reply: kind, message },
+                });
             }
             (opt::STRUCTURED_REPLY, rep::ACK) => {
                 self.replies = ReplyStyle::Structured;
-                if self.wish.allocation == Allocation::Wanted {
-                    self.ask_context(output);
-                } else {
-                    self.ask_go(output);
-                }
+                self.ask_context(output);
             }
+            (opt::STARTTLS, rep::ACK) => self.stage = Stage::Tls,
             (opt::SET_META_CONTEXT, rep::META_CONTEXT) => {
                 let id = data.try_get_u32().map_err(|_| Violation::Server("a short context"))?;
-                if data == BASE_ALLOCATION.as_bytes() {
+                if self.wish.allocation.context().is_some_and(|name| data == name.as_bytes()) {
                     self.allocation = Some(id);
                 }
             }

@@ -17,7 +17,9 @@ pub mod client;
 pub mod client_reply;
 pub mod client_request;
 pub mod handshake;
+pub mod link;
 mod option;
+pub mod outbox;
 pub mod reply;
 pub mod request;
 #[cfg(test)]
@@ -242,4 +244,14 @@ pub enum ReplyStyle {
     Simple,
     /// In chunks that say what they are.
     Structured,
+    /// In chunks, too; and requests and replies have extended headers, with lengths of 64 bits.
+    Extended,
+}
+
+impl ReplyStyle {
+    /// Whether answers come in chunks.
+    #[must_use]
+    pub const fn has_chunks(self) -> bool {
+        matches!(self, Self::Structured | Self::Extended)
+    }
 }

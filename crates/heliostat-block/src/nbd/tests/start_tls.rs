@@ -114,7 +114,7 @@ fn wish() -> Wish {
 
 /// A client that wants TLS and has asked for it.
 fn client() -> (Negotiation, BytesMut) {
-    let (mut client, mut output) = (Negotiation::new(wish()).inside_tls(), BytesMut::new());
+    let (mut client, mut output) = (Negotiation::new(wish()).with_tls(), BytesMut::new());
     let mut greeting = BytesMut::new();
     let _ = Handshake::new(&mut greeting);
     assert_eq!(client.step(&mut greeting, &mut output), Ok(None));
@@ -130,17 +130,17 @@ fn answer(reply: u32, data: &[u8]) -> BytesMut {
 }
 
 #[test]
-fn a_client_says_nothing_more_until_tls_is_up() {
+fn a_client_says_nothing_more_until_tls_reached() {
     let (mut client, mut output) = client();
-    assert!(!client.waits_for_tls());
+    assert!(!client.awaits_tls());
     assert_eq!(client.step(&mut answer(rep::ACK, &[]), &mut output), Ok(None));
     for _ in 0..2 {
-        assert!(client.waits_for_tls());
+        assert!(client.awaits_tls());
         assert!(output.is_empty());
         assert_eq!(client.step(&mut BytesMut::new(), &mut output), Ok(None));
     }
-    client.tls_is_up(&mut output);
-    assert!(!client.waits_for_tls());
+    client.tls_reached(&mut output);
+    assert!(!client.awaits_tls());
     assert_eq!(output, option_bytes(opt::STRUCTURED_REPLY, &[]));
 }
 
@@ -164,7 +164,7 @@ fn a_client_that_wants_tls_never_goes_on_without() {
     greeting.put_u64(OPTION_MAGIC);
     greeting.put_u16(0);
     let mut output = BytesMut::new();
-    let ended = Negotiation::new(wish()).inside_tls().step(&mut greeting, &mut output);
+    let ended = Negotiation::new(wish()).with_tls().step(&mut greeting, &mut output);
     assert!(matches!(ended, Err(NegotiationError::TlsRefused { .. })), "{ended:?}");
     assert!(output.is_empty());
 }
@@ -199,11 +199,11 @@ fn a_client_without_tls_is_told_what_the_server_wants() {
 }
 
 #[test]
-fn both_sides_agree_inside_tls() {
+fn both_sides_agree_with_tls() {
     let exports = [offer("a")];
     let (mut to_client, mut to_server) = (BytesMut::new(), BytesMut::new());
     let mut server = Handshake::new(&mut to_client).with_tls(TlsPolicy::Required);
-    let mut client = Negotiation::new(wish()).inside_tls();
+    let mut client = Negotiation::new(wish()).with_tls();
     let offers = Offers { exports: &exports, shutting_down: false };
     let mut agreed = None;
     loop {
@@ -211,8 +211,8 @@ fn both_sides_agree_inside_tls() {
             assert_eq!(Some(found.terms), agreed);
             return;
         }
-        if client.waits_for_tls() {
-            client.tls_is_up(&mut to_server);
+        if client.awaits_tls() {
+            client.tls_reached(&mut to_server);
         }
         let mut received = to_server.split().freeze();
         while !received.is_empty() {
