@@ -19,8 +19,9 @@ use heliostat_host::socket::Address;
 
 use super::events::Happening;
 use super::{Daemon, DaemonError};
+use crate::authz::Client;
 use crate::front::nbd::{
-    self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings,
+    self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings, TlsPolicy,
 };
 use crate::serve::Seat;
 
@@ -42,6 +43,19 @@ pub struct NbdSpec {
     pub max_connections: u32,
     /// How long a client may take until it has chosen its export; where nothing is said, some seconds.
     pub handshake_time: Option<Duration>,
+    /// TLS, where there is any.
+    pub tls: Option<NbdTls>,
+}
+
+/// TLS as an NBD server is to have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdTls {
+    /// The id of a server's credentials.
+    pub credentials: String,
+    /// The id of the object that says who is let in. Looked up for each client; one that is not there lets nobody in.
+    pub authz: Option<String>,
+    /// Whether clients must, or may.
+    pub policy: TlsPolicy,
 }
 
 /// What an export is to be.
@@ -57,6 +71,8 @@ pub struct ExportSpec {
     pub description: Option<String>,
     /// Whether clients may write.
     pub writable: bool,
+    /// Whom it is for, by the certificates that they show. `None`: for everybody.
+    pub clients: Option<Vec<Client>>,
 }
 
 /// How an export is removed.
@@ -104,7 +120,7 @@ impl Daemon {
     /// Starts the NBD server. Returns the address at which it listens, with the port where none was said.
     ///
     /// # Errors
-    /// `NbdRunning`; `NbdListen` when the host refuses the address.
+    /// `NbdRunning`; `CredentialsNotFound`, `NotCredentials`, `CredentialsEndpoint`; `NbdListen` when the host refuses the address.
     pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<NbdAddress, DaemonError> {
         let _change = self.begin_change()?;
         let mut serving = self.lock_serving();
@@ -118,7 +134,8 @@ impl Daemon {
         let connections_max = usize_from(u64::from(spec.max_connections));
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
         let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
-        let settings = ServerSettings { reach: Reach::Anywhere, connections_max, handshake_time, doors };
+        let tls = spec.tls.as_ref().map(|tls| self.server_tls(tls)).transpose()?;
+        let settings = ServerSettings { reach: Reach::Anywhere, tls, connections_max, handshake_time, doors };
         let server = NbdServer::start(&address, settings)
             .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
         let bound = match server.address().clone() {
@@ -212,6 +229,7 @@ impl Daemon {
             seat: Arc::clone(&export.seat),
             access: if spec.writable { Access::Writable } else { Access::ReadOnly },
             is_default: false,
+            clients: spec.clients.clone(),
         })?;
         serving.exports.push(export.clone());
         Ok(export)
