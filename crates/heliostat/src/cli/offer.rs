@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::address::{Endpoint, Reach, nbd_uri};
 use crate::control::{ControlServer, ControlSettings, Peer, Peers};
 use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
+use crate::serve::status::Depth;
 
 /// The name of the node that clients see, and of the export unless another was given.
 pub const NODE: &str = "disk";
@@ -118,6 +119,8 @@ impl Offer {
             name: Some(self.name.clone()),
             description: None,
             writable,
+            depth: Depth::Untold,
+            bitmaps: Vec::new(),
         })?;
         daemon.let_clients_in();
         Ok(match bound {

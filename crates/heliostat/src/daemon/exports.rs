@@ -18,11 +18,13 @@ use heliostat_host::runtime::STACK;
 use heliostat_host::socket::Address;
 
 use super::events::Happening;
+use super::export_bitmaps::set_busy;
 use super::{Daemon, DaemonError};
 use crate::front::nbd::{
     self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings,
 };
 use crate::serve::Seat;
+use crate::serve::status::{Contexts, Depth};
 
 /// Where an NBD server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +59,10 @@ pub struct ExportSpec {
     pub description: Option<String>,
     /// Whether clients may write.
     pub writable: bool,
+    /// Whether clients may ask in which layer a range is.
+    pub depth: Depth,
+    /// Bitmaps that clients may ask for; each with its node, or the nearest of the chain.
+    pub bitmaps: Vec<(Option<String>, String)>,
 }
 
 /// How an export is removed.
@@ -184,22 +190,26 @@ impl Daemon {
             _ => DaemonError::NodeNotFound(spec.node.clone()),
         })?;
         let name = spec.name.clone().unwrap_or_else(|| spec.node.clone());
+        let description = spec.description.clone().unwrap_or_default();
+        let mut serving = self.lock_serving();
+        let server = serving.server.as_ref().ok_or(DaemonError::NbdNotRunning)?;
+        server.check_export(&name, &description)?;
+        let bitmaps = self.bitmaps_to_offer(&node, spec)?;
         let export = Export {
             id: spec.id.clone(),
             name,
-            seat: Seat::new(Arc::clone(&place)),
+            seat: Seat::with_contexts(Arc::clone(&place), Contexts::new(spec.depth, bitmaps)),
             place,
             is_leaving: false,
         };
-        let mut serving = self.lock_serving();
-        let server = serving.server.as_ref().ok_or(DaemonError::NbdNotRunning)?;
         server.add_export(ExportSettings {
             name: export.name.clone(),
-            description: spec.description.clone().unwrap_or_default(),
+            description,
             seat: Arc::clone(&export.seat),
             access: if spec.writable { Access::Writable } else { Access::ReadOnly },
             is_default: false,
         })?;
+        set_busy(&export, true);
         serving.exports.push(export.clone());
         Ok(export)
     }
@@ -291,6 +301,7 @@ impl Daemon {
             found.map(|index| serving.exports.remove(index))
         };
         if let Some(export) = export {
+            set_busy(&export, false);
             // A client may still be letting go of it; who hears of the end may remove the node at once.
             self.graph.detach(&export.place);
             // Or open its file again.

@@ -33,6 +33,7 @@ use crate::cli::ending;
 use crate::cli::image::{self, Image};
 use crate::cli::progress::{Look, Meter, Wanted};
 use crate::daemon::{Daemon, ExportSpec, Happening, MirrorSpec, NbdAddress, NbdSpec, NodeSpec};
+use crate::serve::status::Depth;
 
 /// The export's name.
 pub const EXPORT: &str = "disk";
@@ -135,6 +136,8 @@ impl Stage {
             NbdAddress::Tcp(address) => Address::Tcp(address),
         };
         daemon.add_export(&ExportSpec {
+            depth: Depth::Untold,
+            bitmaps: Vec::new(),
             id: EXPORT.to_owned(),
             node: SOURCE.to_owned(),
             name: Some(EXPORT.to_owned()),

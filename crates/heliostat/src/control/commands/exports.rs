@@ -12,6 +12,7 @@ use super::super::refusal::Refusal;
 use super::not_there;
 use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec, Removal};
 use crate::front::nbd::CONNECTIONS_DEFAULT;
+use crate::serve::status::Depth;
 
 /// As good as no bound, where a client asks for none.
 const NO_BOUND: Duration = Duration::from_secs(1 << 40);
@@ -88,7 +89,7 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
     if let Some(thread) = arguments.text("iothread") {
         return Err(Refusal::new(format!("iothread \"{thread}\" not found")));
     }
-    for name in ["fixed-iothread", "writethrough", "allocation-depth"] {
+    for name in ["fixed-iothread", "writethrough"] {
         if arguments.flag(name) == Some(true) {
             return Err(not_there(name));
         }
@@ -99,10 +100,16 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
         name: arguments.text("name").map(str::to_owned),
         description: arguments.text("description").map(str::to_owned),
         writable: arguments.flag("writable").unwrap_or(false),
+        depth: match arguments.flag("allocation-depth") {
+            Some(true) => Depth::Told,
+            _ => Depth::Untold,
+        },
+        bitmaps: arguments
+            .named("bitmaps")
+            .into_iter()
+            .map(|(node, name)| (node.map(str::to_owned), name.to_owned()))
+            .collect(),
     };
-    if let Some(bitmap) = arguments.first_of("bitmaps") {
-        return Err(Refusal::new(format!("Bitmap '{bitmap}' is not found")));
-    }
     daemon.add_export(&spec)?;
     Ok(json!({}))
 }

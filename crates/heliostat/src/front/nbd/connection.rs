@@ -22,8 +22,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::LocalFuture;
 use heliostat_block::convert::u64_from;
-use heliostat_block::nbd::Terms;
-use heliostat_block::nbd::handshake::{Handshake, Offers, Step};
+use heliostat_block::nbd::handshake::{Agreed, Handshake, Offers, Step};
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
 use heliostat_host::socket::Socket;
@@ -73,15 +72,15 @@ pub(super) async fn serve(socket: Socket, shared: &Shared) {
             Either::Right(_) => None,
         }
     };
-    let Some((client, terms)) = agreed else { return };
+    let Some((client, agreed)) = agreed else { return };
     let start =
         |request, permit| carry_out(Arc::clone(client.seat()), shared.buffers.clone(), request, permit);
-    let mut connection = Connection::new(socket, (&client, terms), shared, input, start);
+    let mut connection = Connection::new(socket, (&client, &agreed), shared, input, start);
     poll_fn(|cx| connection.turn(cx)).await;
 }
 
 /// Agrees with the client on an export. `None` when the connection is to be closed.
-async fn handshake(socket: &Socket, shared: &Shared, input: &mut Bytes) -> Option<(Client, Terms)> {
+async fn handshake(socket: &Socket, shared: &Shared, input: &mut Bytes) -> Option<(Client, Agreed)> {
     let exports = &shared.exports;
     let mut output = BytesMut::new();
     let mut handshake = Handshake::new(&mut output);
@@ -95,7 +94,7 @@ async fn handshake(socket: &Socket, shared: &Shared, input: &mut Bytes) -> Optio
             Step::Agreed(agreed) => {
                 let client = exports.enter(&offered[agreed.offer])?;
                 send_all(socket, &mut output).await.ok()?;
-                return Some((client, agreed.terms));
+                return Some((client, agreed));
             }
             Step::Aborted => {
                 send_all(socket, &mut output).await.ok()?;
@@ -275,19 +274,20 @@ struct Connection<'a, F, M> {
 impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, M> {
     fn new(
         socket: Socket,
-        (client, terms): (&'a Client, Terms),
+        (client, agreed): (&'a Client, &Agreed),
         shared: &'a Shared,
         input: Bytes,
         start: M,
     ) -> Self {
-        let replies = Replies::new(&terms);
+        let replies = Replies::new(&agreed.terms);
+        let pool = shared.buffers.for_payloads();
         Self {
             socket,
             client,
             shared,
             awake: Awake::new(&shared.awake),
             stage: Stage::Serving,
-            requests: Requests::new(terms, shared.buffers.for_payloads(), replies.clone()),
+            requests: Requests::new(agreed.terms, &agreed.contexts, pool, replies.clone()),
             replies,
             input,
             spare: None,

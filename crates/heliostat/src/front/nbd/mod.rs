@@ -120,6 +120,14 @@ impl NbdServer {
         self.exports.open();
     }
 
+    /// Says whether an export of that name and description could be added now.
+    ///
+    /// # Errors
+    /// As [`NbdServer::add_export`].
+    pub fn check_export(&self, name: &str, description: &str) -> Result<(), ExportError> {
+        self.exports.check(name, description)
+    }
+
     /// Offers one more export.
     ///
     /// # Errors
