@@ -46,6 +46,20 @@ pub const NBD_EXTENTS_MAX: usize = 4096;
 /// ones send a handful.
 pub const NBD_CHUNKS_MAX: usize = 4096;
 
+/// Requests that a client has in flight on one connection: as many as the Linux client sends, which every server must
+/// live with. More wait for answers.
+pub const NBD_LINE_REQUESTS_MAX: usize = 128;
+
+/// How many connections may be lost with a request in flight on them before it fails: a server that dies of it would
+/// be killed by it for ever.
+pub const NBD_REPLAYS_MAX: u32 = 32;
+
+/// The pause before the second attempt to reach an NBD server again; the first is made at once. Each is twice the
+/// one before.
+pub const RECONNECT_PAUSE_FIRST: Duration = Duration::from_millis(100);
+/// The longest such pause: a server that is back is noticed within it.
+pub const RECONNECT_PAUSE_LAST: Duration = Duration::from_secs(5);
+
 /// The longest name of a node, as QEMU has it (31 characters), so that a name valid here is valid there.
 pub const NODE_NAME_MAX: usize = 31;
 

@@ -169,6 +169,11 @@ impl Node {
         self.in_flight.leave();
     }
 
+    /// A request of who holds the gate closed has entered.
+    pub(crate) fn enter_closed(&self) {
+        self.in_flight.enter_closed();
+    }
+
     /// Opens the gate for one holder of it.
     pub(crate) fn open_gate(&self) {
         self.in_flight.open();
@@ -464,6 +469,11 @@ impl Node {
     }
 
     /// Starts writing `range` back and drops it from the host's cache; see
+    /// [`crate::storage::Storage::losses`].
+    pub(crate) fn losses(&self) -> u64 {
+        self.blocks.below().losses()
+    }
+
     /// [`crate::storage::Storage::start_writeback`].
     pub(crate) fn start_writeback(&self, range: ByteRange) {
         self.blocks.below().start_writeback(range);

@@ -150,6 +150,14 @@ pub trait Storage: Send + Sync + 'static {
         IoFuture::ready(Err(io::ErrorKind::Unsupported.into()))
     }
 
+    /// The caller is about to make it at least `end` bytes long and to write there: room can be made in larger steps
+    /// than it will ask for. What [`Storage::size`] says stays. A hint: never fails. Takes turns with
+    /// [`Storage::set_size`].
+    fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        let _ = end;
+        IoFuture::ready(Ok(()))
+    }
+
     /// Bytes that it occupies on the host; `None` where that cannot be known.
     fn allocated_size(&self) -> Option<u64>;
 
@@ -187,6 +195,16 @@ pub trait Storage: Send + Sync + 'static {
     /// Any of the host's. After an error everything written since the last good flush may be gone, even if a
     /// later flush succeeds.
     fn flush(&self) -> IoFuture<'_, ()>;
+
+    /// How often what was written here and not flushed since, or was being written, may have been lost without an error
+    /// that says so: a network storage was cut off from its server, and perhaps reached another one, or the same one
+    /// after a crash. A write that was cut off may even be carried out late. Only grows. Whoever sees it grow between
+    /// two good flushes knows that what was written since the first of them may be gone, or else than written.
+    ///
+    /// It has grown before any request ends that a loss could concern.
+    fn losses(&self) -> u64 {
+        0
+    }
 
     /// Says how `range` is laid out: contiguous extents in order that start at its start. May stop early, but
     /// not before the first extent; the last may be cut at the range's end. What it says may be outdated by a

@@ -222,6 +222,21 @@ impl Socket {
         Self::new(fd, matches!(address, Address::Tcp(_)))
     }
 
+    /// Takes over a connection that somebody else has made.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it is not a connected stream socket; else the host's.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        let is_stream = matches!(sockopt::socket_type(&fd), Ok(kind) if kind == SocketType::STREAM);
+        if !is_stream || rustix::net::getpeername(&fd).is_err() {
+            let message = "the descriptor is not a connected stream socket";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        let is_tcp = !matches!(sockopt::socket_domain(&fd), Ok(AddressFamily::UNIX));
+        Self::new(fd, is_tcp)
+    }
+
     /// Makes two that are connected with each other.
     ///
     /// # Errors

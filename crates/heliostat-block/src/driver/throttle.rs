@@ -87,6 +87,10 @@ impl Storage for Throttle {
         self.below.set_size(size)
     }
 
+    fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        self.below.expect_writes(end)
+    }
+
     fn allocated_size(&self) -> Option<u64> {
         self.below.allocated_size()
     }
@@ -131,6 +135,10 @@ impl Storage for Throttle {
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
         self.below.extents(range)
+    }
+
+    fn losses(&self) -> u64 {
+        self.below.losses()
     }
 
     fn start_writeback(&self, range: ByteRange) {

@@ -26,13 +26,38 @@ pub struct Wish {
     pub allocation: Allocation,
 }
 
-/// Whether a client asks for `base:allocation`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which metadata context a client asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Allocation {
-    /// It does.
+    /// `base:allocation`.
     Wanted,
-    /// It does not.
+    /// None.
     Unwanted,
+    /// The one of this name instead, such as `qemu:dirty-bitmap:NAME`.
+    Context(String),
+}
+
+impl Allocation {
+    /// The context's name; `None` where none is wanted.
+    #[must_use]
+    pub fn context(&self) -> Option<&str> {
+        match self {
+            Self::Wanted => Some(BASE_ALLOCATION),
+            Self::Unwanted => None,
+            Self::Context(name) => Some(name),
+        }
+    }
+}
+
+/// Whether a client goes on in plain text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Privacy {
+    /// It does.
+    Plain,
+    /// It says nothing but the wish for TLS until that is there.
+    Wanted,
+    /// TLS is there.
+    Reached,
 }
 
 /// What a client got.
@@ -73,11 +98,14 @@ pub struct Negotiation {
     export: Option<(u64, u16)>,
     block_sizes: BlockSizes,
     description: String,
+    privacy: Privacy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Greeting,
+    /// The server is ready for TLS; nothing is said until it is there.
+    Tls,
     /// The option was sent; its last reply has not come.
     Option(u32),
     ExportName,
@@ -103,6 +131,30 @@ impl Negotiation {
             export: None,
             block_sizes: BlockSizes::DEFAULT,
             description: String::new(),
+            privacy: Privacy::Plain,
+        }
+    }
+
+    /// The same, but nothing of the wish is said before the connection is private: see
+    /// [`Negotiation::awaits_tls`].
+    #[must_use]
+    pub const fn with_tls(mut self) -> Self {
+        self.privacy = Privacy::Wanted;
+        self
+    }
+
+    /// Says whether TLS must begin now. What came in plain text until then has been eaten; more of it is a
+    /// violation.
+    #[must_use]
+    pub fn awaits_tls(&self) -> bool {
+        self.stage == Stage::Tls
+    }
+
+    /// Goes on behind TLS.
+    pub fn tls_reached(&mut self, output: &mut BytesMut) {
+        if self.stage == Stage::Tls {
+            self.privacy = Privacy::Reached;
+            self.ask_first(output);
         }
     }
 
@@ -128,6 +180,11 @@ impl Negotiation {
                     let Some(reply) = take_reply(option, input)? else { return Ok(None) };
                     self.reply(option, reply, output)?
                 }
+                // Whoever sits in between could have said it, and it would count as said in private.
+                Stage::Tls if !input.is_empty() => {
+                    return Err(Violation::Server("plain text where TLS must begin").into());
+                }
+                Stage::Tls => return Ok(None),
                 Stage::ExportName => {
                     if !self.export_name_reply(input) {
                         return Ok(None);
@@ -143,12 +200,12 @@ impl Negotiation {
     }
 
     /// Answers whether the greeting was there.
-    fn greeting(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<bool, Violation> {
+    fn greeting(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<bool, NegotiationError> {
         let Some(mut greeting) = input.get(..18) else { return Ok(false) };
         for expected in [INIT_PASSWD, OPTION_MAGIC] {
             let found = greeting.get_u64();
             if found != expected {
-                return Err(Violation::Magic { expected, found });
+                return Err(Violation::Magic { expected, found }.into());
             }
         }
         let flags = greeting.get_u16();
@@ -156,14 +213,22 @@ impl Negotiation {
         let ours = flags & (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
         self.no_zeroes = ours & handshake_flag::NO_ZEROES != 0;
         output.put_u32(u32::from(ours));
-        if ours & handshake_flag::FIXED_NEWSTYLE == 0 {
-            self.ask_export_name(output);
-        } else if self.wish.replies == ReplyStyle::Structured {
-            self.ask(opt::STRUCTURED_REPLY, &[], output);
-        } else {
-            self.ask_go(output);
+        let can_answer = ours & handshake_flag::FIXED_NEWSTYLE != 0;
+        match self.privacy {
+            Privacy::Wanted if can_answer => self.ask(opt::STARTTLS, &[], output),
+            Privacy::Wanted => return Err(Violation::Server("a greeting that allows no TLS").into()),
+            _ if can_answer => self.ask_first(output),
+            _ => self.ask_export_name(output),
         }
         Ok(true)
+    }
+
+    fn ask_first(&mut self, output: &mut BytesMut) {
+        match self.wish.replies {
+            // Extended headers are not asked for yet.
+            ReplyStyle::Structured | ReplyStyle::Extended => self.ask(opt::STRUCTURED_REPLY, &[], output),
+            ReplyStyle::Simple => self.ask_go(output),
+        }
     }
 
     fn ask(&mut self, option: u32, parts: &[&[u8]], output: &mut BytesMut) {
@@ -190,11 +255,13 @@ impl Negotiation {
     }
 
     fn ask_context(&mut self, output: &mut BytesMut) {
+        let Some(query) = self.wish.allocation.context().map(str::to_owned) else {
+            return self.ask_go(output);
+        };
         let (name, len) = self.name();
-        let query = BASE_ALLOCATION.as_bytes();
-        let query_len = u32::try_from(query.len()).expect("a constant of 15 bytes");
+        let query_len = u32::try_from(query.len()).expect("a name that somebody typed is shorter than 4 GiB");
         let counts = [1, query_len].map(u32::to_be_bytes);
-        self.ask(opt::SET_META_CONTEXT, &[&len, &name, counts.as_flattened(), query], output);
+        self.ask(opt::SET_META_CONTEXT, &[&len, &name, counts.as_flattened(), query.as_bytes()], output);
     }
 
     fn ask_export_name(&mut self, output: &mut BytesMut) {
@@ -215,7 +282,7 @@ impl Negotiation {
             (opt::GO, rep::ACK) => return Ok(true),
             (opt::GO, rep::INFO) => self.info(&mut data)?,
             (opt::GO, rep::ERR_UNSUP) => self.ask_export_name(output),
-            (_, rep::ERR_SHUTDOWN) | (opt::GO, rep::ERROR_BIT..) => {
+            (_, rep::ERR_SHUTDOWN) | (opt::GO | opt::STARTTLS, rep::ERROR_BIT..) => {
                 self.ask(opt::ABORT, &[], output);
                 self.stage = Stage::Over;
                 let message = string(&data).unwrap_or_default();
@@ -223,15 +290,12 @@ impl Negotiation {
             }
             (opt::STRUCTURED_REPLY, rep::ACK) => {
                 self.replies = ReplyStyle::Structured;
-                if self.wish.allocation == Allocation::Wanted {
-                    self.ask_context(output);
-                } else {
-                    self.ask_go(output);
-                }
+                self.ask_context(output);
             }
+            (opt::STARTTLS, rep::ACK) => self.stage = Stage::Tls,
             (opt::SET_META_CONTEXT, rep::META_CONTEXT) => {
                 let id = data.try_get_u32().map_err(|_| Violation::Server("a short context"))?;
-                if data == BASE_ALLOCATION.as_bytes() {
+                if self.wish.allocation.context().is_some_and(|name| data == name.as_bytes()) {
                     self.allocation = Some(id);
                 }
             }

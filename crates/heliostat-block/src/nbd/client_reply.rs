@@ -57,6 +57,8 @@ pub struct Conversation {
     next_cookie: u64,
     waiting: BTreeMap<Cookie, Waiting>,
     stage: Stage,
+    /// The context selected is one that says by its lowest bit what is dirty.
+    reads_bitmap: bool,
 }
 
 #[derive(Debug)]
@@ -103,7 +105,29 @@ impl Conversation {
             next_cookie: 1,
             waiting: BTreeMap::new(),
             stage: Stage::Header,
+            reads_bitmap: false,
         }
+    }
+
+    /// The same, where the context selected is a dirty bitmap: what is dirty counts as data, the rest as a hole.
+    #[must_use]
+    pub const fn with_bitmap(mut self) -> Self {
+        self.reads_bitmap = true;
+        self
+    }
+
+    /// The rules of this connection.
+    #[must_use]
+    pub const fn terms(&self) -> &Terms {
+        &self.terms
+    }
+
+    /// Gives back the buffers of reads that were not answered; the connection is lost.
+    pub fn abandon(self) -> impl Iterator<Item = (Cookie, Buffer)> {
+        self.waiting.into_iter().filter_map(|(cookie, waiting)| match waiting.expects {
+            Expects::Data { buffer, .. } => Some((cookie, buffer)),
+            _ => None,
+        })
     }
 
     /// How many requests wait for their answer.
@@ -141,6 +165,18 @@ impl Conversation {
     /// [`Violation`] when the server broke the protocol. The connection is to be closed; requests in flight
     /// have no known outcome.
     pub fn next(&mut self, input: &mut BytesMut) -> Result<Option<Answer>, Violation> {
+        let mut rest = &input[..];
+        let answer = self.next_of(&mut rest);
+        let eaten = input.len() - rest.len();
+        input.advance(eaten);
+        answer
+    }
+
+    /// As [`Conversation::next`], of bytes that stay where they are.
+    ///
+    /// # Errors
+    /// As [`Conversation::next`].
+    pub fn next_of(&mut self, input: &mut &[u8]) -> Result<Option<Answer>, Violation> {
         loop {
             let eaten = match self.stage {
                 Stage::Header => self.header(input)?,
@@ -185,7 +221,7 @@ impl Conversation {
         }
     }
 
-    fn header(&mut self, input: &mut BytesMut) -> Result<Eaten, Violation> {
+    fn header(&mut self, input: &mut &[u8]) -> Result<Eaten, Violation> {
         let Some(mut magic) = input.get(..4) else { return Ok(Eaten::Nothing) };
         match magic.get_u32() {
             SIMPLE_REPLY_MAGIC => self.simple(input),
@@ -201,7 +237,7 @@ impl Conversation {
         self.waiting.get_mut(&cookie).ok_or(Violation::Server("an answer to no request"))
     }
 
-    fn simple(&mut self, input: &mut BytesMut) -> Result<Eaten, Violation> {
+    fn simple(&mut self, input: &mut &[u8]) -> Result<Eaten, Violation> {
         if input.len() < SIMPLE_REPLY_LEN {
             return Ok(Eaten::Nothing);
         }
@@ -225,7 +261,7 @@ impl Conversation {
         }
     }
 
-    fn chunk(&mut self, input: &mut BytesMut) -> Result<Eaten, Violation> {
+    fn chunk(&mut self, input: &mut &[u8]) -> Result<Eaten, Violation> {
         let Some(mut header) = input.get(4..CHUNK_LEN) else { return Ok(Eaten::Nothing) };
         let is_last = header.get_u16() & REPLY_FLAG_DONE != 0;
         let kind = header.get_u16();
@@ -243,7 +279,8 @@ impl Conversation {
             return Ok(Eaten::Nothing);
         }
         input.advance(CHUNK_LEN);
-        let mut head = input.split_to(whole);
+        let (mut head, rest) = input.split_at(whole);
+        *input = rest;
         match kind {
             chunk::NONE => {
                 self.waiting(cookie)?;
@@ -303,12 +340,13 @@ impl Conversation {
     /// beyond [`NBD_EXTENTS_MAX`] are dropped.
     fn extents(
         &mut self,
-        input: &mut BytesMut,
+        input: &mut &[u8],
         cookie: Cookie,
         mut at: u64,
         mut left: usize,
         is_last: bool,
     ) -> Result<Eaten, Violation> {
+        let reads_bitmap = self.reads_bitmap;
         let Expects::Extents { range, extents } = &mut self.waiting(cookie)?.expects else {
             return Err(Violation::Server("extents that were not asked for"));
         };
@@ -321,7 +359,8 @@ impl Conversation {
             let end = at.saturating_add(len);
             let part = ByteRange::from_bounds(at, end.min(range.end()));
             if !part.is_empty() && extents.len() < NBD_EXTENTS_MAX {
-                extents.push(Extent { range: part, status: status(flags) });
+                let status = if reads_bitmap { dirt(flags) } else { status(flags) };
+                extents.push(Extent { range: part, status });
             }
             at = end;
         }
@@ -333,7 +372,7 @@ impl Conversation {
         Ok(Eaten::of(cookie, is_last))
     }
 
-    fn error(&mut self, cookie: Cookie, head: &mut BytesMut) -> Result<(), Violation> {
+    fn error(&mut self, cookie: Cookie, head: &mut &[u8]) -> Result<(), Violation> {
         let error = head.get_u32();
         let len = usize::from(head.get_u16());
         let text = head.get(..len).ok_or(Violation::Server("a malformed error"))?;
@@ -393,6 +432,11 @@ fn fill(filled: &mut Vec<ByteRange>, range: ByteRange) -> Result<(), Violation> 
     }
     filled.insert(at, merged);
     Ok(())
+}
+
+/// What a dirty bitmap says.
+const fn dirt(flags: u32) -> ExtentStatus {
+    if flags & state::DIRTY != 0 { ExtentStatus::Data } else { ExtentStatus::Hole }
 }
 
 /// What `base:allocation` says. A hole that is not known to read as zeroes counts as data.

@@ -19,7 +19,9 @@ pub mod client_request;
 pub mod context;
 pub mod handshake;
 mod header;
+pub mod link;
 mod option;
+pub mod outbox;
 pub mod reply;
 pub mod request;
 #[cfg(test)]

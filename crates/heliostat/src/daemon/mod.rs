@@ -12,12 +12,14 @@ mod error;
 mod events;
 mod export_bitmaps;
 mod exports;
+mod flusher;
 mod flushing;
 mod gate;
 mod jobs;
 mod lanes;
 mod mirror;
 mod mirror_bitmap;
+mod new_file;
 mod nodes;
 mod open;
 mod overlay_file;
@@ -58,6 +60,7 @@ pub use transaction::{Action, CompletionMode, TransactionError};
 
 use events::Events;
 use exports::Serving;
+use flusher::Flushers;
 use jobs::Jobs;
 use lanes::LaneThreads;
 use nodes::Nodes;
@@ -84,6 +87,7 @@ pub struct Daemon {
     pokes: Arc<Pokes>,
     jobs: Mutex<Jobs>,
     lanes: LaneThreads,
+    flushers: Flushers,
     serving: Mutex<Serving>,
     /// Set when the end has begun: nothing new is taken on.
     closing: AtomicBool,
@@ -112,6 +116,7 @@ impl Daemon {
             pokes: Arc::default(),
             jobs: Mutex::default(),
             lanes: LaneThreads::default(),
+            flushers: Flushers::default(),
             serving: Mutex::default(),
             closing: AtomicBool::new(false),
             quit: Quit::default(),

@@ -1,0 +1,197 @@
+//! One attempt to reach an export: connect, agree, and perhaps make it private first.
+
+use std::io::{self, IoSlice};
+use std::net::ToSocketAddrs;
+use std::os::fd::OwnedFd;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use futures_util::future::{Either, select};
+use heliostat_block::nbd::ReplyStyle;
+use heliostat_block::nbd::client::{Allocation, Found, Negotiation, Wish};
+
+use super::stream::{Privacy, Stream};
+use crate::blocking;
+use crate::clock::RealClock;
+use crate::socket::{Address, Socket};
+
+/// How long an attempt may take from the first packet to the last word of the handshake, names looked up included: as
+/// long as a connection alone may take, and longer than the other side of the world needs for both.
+const ATTEMPT_TIME: Duration = Duration::from_secs(10);
+
+/// Received at once in the handshake.
+const RECEIVE: usize = 4096;
+
+/// Where a server is.
+#[derive(Clone, Debug)]
+pub enum ServerAddress {
+    /// A socket of this host, or a numeric address.
+    Socket(Address),
+    /// A name to look up, each time anew, and a port.
+    Host(String, u16),
+    /// A connection that somebody has made already. It cannot be made again.
+    Connected(Arc<OpenConnection>),
+}
+
+/// A connection that somebody has made, until it is used.
+#[derive(Debug)]
+pub struct OpenConnection(Mutex<Option<OwnedFd>>);
+
+impl OpenConnection {
+    /// Holds `socket`, which must be a connected stream socket.
+    #[must_use]
+    pub fn new(socket: OwnedFd) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(socket))))
+    }
+
+    fn take(&self) -> io::Result<OwnedFd> {
+        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        socket.ok_or_else(|| io::Error::other("a connection that was made by others cannot be made again"))
+    }
+}
+
+/// What is to be reached, and how.
+#[derive(Clone, Debug)]
+pub(super) struct Destination {
+    pub(super) address: ServerAddress,
+    pub(super) export: String,
+    pub(super) context: Option<String>,
+    pub(super) privacy: Option<Arc<dyn Privacy>>,
+}
+
+/// A connection in the transmission phase.
+pub(super) struct Reached {
+    pub(super) stream: Box<dyn Stream>,
+    pub(super) found: Found,
+    /// What was received beyond the handshake.
+    pub(super) rest: BytesMut,
+}
+
+/// Tries once. The error is for people.
+pub(super) async fn reach(destination: Destination, clock: RealClock) -> Result<Reached, String> {
+    let attempt = pin!(attempt(&destination));
+    match select(attempt, clock.sleep(ATTEMPT_TIME)).await {
+        Either::Left((reached, _)) => reached,
+        Either::Right(_) => Err(format!("the server did not answer within {} s", ATTEMPT_TIME.as_secs())),
+    }
+}
+
+async fn attempt(destination: &Destination) -> Result<Reached, String> {
+    let socket = connect(&destination.address).await.map_err(|error| error.to_string())?;
+    let mut talk =
+        Talk { input: BytesMut::new(), output: BytesMut::new(), negotiation: negotiation(destination) };
+    let mut stream: Box<dyn Stream> = match &destination.privacy {
+        None => Box::new(socket),
+        Some(privacy) => {
+            let mut socket = socket;
+            if talk.go_on(&mut socket).await?.is_some() {
+                return Err("the server agreed before it was private".to_owned());
+            }
+            let mut stream = privacy.begin(socket).await.map_err(|error| error.to_string())?;
+            talk.negotiation.tls_reached(&mut talk.output);
+            send_all(&mut *stream, &mut talk.output).await?;
+            stream
+        }
+    };
+    match talk.go_on(&mut *stream).await? {
+        Some(found) => Ok(Reached { stream, found, rest: talk.input }),
+        None => Err("the server wants to be private twice".to_owned()),
+    }
+}
+
+fn negotiation(destination: &Destination) -> Negotiation {
+    let allocation = destination.context.clone().map_or(Allocation::Wanted, Allocation::Context);
+    let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Structured, allocation };
+    match destination.privacy {
+        None => Negotiation::new(wish),
+        Some(_) => Negotiation::new(wish).with_tls(),
+    }
+}
+
+async fn connect(address: &ServerAddress) -> io::Result<Socket> {
+    match address {
+        ServerAddress::Socket(address) => Socket::connect(address).await,
+        ServerAddress::Connected(connection) => Socket::from_fd(connection.take()?),
+        ServerAddress::Host(host, port) => {
+            let name = (host.clone(), *port);
+            let found = blocking::connecting().run(move || name.to_socket_addrs()).await;
+            let found = found.map_err(|error| {
+                io::Error::new(error.kind(), format!("cannot find the host {host}: {error}"))
+            })?;
+            let mut last = io::Error::other(format!("the host {host} has no address"));
+            for address in found {
+                match Socket::connect(&Address::Tcp(address)).await {
+                    Ok(socket) => return Ok(socket),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        }
+    }
+}
+
+struct Talk {
+    negotiation: Negotiation,
+    input: BytesMut,
+    output: BytesMut,
+}
+
+impl Talk {
+    /// Goes on until there is an agreement, or until TLS must begin.
+    async fn go_on(&mut self, stream: &mut dyn Stream) -> Result<Option<Found>, String> {
+        loop {
+            let step = self.negotiation.step(&mut self.input, &mut self.output);
+            // Also after a refusal: the goodbye, which the server need not hear.
+            let sent = send_all(stream, &mut self.output).await;
+            let found = step.map_err(|error| error.to_string())?;
+            sent?;
+            if found.is_some() || self.negotiation.awaits_tls() {
+                return Ok(found);
+            }
+            receive(stream, &mut self.input).await?;
+        }
+    }
+}
+
+async fn send_all(stream: &mut dyn Stream, output: &mut BytesMut) -> Result<(), String> {
+    let result: io::Result<()> = async {
+        while !output.is_empty() {
+            match stream.send_now(&[IoSlice::new(output)]) {
+                Ok(count) => output.advance(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable(stream).await?,
+                Err(error) => return Err(error),
+            }
+        }
+        while !stream.flush_now()? {
+            writable(stream).await?;
+        }
+        Ok(())
+    }
+    .await;
+    result.map_err(|error| error.to_string())
+}
+
+async fn writable(stream: &mut dyn Stream) -> io::Result<()> {
+    std::future::poll_fn(|cx| stream.poll_writable(cx)).await
+}
+
+async fn receive(stream: &mut dyn Stream, input: &mut BytesMut) -> Result<(), String> {
+    let mut buffer = [0; RECEIVE];
+    loop {
+        match stream.recv_now(&mut buffer) {
+            Ok(0) => return Err("the server closed the connection in the handshake".to_owned()),
+            Ok(count) => {
+                input.extend_from_slice(&buffer[..count]);
+                return Ok(());
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::future::poll_fn(|cx| stream.poll_readable(cx))
+                    .await
+                    .map_err(|error| error.to_string())?;
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}

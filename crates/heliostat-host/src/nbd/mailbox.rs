@@ -1,0 +1,175 @@
+//! [`Mailbox`]: requests on their way to the thread that has the connections, and answers on their way back.
+//!
+//! Locks are held to push or to take out. Called by the storage on any thread, and by the connections' thread.
+
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use async_lock::{Semaphore, SemaphoreGuardArc};
+use heliostat_block::nbd::client_reply::Answered;
+use heliostat_block::nbd::link::{LinkError, Wanted};
+
+/// Requests of one storage that have no answer: more than its users have in flight, each of which is bounded too. One
+/// more waits.
+const REQUESTS_MAX: usize = 1024;
+
+pub(super) type Outcome = Result<Answered, LinkError>;
+
+/// Where the storage's users put their requests.
+pub(super) struct Mailbox {
+    mail: Mutex<Mail>,
+    permits: Arc<Semaphore>,
+}
+
+struct Mail {
+    letters: Vec<Letter>,
+    /// Of the thread, when it sleeps.
+    waker: Option<Waker>,
+    /// Nobody will take letters out.
+    is_shut: bool,
+    /// The storage is gone.
+    is_abandoned: bool,
+}
+
+/// A request, and where its answer goes.
+pub(super) struct Letter {
+    pub(super) wanted: Wanted,
+    pub(super) owed: Owed,
+}
+
+/// An answer that is owed. Dropped unpaid it says that the link is closed.
+pub(super) struct Owed {
+    answer: Arc<Answer>,
+    is_paid: bool,
+    /// Given back when the answer is there, whether or not anybody waits for it.
+    _permit: SemaphoreGuardArc,
+}
+
+#[derive(Default)]
+struct Answer(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    outcome: Option<Outcome>,
+    waker: Option<Waker>,
+}
+
+impl Mailbox {
+    pub(super) fn new() -> Arc<Self> {
+        let mail = Mail { letters: Vec::new(), waker: None, is_shut: false, is_abandoned: false };
+        Arc::new(Self { mail: Mutex::new(mail), permits: Arc::new(Semaphore::new(REQUESTS_MAX)) })
+    }
+
+    /// Has a request carried out.
+    ///
+    /// # Cancel safety
+    /// Dropped once polled, it leaves the request on its way.
+    pub(super) async fn ask(&self, wanted: Wanted) -> Outcome {
+        let permit = match self.permits.try_acquire_arc() {
+            Some(permit) => permit,
+            None => self.permits.acquire_arc().await,
+        };
+        let answer = Arc::new(Answer::default());
+        let owed = Owed { answer: Arc::clone(&answer), is_paid: false, _permit: permit };
+        self.post(Letter { wanted, owed });
+        poll_fn(|cx| {
+            let mut waiting = answer.lock();
+            match waiting.outcome.take() {
+                Some(outcome) => Poll::Ready(outcome),
+                None => {
+                    waiting.waker = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+
+    fn post(&self, letter: Letter) {
+        let mut mail = self.mail();
+        if mail.is_shut {
+            // Paid by being dropped, without the lock.
+            drop(mail);
+            return drop(letter);
+        }
+        mail.letters.push(letter);
+        let waker = mail.waker.take();
+        drop(mail);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Says that no more requests come.
+    pub(super) fn abandon(&self) {
+        let mut mail = self.mail();
+        mail.is_abandoned = true;
+        let waker = mail.waker.take();
+        drop(mail);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.mail().is_abandoned
+    }
+
+    /// Takes out what is there; where nothing is, `waker` will be woken when there is.
+    pub(super) fn take(&self, waker: &Waker) -> Vec<Letter> {
+        let mut mail = self.mail();
+        if mail.letters.is_empty() {
+            match &mut mail.waker {
+                Some(known) => known.clone_from(waker),
+                none => *none = Some(waker.clone()),
+            }
+        }
+        std::mem::take(&mut mail.letters)
+    }
+
+    /// Takes no more letters; those inside are answered.
+    pub(super) fn shut(&self) {
+        let mut mail = self.mail();
+        mail.is_shut = true;
+        let letters = std::mem::take(&mut mail.letters);
+        drop(mail);
+        drop(letters);
+    }
+
+    fn mail(&self) -> MutexGuard<'_, Mail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Answer {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give(&self, outcome: Outcome) {
+        let mut waiting = self.lock();
+        waiting.outcome = Some(outcome);
+        let waker = waiting.waker.take();
+        drop(waiting);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Owed {
+    /// Gives the answer.
+    pub(super) fn pay(mut self, outcome: Outcome) {
+        self.is_paid = true;
+        self.answer.give(outcome);
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if !self.is_paid {
+            self.answer.give(Err(LinkError::Closed));
+        }
+    }
+}
