@@ -35,6 +35,8 @@ pub struct Permits(Rc<Left>);
 struct Left {
     requests: Cell<usize>,
     bytes: Cell<u64>,
+    /// What there was at first.
+    of: (usize, u64),
 }
 
 /// The right to have one request in flight; given back when dropped.
@@ -49,13 +51,20 @@ impl Permits {
     /// Makes permits for so many requests, with so many bytes of data in all.
     #[must_use]
     pub fn new(requests: usize, bytes: u64) -> Self {
-        Self(Rc::new(Left { requests: Cell::new(requests), bytes: Cell::new(bytes) }))
+        Self(Rc::new(Left { requests: Cell::new(requests), bytes: Cell::new(bytes), of: (requests, bytes) }))
     }
 
     /// How many bytes one more request may hold; `None` when there may be no more request.
     #[must_use]
     pub fn room(&self) -> Option<u64> {
         (self.0.requests.get() > 0).then(|| self.0.bytes.get())
+    }
+
+    /// How many requests are in flight, and how many bytes they hold.
+    #[must_use]
+    pub fn held(&self) -> (usize, u64) {
+        let (requests, bytes) = self.0.of;
+        (requests - self.0.requests.get(), bytes - self.0.bytes.get())
     }
 
     /// Takes the permit for one request that holds so many bytes: no more than [`Permits::room`] said.

@@ -235,6 +235,15 @@ impl Requests {
         }
     }
 
+    /// How long the payload is that is being received into a buffer of its own; 0 when there is none.
+    #[must_use]
+    pub fn receiving(&self) -> usize {
+        match &self.state {
+            State::Payload(payload) => payload.buffer.len(),
+            State::Header | State::Skip(_) | State::Over => 0,
+        }
+    }
+
     /// Takes note that `count` bytes were received into [`Requests::payload_room`].
     pub fn payload_received(&mut self, count: usize) {
         if let State::Payload(payload) = &mut self.state {

@@ -44,6 +44,8 @@ pub struct NbdSpec {
     pub max_connections: u32,
     /// How long a client may take until it has chosen its export; where nothing is said, some seconds.
     pub handshake_time: Option<Duration>,
+    /// The most bytes that its connections hold together; where nothing is said, some hundred MiB.
+    pub memory_max: Option<u64>,
 }
 
 /// What an export is to be.
@@ -124,7 +126,15 @@ impl Daemon {
         let connections_max = usize_from(u64::from(spec.max_connections));
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
         let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
-        let settings = ServerSettings { reach: Reach::Anywhere, connections_max, handshake_time, doors };
+        let memory_max = spec.memory_max.unwrap_or(nbd::MEMORY_DEFAULT);
+        let settings = ServerSettings {
+            reach: Reach::Anywhere,
+            connections_max,
+            handshake_time,
+            doors,
+            memory_max,
+            ..ServerSettings::default()
+        };
         let server = NbdServer::start(&address, settings)
             .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
         let bound = match server.address().clone() {

@@ -128,6 +128,7 @@ impl Stage {
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
         let address = match daemon.start_nbd_server(&NbdSpec {
+            memory_max: None,
             address: socket,
             max_connections: 0,
             handshake_time: None,

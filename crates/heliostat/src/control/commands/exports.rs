@@ -34,6 +34,7 @@ pub(super) fn start_server(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Re
         address: socket_address(address)?,
         max_connections: arguments.uint32("max-connections").unwrap_or(connections_default),
         handshake_time,
+        memory_max: None,
     };
     daemon.start_nbd_server(&spec)?;
     Ok(json!({}))

@@ -4,8 +4,10 @@
 //! thread. What is said on the wire is decided in `heliostat_block::nbd`, what is done with a request in
 //! [`crate::serve`]; here are sockets, threads and limits. Called by the control plane and the command line.
 
+mod budget;
 mod connection;
 mod exports;
+mod flights;
 mod patience;
 
 use std::cell::Cell;
@@ -22,6 +24,7 @@ use heliostat_host::runtime::{Thread, spawn_local};
 use heliostat_host::socket::{Address, Listener, Socket};
 
 use crate::serve::Buffers;
+use budget::Budget;
 use exports::Exports;
 pub use exports::{ExportError, ExportSettings, ExportStatus, Removal, Removed};
 
@@ -31,6 +34,14 @@ pub const CONNECTIONS_DEFAULT: usize = 100;
 /// How long a client may take for the handshake when nothing is said. People type no handshakes; a program on
 /// the other side of the world needs two seconds.
 pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
+
+/// The memory that the connections of one server may hold together when nothing is said: eight that hold all that one
+/// may hold.
+pub const MEMORY_DEFAULT: u64 = 512 << 20;
+
+/// How long a client may read nothing of its answers while others wait for memory, when nothing is said. Longer than
+/// a guest is stopped to be looked at, shorter than what others' block layers take for an error.
+pub const SLOW_READER_TIME_DEFAULT: Duration = Duration::from_secs(20);
 
 /// How long to wait when the host has no descriptor left for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -55,6 +66,11 @@ pub struct ServerSettings {
     pub handshake_time: Duration,
     /// Whether clients are served from the start.
     pub doors: Doors,
+    /// The most bytes that all connections hold together: of requests in flight and of answers that are not read. At
+    /// least two of the largest requests.
+    pub memory_max: u64,
+    /// How long a client may read nothing of its answers while others wait for that memory.
+    pub slow_reader_time: Duration,
 }
 
 /// Whether a new server serves those who connect.
@@ -73,6 +89,8 @@ impl Default for ServerSettings {
             connections_max: CONNECTIONS_DEFAULT,
             handshake_time: HANDSHAKE_TIME_DEFAULT,
             doors: Doors::Open,
+            memory_max: MEMORY_DEFAULT,
+            slow_reader_time: SLOW_READER_TIME_DEFAULT,
         }
     }
 }
@@ -181,6 +199,8 @@ struct Shared {
     buffers: Buffers,
     clock: RealClock,
     handshake_time: Duration,
+    slow_reader_time: Duration,
+    budget: Rc<Budget>,
     /// Connections that have something to do.
     awake: Rc<Cell<usize>>,
 }
@@ -223,6 +243,8 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
         buffers: Buffers::new(),
         clock: RealClock::new(),
         handshake_time: settings.handshake_time,
+        slow_reader_time: settings.slow_reader_time,
+        budget: Budget::new(settings.memory_max),
         awake: Rc::default(),
     };
     let shared = Rc::new(shared);
