@@ -240,6 +240,7 @@ impl Negotiation {
 
     fn ask_first(&mut self, output: &mut BytesMut) {
         match self.wish.replies {
+            // Extended headers are not asked for yet.
             ReplyStyle::Structured | ReplyStyle::Extended => self.ask(opt::STRUCTURED_REPLY, &[], output),
             ReplyStyle::Simple => self.ask_go(output),
         }
