@@ -62,6 +62,10 @@ struct State {
     writeback_failed: bool,
     /// Draws what the host does with a hint.
     hints: Random,
+    /// Guests' data is here.
+    is_guests: bool,
+    /// How often it was cut off from its medium.
+    losses: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -90,6 +94,8 @@ impl SimStorage {
             on_lanes: 0,
             flush_failures: 0,
             forgets,
+            is_guests: false,
+            losses: 0,
         };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)) })
     }
@@ -156,12 +162,34 @@ impl SimStorage {
 
     /// From now on reads show what was written, whatever a flush says: guests' data is here.
     pub(crate) fn forgets_no_more(&self) {
-        lock(&self.state).forgets = false;
+        let mut state = lock(&self.state);
+        state.forgets = false;
+        state.is_guests = true;
     }
 
     /// The same again: no guest reads here any more.
     pub(crate) fn may_forget(&self) {
-        lock(&self.state).forgets = self.profile.forgets;
+        let mut state = lock(&self.state);
+        state.forgets = self.profile.forgets;
+        state.is_guests = false;
+    }
+
+    /// It was cut off from its medium, which may have crashed meanwhile: what was not flushed is lost then. Requests in
+    /// flight go on, and succeed as if nothing had been. Not where guests' data is: they are told nothing of it. Says
+    /// whether it was.
+    pub(crate) fn cut_off(&self, random: &mut Random) -> bool {
+        let mut state = lock(&self.state);
+        if state.is_guests {
+            return false;
+        }
+        state.losses += 1;
+        let all = ByteRange::from_bounds(0, state.medium.size());
+        if random.chance(700) && state.medium.lose(all) {
+            state.medium.forget(1000, random);
+        }
+        drop(state);
+        self.world.trace(|| format!("{} was cut off", self.name));
+        true
     }
 
     /// What a crash at this moment would leave.
@@ -422,6 +450,10 @@ impl Storage for SimStorage {
             )
         };
         self.answer(begin)
+    }
+
+    fn losses(&self) -> u64 {
+        lock(&self.state).losses
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
