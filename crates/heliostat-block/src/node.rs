@@ -169,6 +169,11 @@ impl Node {
         self.in_flight.leave();
     }
 
+    /// A request of who holds the gate closed has entered.
+    pub(crate) fn enter_closed(&self) {
+        self.in_flight.enter_closed();
+    }
+
     /// Opens the gate for one holder of it.
     pub(crate) fn open_gate(&self) {
         self.in_flight.open();

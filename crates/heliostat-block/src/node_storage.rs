@@ -81,6 +81,10 @@ impl Storage for NodeStorage {
         })
     }
 
+    fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        IoFuture::pending(async move { self.at.enter().await.node().driver().expect_writes(end).await })
+    }
+
     fn allocated_size(&self) -> Option<u64> {
         self.node().allocated_size()
     }

@@ -150,6 +150,14 @@ pub trait Storage: Send + Sync + 'static {
         IoFuture::ready(Err(io::ErrorKind::Unsupported.into()))
     }
 
+    /// The caller is about to make it at least `end` bytes long and to write there: room can be made in larger steps
+    /// than it will ask for. What [`Storage::size`] says stays. A hint: never fails. Takes turns with
+    /// [`Storage::set_size`].
+    fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        let _ = end;
+        IoFuture::ready(Ok(()))
+    }
+
     /// Bytes that it occupies on the host; `None` where that cannot be known.
     fn allocated_size(&self) -> Option<u64>;
 

@@ -177,12 +177,12 @@ impl Drained {
         self.node.wait_quiet().await;
     }
 
-    /// Makes durable everything that was written before the gate closed.
-    ///
-    /// # Errors
-    /// What the storage says.
-    pub async fn flush(&self) -> Result<(), BlockError> {
-        self.node.flush().await
+    /// The right to have a request in flight behind the closed gate, which is for its holder to give: a flush of what was
+    /// written before. It is in flight until it has ended, also when the gate opens before that; the next drain waits
+    /// for it. Nobody may take the gate for quiet meanwhile.
+    pub fn enter(&self) -> Tracked {
+        self.node.enter_closed();
+        Tracked::new(Arc::clone(&self.node), Whose::Job, self.node.clock().now())
     }
 }
 

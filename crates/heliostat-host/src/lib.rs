@@ -20,4 +20,6 @@ mod ring;
 pub mod runtime;
 pub mod signal;
 pub mod socket;
+pub mod stream;
+pub mod tls;
 mod writeback;

@@ -477,7 +477,8 @@ fn take_locks(path: &Path, opened: &Opened, locking: Locking) -> Result<Option<C
     }
 }
 
-fn sync_directory_of(path: &Path) {
+/// Makes the name of the file at `path` durable, as far as the host can.
+pub fn sync_directory_of(path: &Path) {
     let directory = match path.parent() {
         Some(directory) if !directory.as_os_str().is_empty() => directory,
         _ => Path::new("."),

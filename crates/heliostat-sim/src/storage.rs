@@ -5,6 +5,8 @@
 //! waits for it: dropping its future does not stop it, as a kernel may not either. Two that overlap and are in flight at
 //! once therefore land in either order, piece by piece.
 
+mod cuts;
+
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -172,24 +174,6 @@ impl SimStorage {
         let mut state = lock(&self.state);
         state.forgets = self.profile.forgets;
         state.is_guests = false;
-    }
-
-    /// It was cut off from its medium, which may have crashed meanwhile: what was not flushed is lost then. Requests in
-    /// flight go on, and succeed as if nothing had been. Not where guests' data is: they are told nothing of it. Says
-    /// whether it was.
-    pub(crate) fn cut_off(&self, random: &mut Random) -> bool {
-        let mut state = lock(&self.state);
-        if state.is_guests {
-            return false;
-        }
-        state.losses += 1;
-        let all = ByteRange::from_bounds(0, state.medium.size());
-        if random.chance(700) && state.medium.lose(all) {
-            state.medium.forget(1000, random);
-        }
-        drop(state);
-        self.world.trace(|| format!("{} was cut off", self.name));
-        true
     }
 
     /// What a crash at this moment would leave.

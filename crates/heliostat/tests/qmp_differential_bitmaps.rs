@@ -7,7 +7,7 @@ mod qmp;
 use std::path::Path;
 use std::process::Command;
 
-use common::qcow2::{qemu_img, try_qemu_img};
+use common::qcow2::{add_extension, assert_sound, qemu_img};
 use qmp::Peer;
 use qmp::transcript::Step::{self, Await, Differs, Do, Meanwhile};
 use qmp::transcript::{Script, compare_on};
@@ -127,7 +127,7 @@ fn guest(node: &'static str, steps: &'static [&'static str]) -> Step {
 /// The image that both have closed is sound.
 fn sound(image: &'static str) -> Step {
     Meanwhile(Box::new(move |peer: &Peer| {
-        try_qemu_img(peer.folder(), &["check", "-q", image]).expect("a sound image");
+        assert_sound(peer.folder(), image);
     }))
 }
 
@@ -307,6 +307,57 @@ fn what_an_image_keeps_is_what_qemus_keeps() {
         list(),
     ]);
     compare(script);
+}
+
+#[test]
+fn bitmaps_come_and_go_in_headers_that_others_have_filled() {
+    let images = |peer: &Peer| {
+        let folder = peer.folder();
+        qemu_img(folder, &["create", "-q", "-f", "qcow2", "known.qcow2", "1M"]);
+        qemu_img(folder, &["bitmap", "--add", "known.qcow2", "one"]);
+        add_extension(&folder.join("known.qcow2"), 0x1234_5678, &[7; 40]);
+        qemu_img(folder, &["create", "-q", "-f", "raw", "base.raw", "100K"]);
+        // In clusters of 1 KiB this moves when bitmaps come, and takes more than a sector.
+        let name = format!("{}base.raw", "./".repeat(216));
+        let small = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=1k", "-F", "raw", "-b", &name];
+        qemu_img(folder, &[&small[..], &["small.qcow2"]].concat());
+    };
+    for node in ["known", "small"] {
+        let file = leaked(&format!("{node}.qcow2"));
+        let node = leaked(node);
+        let without_backing = if node == "small" { json!({ "backing": null }) } else { json!({}) };
+        let mut script: Script = Vec::new();
+        if node == "known" {
+            script.extend([open(node, &without_backing), remove(node, "one"), close(node), sound(file)]);
+        }
+        let named_by_qemu = Meanwhile(Box::new(move |peer: &Peer| {
+            qemu_img(peer.folder(), &["bitmap", "--add", file, "theirs"]);
+        }));
+        script.extend([
+            open(node, &without_backing),
+            list(),
+            add(node, "again", &json!({ "persistent": true })),
+            close(node),
+            sound(file),
+            open(node, &without_backing),
+            list(),
+            remove(node, "again"),
+            close(node),
+            sound(file),
+        ]);
+        if node == "known" {
+            script.extend([named_by_qemu, sound(file)]);
+        }
+        script.extend([
+            open(node, &without_backing),
+            add(node, "ours", &json!({ "persistent": true })),
+            close(node),
+            sound(file),
+            open(node, &without_backing),
+            list(),
+        ]);
+        compare_on(&script, images);
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! As `qmp_differential.rs`, for nodes that pass requests on: what `blkdebug`, `throttle`, `copy-on-read` and the null
-//! drivers take, and `throttle-group` objects.
+//! drivers take, `preallocate`, and `throttle-group` objects.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -7,7 +7,8 @@ mod common;
 mod qmp;
 
 use common::qcow2::{qemu_img, try_qemu_img};
-use qmp::transcript::Step::{self, Differs, Do};
+use qmp::Peer;
+use qmp::transcript::Step::{self, Await, Differs, Do, Meanwhile};
 use qmp::transcript::{Script, compare_on};
 use serde_json::{Value, json};
 
@@ -381,4 +382,105 @@ fn what_a_fault_injector_claims_below_it_keeps_readers_out_alike() {
             Do("query-block-exports", json!({})),
         ]);
     }
+}
+
+fn preallocate(more: &Value) -> Value {
+    let mut options = json!({ "driver": "preallocate", "node-name": "p", "file": "f" });
+    for (key, value) in more.as_object().into_iter().flatten() {
+        options[key] = value.clone();
+    }
+    options
+}
+
+fn reopen(options: Value) -> Step {
+    Do("blockdev-reopen", json!({ "options": [options] }))
+}
+
+#[test]
+fn room_ahead_of_writes_is_taken_changed_and_refused_alike() {
+    let add = |more: &Value| Do("blockdev-add", preallocate(more));
+    let mut script = vec![
+        Do("blockdev-add", json!({ "driver": "file", "node-name": "f", "filename": "DIR/a" })),
+        Do("blockdev-add", json!({ "driver": "file", "node-name": "f2", "filename": "DIR/q.qcow2" })),
+    ];
+    for more in [
+        json!({ "prealloc-align": 100 }),
+        json!({ "prealloc-align": -512 }),
+        json!({ "prealloc-align": "x" }),
+        json!({ "prealloc-size": -1 }),
+        json!({ "file": "zz" }),
+        json!({ "zork": 1 }),
+    ] {
+        script.push(add(&more));
+    }
+    script.push(Do("blockdev-add", json!({ "driver": "preallocate", "node-name": "p" })));
+    for more in [
+        json!({}),
+        json!({ "prealloc-align": 0, "prealloc-size": 0 }),
+        json!({ "prealloc-align": 1536, "prealloc-size": 1_u64 << 62 }),
+        json!({ "read-only": true }),
+        json!({ "auto-read-only": true, "discard": "unmap", "detect-zeroes": "on" }),
+    ] {
+        script.extend([add(&more), list(), delete("f"), delete("p")]);
+    }
+    script.extend([
+        add(&json!({})),
+        Do("block_resize", json!({ "node-name": "p", "size": 2 << 20 })),
+        list(),
+        reopen(preallocate(&json!({ "prealloc-align": 100 }))),
+        reopen(preallocate(&json!({ "file": file() }))),
+        reopen(preallocate(&json!({ "read-only": true }))),
+        list(),
+        Do("block_resize", json!({ "node-name": "p", "size": 4 << 20 })),
+        reopen(preallocate(&json!({ "prealloc-size": 1 << 20, "prealloc-align": 65536 }))),
+        Do("block_resize", json!({ "node-name": "p", "size": 4 << 20 })),
+        Differs(
+            "blockdev-reopen",
+            json!({ "options": [preallocate(&json!({}))] }),
+            "what is not said goes back to its default, of every option",
+        ),
+        Differs(
+            "blockdev-reopen",
+            json!({ "options": [preallocate(&json!({ "file": "f2", "prealloc-size": 0, "prealloc-align": 512 }))] }),
+            "in which file room is made stays",
+        ),
+    ]);
+    compare(&script);
+}
+
+/// The file of the image `q.qcow2` is so long, and takes so much space.
+fn file_is(what: &'static str, range: std::ops::Range<u64>) -> Step {
+    Meanwhile(Box::new(move |peer: &Peer| {
+        let file = std::fs::metadata(peer.folder().join("q.qcow2")).unwrap();
+        let [len, space] = [file.len(), std::os::unix::fs::MetadataExt::blocks(&file) * 512];
+        assert!(range.contains(&len) && range.contains(&space), "{what}: {len} bytes, {space} taken");
+    }))
+}
+
+#[test]
+fn an_image_finds_room_ahead_of_its_writes_and_leaves_none() {
+    let guest = Meanwhile(Box::new(|peer: &Peer| {
+        let uri = format!("nbd+unix:///q?socket={}", peer.folder().join("nbd").display());
+        let mut command = std::process::Command::new("qemu-io");
+        let written = command.args(["-f", "raw", "-c", "write 0 64k", &uri]);
+        assert!(written.output().unwrap().status.success());
+    }));
+    let script = vec![
+        Do("blockdev-add", json!({ "driver": "file", "node-name": "f", "filename": "DIR/q.qcow2" })),
+        Do("blockdev-add", preallocate(&json!({}))),
+        Do("blockdev-add", json!({ "driver": "qcow2", "node-name": "q", "file": "p" })),
+        file_is("nothing written", 0..1 << 20),
+        Do("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } })),
+        Do("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "q", "writable": true })),
+        guest,
+        file_is("written", 128 << 20..192 << 20),
+        Do("block_resize", json!({ "node-name": "p", "size": 3 << 20 })),
+        Do("block-export-del", json!({ "id": "e", "mode": "hard" })),
+        Await("BLOCK_EXPORT_DELETED", "e"),
+        delete("q"),
+        file_is("closed", 0..1 << 20),
+        delete("p"),
+        delete("f"),
+    ];
+    compare(&script);
 }

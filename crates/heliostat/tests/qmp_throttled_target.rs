@@ -1,4 +1,4 @@
-//! A mirror onto a target with a limit: a forced cancel does not wait for that.
+//! A mirror onto a target, or of a source, with a limit: a forced cancel does not wait for that.
 
 mod common;
 mod qmp;
@@ -9,18 +9,19 @@ use qmp::transcript::Step::{Await, Do, Until};
 use qmp::transcript::run;
 use serde_json::json;
 
-#[test]
-fn a_forced_cancel_does_not_wait_for_the_limit() {
+/// Mirrors `s` to `t`, one of which has a limit with which it would take hours.
+fn cancel(limited: &str, limit: &str) {
     let peer = Peer::ours();
     for name in ["s", "t"] {
         peer.image(name, 16 << 20);
     }
-    // It would take hours.
-    let group = json!({ "qom-type": "throttle-group", "id": "g", "limits": { "bps-write": 1024 } });
-    let throttle = json!({ "driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "below" });
+    let other = if limited == "s" { "t" } else { "s" };
+    let group = json!({ "qom-type": "throttle-group", "id": "g", "limits": { limit: 1024 } });
+    let throttle =
+        json!({ "driver": "throttle", "node-name": limited, "throttle-group": "g", "file": "below" });
     let script = vec![
-        file("s", "s"),
-        file("below", "t"),
+        file(other, other),
+        file("below", limited),
         Do("object-add", group),
         add(throttle),
         mirror(json!({ "auto-dismiss": false })),
@@ -29,10 +30,20 @@ fn a_forced_cancel_does_not_wait_for_the_limit() {
         Do("block-job-cancel", json!({ "device": "j", "force": true })),
         Await("concluded", "j"),
         Do("job-dismiss", json!({ "id": "j" })),
-        Do("blockdev-del", json!({ "node-name": "t" })),
+        Do("blockdev-del", json!({ "node-name": limited })),
         Do("blockdev-del", json!({ "node-name": "below" })),
     ];
     let said = run(&peer, &script);
     assert!(said.replies.iter().all(|(_, reply)| !reply.contains("error\":{")), "{:?}", said.replies);
     assert!(said.events["j"].iter().any(|event| event.contains("BLOCK_JOB_CANCELLED")), "{:?}", said.events);
+}
+
+#[test]
+fn a_forced_cancel_does_not_wait_for_the_limit_of_the_target() {
+    cancel("t", "bps-write");
+}
+
+#[test]
+fn a_forced_cancel_does_not_wait_for_the_limit_of_the_source() {
+    cancel("s", "bps-read");
 }

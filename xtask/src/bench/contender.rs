@@ -26,6 +26,8 @@ pub enum Contender {
     TwoThreads,
     /// One thread that writes and reads nothing: writes to one file take turns in the kernel.
     OneWriter,
+    /// Ours, with guests on a mirror's target itself.
+    TargetAlone,
     /// fio reading one disk and writing another at once.
     FioReadWrite,
 }
@@ -42,12 +44,13 @@ impl Contender {
             Self::Cp => "cp --sparse=auto",
             Self::TwoThreads => "two plain threads",
             Self::OneWriter => "a thread that only writes",
+            Self::TargetAlone => "the target alone",
             Self::FioReadWrite => "fio read and write",
         }
     }
 
     pub fn is_ours(self) -> bool {
-        self == Self::Ours
+        matches!(self, Self::Ours | Self::TargetAlone)
     }
 }
 
@@ -79,6 +82,11 @@ impl ControlledDaemon {
         };
         let qmp = Qmp::connect(&socket)?;
         Ok(Self { contender, process, qmp })
+    }
+
+    /// Says whether it is ours.
+    pub fn is_ours(&self) -> bool {
+        self.contender.is_ours()
     }
 
     /// Adds a node over a file.

@@ -17,6 +17,8 @@ pub struct Load<'a> {
     /// `randwrite` or `randread`.
     pub pattern: &'a str,
     pub depth: u32,
+    /// Connections, each with that depth.
+    pub connections: u32,
     /// Bytes of the disk that it works on.
     pub size: u64,
     pub time: Duration,
@@ -33,6 +35,9 @@ impl Load<'_> {
         command.arg(format!("--uri={uri}")).arg(format!("--rw={}", self.pattern));
         command.arg(format!("--iodepth={}", self.depth)).arg(format!("--size={}", self.size));
         command.arg(format!("--runtime={}ms", self.time.as_millis()));
+        if self.connections > 1 {
+            command.arg(format!("--numjobs={}", self.connections)).arg("--group_reporting");
+        }
         if let Some(rate) = self.rate {
             command.arg(format!("--rate_iops={rate}"));
         }
@@ -41,12 +46,19 @@ impl Load<'_> {
 
     /// Runs it to its end; requests a second.
     pub fn requests_a_second(&self, folder: &Path) -> Result<f64> {
+        Ok(self.requests(folder)?.a_second)
+    }
+
+    /// Runs it to its end.
+    pub fn requests(&self, folder: &Path) -> Result<Requests> {
         let report = folder.join("fio.json");
         run(self.command().arg("--output").arg(&report))?;
         let job = &read_report(&report)?["jobs"][0];
         ensure!(job["error"] == 0, "fio saw an error: {}", job["error"]);
         let side = if self.pattern == "randread" { "read" } else { "write" };
-        job[side]["iops"].as_f64().context("fio's report has no iops")
+        let figure =
+            |name: &str| job[side][name].as_f64().with_context(|| format!("fio's report has no {name}"));
+        Ok(Requests { count: figure("total_ios")?, a_second: figure("iops")? })
     }
 
     /// Starts it beside what is measured; [`Guest::stop`] gives the latencies.
@@ -59,6 +71,12 @@ impl Load<'_> {
         let process = Daemon::start(&mut command).context("starting fio")?;
         Ok(Guest { process, folder: folder.to_owned() })
     }
+}
+
+/// What fio has done.
+pub struct Requests {
+    pub count: f64,
+    pub a_second: f64,
 }
 
 /// fio running beside something else.
@@ -106,6 +124,7 @@ pub struct Latencies(Vec<(u64, u64)>);
 /// Figures of the requests that ended in some span of time, in milliseconds.
 #[derive(Debug, PartialEq)]
 pub struct Spread {
+    pub mean_ms: f64,
     pub p99_ms: f64,
     pub longest_ms: f64,
 }
@@ -130,7 +149,9 @@ impl Latencies {
         took.sort_unstable();
         let longest = *took.last().context("no request ended in that time")?;
         let p99 = took[(took.len() * 99 / 100).min(took.len() - 1)];
-        Ok(Spread { p99_ms: ms(p99), longest_ms: ms(longest) })
+        let count = u32::try_from(took.len()).context("more requests than fio can make")?;
+        let mean_ms = took.iter().map(|took| ms(*took)).sum::<f64>() / f64::from(count);
+        Ok(Spread { mean_ms, p99_ms: ms(p99), longest_ms: ms(longest) })
     }
 }
 
@@ -147,8 +168,14 @@ mod tests {
         let log: String =
             (1..=200).map(|n| format!("{}, {}, 1, 4096, 0\n", 1000 + n, n * 1_000_000)).collect();
         let latencies = Latencies::parse(&log).unwrap();
-        assert_eq!(latencies.between(1001, 1100).unwrap(), Spread { p99_ms: 100.0, longest_ms: 100.0 });
-        assert_eq!(latencies.between(0, 9999).unwrap(), Spread { p99_ms: 199.0, longest_ms: 200.0 });
+        assert_eq!(
+            latencies.between(1001, 1100).unwrap(),
+            Spread { mean_ms: 50.5, p99_ms: 100.0, longest_ms: 100.0 }
+        );
+        assert_eq!(
+            latencies.between(0, 9999).unwrap(),
+            Spread { mean_ms: 100.5, p99_ms: 199.0, longest_ms: 200.0 }
+        );
         assert!(latencies.between(0, 10).is_err(), "nothing ended then");
     }
 

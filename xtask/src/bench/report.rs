@@ -159,17 +159,7 @@ pub fn print_row(row: &Row, results: &mut Results) {
     let medians = results.medians(row.name);
     let of_row = results.order.iter().filter(|(name, _)| *name == row.name);
     let figures: Vec<Figure> = of_row.map(|(_, figure)| *figure).collect();
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([&["median"][..], &figures[..]].concat());
-    for contender in row.contenders {
-        let cells =
-            figures.iter().map(|figure| medians.get(*contender, figure).map_or("-".to_owned(), short));
-        table.add_row([contender.name().to_owned()].into_iter().chain(cells));
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    let table = table(row.contenders, &figures, &medians);
     println!("{table}");
     for goal in (row.goals)(&medians) {
         let (verdict, value) = match &goal.outcome {
@@ -181,6 +171,32 @@ pub fn print_row(row: &Row, results: &mut Results) {
         let value = goal.outcome.map(|outcome| outcome.value);
         results.goals.push(json!({ "row": row.name, "goal": goal.text, "value": value, "verdict": verdict }));
     }
+}
+
+/// A line for each contender, or for each figure where these are too many for a line.
+fn table(contenders: &[Contender], figures: &[Figure], medians: &Medians) -> Table {
+    const ACROSS_MAX: usize = 8;
+    let cell = |contender: Contender, figure| medians.get(contender, figure).map_or("-".to_owned(), short);
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    if figures.len() <= ACROSS_MAX {
+        table.set_header([&["median"][..], figures].concat());
+        for &contender in contenders {
+            let cells = figures.iter().map(|figure| cell(contender, figure));
+            table.add_row([contender.name().to_owned()].into_iter().chain(cells));
+        }
+    } else {
+        let names = contenders.iter().map(|contender| contender.name());
+        table.set_header(["median"].into_iter().chain(names));
+        for figure in figures {
+            let cells = contenders.iter().map(|&contender| cell(contender, figure));
+            table.add_row([(*figure).to_owned()].into_iter().chain(cells));
+        }
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::copy_on_read::CopyOnRead;
 use super::fault::FaultInjector;
+use super::preallocate::Preallocate;
 use super::throttle::Throttle;
 use crate::debug_event::DebugEvent;
 use crate::node::Node;
@@ -21,6 +22,8 @@ pub enum Filter {
     Throttle(Throttle),
     /// Keeps what is read from below (`copy-on-read`).
     CopyOnRead(CopyOnRead),
+    /// Makes room ahead of writes (`preallocate`).
+    Preallocate(Preallocate),
 }
 
 impl Filter {
@@ -30,6 +33,7 @@ impl Filter {
             Self::Faults(injector) => &**injector,
             Self::Throttle(throttle) => throttle,
             Self::CopyOnRead(copy) => copy,
+            Self::Preallocate(preallocate) => preallocate,
         }
     }
 
@@ -38,6 +42,7 @@ impl Filter {
             Self::Faults(injector) => injector.below(),
             Self::Throttle(throttle) => throttle.below(),
             Self::CopyOnRead(copy) => copy.below(),
+            Self::Preallocate(preallocate) => preallocate.below(),
         }
     }
 

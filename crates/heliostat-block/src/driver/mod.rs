@@ -7,6 +7,7 @@ pub mod copy_on_read;
 pub mod fault;
 pub mod filter;
 pub mod null;
+pub mod preallocate;
 pub mod qcow2;
 pub mod raw;
 pub mod throttle;
@@ -105,6 +106,15 @@ impl Driver {
         }
     }
 
+    /// See [`crate::storage::Storage::expect_writes`].
+    pub(crate) fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.expect_writes(end),
+            Self::Qcow2(_) => IoFuture::ready(Ok(())),
+            Self::Filter(filter) => filter.storage().expect_writes(end),
+        }
+    }
+
     /// Bitmaps that it keeps.
     pub(crate) fn bitmaps(&self) -> Vec<NamedBitmap> {
         match self {
@@ -116,6 +126,7 @@ impl Driver {
     /// Leaves everything in order. Nobody may use it any more.
     pub(crate) async fn close(&self) -> io::Result<()> {
         match self {
+            Self::Filter(Filter::Preallocate(preallocate)) => preallocate.close().await,
             Self::Raw(_) | Self::Filter(_) => self.flush().await,
             Self::Qcow2(qcow2) => qcow2.close().await,
         }

@@ -141,6 +141,13 @@ impl Raw {
     }
 
     /// Takes note that the storage has become longer or shorter.
+    pub(crate) fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        match self.start.checked_add(end) {
+            Some(end) if self.is_open_ended => self.storage.expect_writes(end),
+            _ => IoFuture::ready(Ok(())),
+        }
+    }
+
     pub(crate) fn follow_size(&self) {
         if self.is_open_ended {
             self.len.store(self.end(), Ordering::Release);

@@ -87,6 +87,10 @@ impl Storage for Throttle {
         self.below.set_size(size)
     }
 
+    fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        self.below.expect_writes(end)
+    }
+
     fn allocated_size(&self) -> Option<u64> {
         self.below.allocated_size()
     }

@@ -98,3 +98,19 @@ fn loom_a_gate_with_two_holders_opens_once_both_are_gone() {
         assert!(in_flight.try_enter());
     });
 }
+
+#[test]
+fn loom_what_a_holder_has_let_in_is_waited_for_behind_the_next_closed_gate() {
+    model(|| {
+        let in_flight = Arc::new(InFlight::default());
+        in_flight.close();
+        in_flight.enter_closed();
+        let other = Arc::clone(&in_flight);
+        let request = thread::spawn(move || other.leave());
+        in_flight.open();
+        in_flight.close();
+        block_on(in_flight.wait_quiet());
+        assert_eq!(in_flight.count(), 0);
+        request.join().unwrap();
+    });
+}

@@ -20,7 +20,7 @@ use crate::node::Node;
 use crate::planted;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, ZeroEffort, ZeroSpace};
-use crate::throttle::Hurry;
+use crate::throttle::{Hurry, Patience};
 
 /// The piece in which page-cached bytes are moved: it stays in a core's cache between read and write.
 const CACHED_PIECE: u64 = 256 << 10;
@@ -41,8 +41,8 @@ pub(crate) struct Route {
     pub(crate) sync: SyncMode,
     /// What the target does not hold it will show from the source.
     pub(crate) stands_on_source: bool,
-    /// Nobody wants the copies any more: those under way end after the piece that they are at.
-    pub(crate) is_given_up: AtomicBool,
+    /// Over when nobody wants the copies any more: those under way end after the piece that they are at.
+    pub(crate) patience: Arc<Patience>,
 }
 
 /// How a range was brought over.
@@ -72,20 +72,20 @@ impl Route {
             trust_target: AtomicBool::new(true),
             sync: options.sync,
             stands_on_source: options.stands_on_source,
-            is_given_up: AtomicBool::new(false),
+            patience: Arc::default(),
         }
     }
 
-    /// Lets copies end as soon as they can, and the target take what it has been given at once, whatever its limits.
-    /// The latter as long as the value lives.
+    /// Lets copies end as soon as they can: what they read of the source waits for no limits any more, beside guests whose
+    /// requests do; and the target takes what it has been given at once, whatever its limits, as long as the value lives.
     pub(crate) fn give_up(&self) -> Hurry {
-        self.is_given_up.store(true, Ordering::Relaxed);
+        self.patience.end();
         self.target.hurry()
     }
 
     /// Whether the next piece of a copy is wanted.
     fn go_on(&self, piece: ByteRange) -> Result<(), CopyError> {
-        if self.is_given_up.load(Ordering::Relaxed) {
+        if self.patience.is_over() {
             let node = self.target.name().as_str();
             return Err((Operation::Write, BlockError::new(ErrorKind::Closed, node, Some(piece))));
         }
@@ -151,7 +151,8 @@ impl Route {
                 from = hole.range.end();
                 continue;
             }
-            let extents = self.source.extents_below(rest).await.map_err(|e| (Operation::Read, e))?;
+            let extents = self.patience.lend(self.source.extents_below(rest)).await;
+            let extents = extents.map_err(|e| (Operation::Read, e))?;
             for extent in extents.iter().filter_map(|e| Some((e.range.intersection(rest)?, e.status))) {
                 match extent {
                     (part, ExtentStatus::Data) => self.copy_data(part, &mut copied).await?,
@@ -187,7 +188,7 @@ impl Route {
         for piece in range.pieces(step) {
             self.go_on(piece)?;
             let buffer = self.buffers.take(usize_from(piece.len()));
-            let read = self.source.read_blocks(piece.offset(), buffer).await;
+            let read = self.patience.lend(self.source.read_blocks(piece.offset(), buffer)).await;
             let buffer = read.map_err(|error| (Operation::Read, error))?;
             self.go_on(piece)?;
             if self.detect_zeroes && buffer.is_zero() {

@@ -178,7 +178,7 @@ mod tests {
                 trust_target: AtomicBool::new(true),
                 sync: SyncMode::Full,
                 stands_on_source: false,
-                is_given_up: AtomicBool::new(false),
+                patience: Arc::default(),
             };
             let unflushed = Unflushed::new([fresh(), fresh()]);
             Self { route: Arc::new(route), doubling, unflushed, returns: Arc::default() }

@@ -9,6 +9,7 @@ use super::mirror::MirrorOptions;
 use super::scan::SyncMode;
 use super::test_disk::{Bench, Disk, SECTOR, Ticking};
 use super::{End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
+use crate::buffer::Buffer;
 use crate::clock::Clock;
 use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter};
@@ -152,6 +153,45 @@ fn a_forced_cancel_waits_for_the_targets_disk_but_not_for_its_limit() {
     });
     assert!(was_held && steps < 200, "{steps} ms");
     assert_eq!(job.status(), JobStatus::Null);
+}
+
+/// From a disk whose limit has been reached: a read would wait for minutes.
+fn from_a_limit(target: &Arc<Disk>) -> Bench {
+    let mut bench = Bench::new(disk(1), Arc::clone(target));
+    let clock: Arc<dyn Clock> = Arc::<Ticking>::clone(&bench.clock);
+    let mut limits = Limits::default();
+    limits.get_mut(Counted::BytesRead).rate = 1;
+    let group = ThrottleGroup::new(limits, Arc::clone(&clock)).unwrap();
+    let throttle =
+        Driver::Filter(Filter::Throttle(Throttle::new(Spot::of(Arc::clone(&bench.source)), group)));
+    bench.source =
+        Node::new(NodeName::new("limit").unwrap(), throttle, NodeOptions::default(), Arc::clone(&clock));
+    bench.graph.add(Arc::clone(&bench.source)).unwrap();
+    let tracked = bench.source.enter().now_or_never().expect("the gate is open");
+    let read = tracked.read(0, Buffer::zeroed(SECTOR)).now_or_never();
+    assert!(read.expect("at once").is_ok());
+    bench
+}
+
+#[test]
+fn a_forced_cancel_does_not_wait_for_the_limit_of_the_source_for_which_guests_wait() {
+    let target = disk(0);
+    let bench = from_a_limit(&target);
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let guest = bench.source.enter().now_or_never().expect("the gate is open");
+    let mut reading = Box::pin(guest.read(0, Buffer::zeroed(SECTOR)));
+    let mut steps = 0;
+    bench.run(mirror.run(), || {
+        steps += 1;
+        assert!(reading.as_mut().now_or_never().is_none(), "a guest waits for its limit");
+        if steps == 100 {
+            assert_eq!(job.status(), JobStatus::Running, "the limit holds it up");
+            job.ask(Verb::Cancel(Force::Hard)).unwrap();
+        }
+    });
+    assert!((100..200).contains(&steps), "{steps} ms");
+    assert_eq!(job.status(), JobStatus::Null);
+    assert!(reading.now_or_never().is_none(), "also after the end");
 }
 
 // ---------------------------------------------------------------------- flushes that fail (seeds 668, 901)

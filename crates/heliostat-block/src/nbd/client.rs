@@ -225,7 +225,7 @@ impl Negotiation {
 
     fn ask_first(&mut self, output: &mut BytesMut) {
         match self.wish.replies {
-            ReplyStyle::Structured => self.ask(opt::STRUCTURED_REPLY, &[], output),
+            ReplyStyle::Structured | ReplyStyle::Extended => self.ask(opt::STRUCTURED_REPLY, &[], output),
             ReplyStyle::Simple => self.ask_go(output),
         }
     }

@@ -11,7 +11,8 @@ use bytes::{Buf, BytesMut};
 use super::client::Found;
 use super::client_request::{Ask, AskError, Line};
 use super::wire::{
-    CHUNK_LEN, REPLY_FLAG_DONE, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, state,
+    CHUNK_LEN, REPLY_FLAG_DONE, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STATE_DIRTY, STRUCTURED_REPLY_MAGIC,
+    chunk, state,
 };
 use super::{Cookie, Errno, ReplyStyle, Terms, Violation};
 use crate::buffer::Buffer;
@@ -436,7 +437,7 @@ fn fill(filled: &mut Vec<ByteRange>, range: ByteRange) -> Result<(), Violation> 
 
 /// What a dirty bitmap says.
 const fn dirt(flags: u32) -> ExtentStatus {
-    if flags & state::DIRTY != 0 { ExtentStatus::Data } else { ExtentStatus::Hole }
+    if flags & STATE_DIRTY != 0 { ExtentStatus::Data } else { ExtentStatus::Hole }
 }
 
 /// What `base:allocation` says. A hole that is not known to read as zeroes counts as data.

@@ -237,4 +237,14 @@ pub enum ReplyStyle {
     Simple,
     /// In chunks that say what they are.
     Structured,
+    /// In chunks, too; and requests and replies have extended headers, with lengths of 64 bits.
+    Extended,
+}
+
+impl ReplyStyle {
+    /// Whether answers come in chunks.
+    #[must_use]
+    pub const fn has_chunks(self) -> bool {
+        matches!(self, Self::Structured | Self::Extended)
+    }
 }

@@ -218,8 +218,8 @@ impl Reply {
             match queue.style {
                 ReplyStyle::Simple => queue.simple(cookie, 0),
                 // A chunk of data may not be empty.
-                ReplyStyle::Structured if buffer.is_empty() => queue.chunk(cookie, chunk::NONE, 0),
-                ReplyStyle::Structured => {
+                _ if buffer.is_empty() => queue.chunk(cookie, chunk::NONE, 0),
+                _ => {
                     queue.chunk(cookie, chunk::OFFSET_DATA, 8 + buffer.len());
                     queue.head(&offset.to_be_bytes());
                 }

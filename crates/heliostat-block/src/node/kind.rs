@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Node;
 use crate::driver::fault::FaultInjector;
+use crate::driver::preallocate::Preallocate;
 use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter, Qcow2};
 
@@ -53,6 +54,15 @@ impl Node {
             owner = below;
         }
         owner
+    }
+
+    /// The filter that makes room ahead of writes, if it is one.
+    #[must_use]
+    pub fn preallocate(&self) -> Option<&Preallocate> {
+        match self.driver() {
+            Driver::Filter(Filter::Preallocate(preallocate)) => Some(preallocate),
+            Driver::Raw(_) | Driver::Qcow2(_) | Driver::Filter(_) => None,
+        }
     }
 
     /// The throttling that it is, where it is one.

@@ -5,16 +5,19 @@
 //! by [`crate::driver::throttle`]; limits are changed by the control plane.
 
 mod meter;
+mod patience;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use event_listener::Event;
-use futures_util::future::select;
+use event_listener::{Event, EventListener};
+use futures_util::future::{pending, select};
 
 use self::meter::Meter;
 use crate::clock::{Clock, Moment};
+
+pub(crate) use self::patience::Patience;
 
 pub use self::meter::{Counted, Direction, InvalidLimits, Limit, Limits, RATE_MAX};
 
@@ -155,25 +158,32 @@ impl ThrottleGroup {
     /// # Cancel safety
     /// Dropped before it returns, the request has not been counted and has given up its place.
     pub(crate) async fn admit(&self, member: u64, direction: Direction, bytes: u64) {
-        let Some(waiting) = self.arrive(member, direction, bytes) else { return };
+        let patience = Patience::of_owner();
+        let is_over = || patience.as_ref().is_some_and(|patience| patience.is_over());
+        let Some(waiting) = self.arrive(member, direction, bytes, is_over()) else { return };
         loop {
             let called = waiting.ticket.called.listen();
-            match self.next(&waiting, bytes) {
+            let ended = pin!(ended(patience.as_ref().map(|patience| patience.listen())));
+            let called = select(called, ended);
+            match self.next(&waiting, bytes, is_over()) {
                 Next::Go => return,
                 Next::Sleep(until) => {
                     let _ = select(pin!(self.clock.sleep_until(until)), called).await;
                 }
-                Next::Wait => called.await,
+                Next::Wait => {
+                    let _ = called.await;
+                }
             }
         }
     }
 
     /// Lets it pass at once, or queues it.
-    fn arrive(&self, member: u64, direction: Direction, bytes: u64) -> Option<Waiting<'_>> {
+    fn arrive(&self, member: u64, direction: Direction, bytes: u64, may_hurry: bool) -> Option<Waiting<'_>> {
         let now = self.clock.now();
         let mut state = self.lock();
         let way = index(direction);
-        let may_pass = state.is_free(member, direction)
+        let may_pass = may_hurry
+            || state.is_free(member, direction)
             || (state.heads[way].is_none() && state.meter.wait(direction, now).is_zero());
         if may_pass {
             state.meter.charge(direction, bytes, now);
@@ -187,12 +197,12 @@ impl ThrottleGroup {
         Some(Waiting { group: self, member, direction, ticket })
     }
 
-    fn next(&self, waiting: &Waiting<'_>, bytes: u64) -> Next {
+    fn next(&self, waiting: &Waiting<'_>, bytes: u64, may_hurry: bool) -> Next {
         let (member, direction) = (waiting.member, waiting.direction);
         let now = self.clock.now();
         let mut state = self.lock();
         let is_head = state.heads[index(direction)] == Some((member, waiting.ticket.id));
-        if !state.is_free(member, direction) {
+        if !may_hurry && !state.is_free(member, direction) {
             if !is_head {
                 return Next::Wait;
             }
@@ -243,6 +253,14 @@ impl Drop for Waiting<'_> {
         if let Some((_, ticket)) = next {
             ticket.called.notify(usize::MAX);
         }
+    }
+}
+
+/// Ends when its owner is told so; never without one.
+async fn ended(told: Option<EventListener>) {
+    match told {
+        Some(told) => told.await,
+        None => pending().await,
     }
 }
 

@@ -7,7 +7,6 @@
 mod connect;
 mod engine;
 mod mailbox;
-mod stream;
 
 use std::fmt;
 use std::io;
@@ -30,10 +29,9 @@ use heliostat_block::storage::{
 };
 
 use self::connect::Destination;
-pub use self::connect::{OpenConnection, ServerAddress};
+pub use self::connect::{OpenConnection, ServerAddress, Tls};
 use self::engine::{Board, Engine, TellOpened};
 use self::mailbox::Mailbox;
-pub use self::stream::{Privacy, Stream};
 use crate::clock::RealClock;
 use crate::runtime::{Driver, Thread};
 
@@ -62,8 +60,8 @@ pub struct NbdOptions {
     pub address: ServerAddress,
     /// The export's name; empty for the server's default.
     pub export: String,
-    /// What makes the connections private; plain text without.
-    pub privacy: Option<Arc<dyn Privacy>>,
+    /// With what connections are encrypted; plain text without.
+    pub tls: Option<Tls>,
     /// How long requests wait for a server that was lost, before they fail. Attempts go on after that.
     pub reconnect_delay: Duration,
     /// How long to try for the first connection. Zero means one attempt.
@@ -85,7 +83,7 @@ impl NbdOptions {
         Self {
             address,
             export,
-            privacy: None,
+            tls: None,
             reconnect_delay: Duration::ZERO,
             open_timeout: Duration::ZERO,
             bitmap: None,
@@ -133,7 +131,7 @@ impl NbdStorage {
             address: options.address,
             export: options.export,
             context: options.bitmap,
-            privacy: options.privacy,
+            tls: options.tls,
         };
         let (its_mailbox, its_board) = (Arc::clone(&mailbox), Arc::clone(&board));
         // The thread runs on until the storage is dropped, and ends by itself.

@@ -186,7 +186,8 @@ fn open_new(spec: &NodeSpec) -> Result<Found, DaemonError> {
         | DriverSpec::Null(_)
         | DriverSpec::Faults(_)
         | DriverSpec::Throttle { .. }
-        | DriverSpec::CopyOnRead { .. } => {
+        | DriverSpec::CopyOnRead { .. }
+        | DriverSpec::Preallocate { .. } => {
             return Err(DaemonError::Create(
                 "only a file or a block device can be opened for this".to_owned(),
             ));

@@ -8,22 +8,21 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use heliostat_block::driver::qcow2::create::{CreateOptions, create};
-use heliostat_block::driver::qcow2::file::ImageFile;
+use heliostat_block::driver::qcow2::create::CreateOptions;
 use heliostat_block::job::Job;
 use heliostat_block::job::scan::SyncMode;
 use heliostat_block::name::NodeName;
 use heliostat_block::node::Discard;
 use heliostat_host::file::FileStorage;
-use heliostat_host::open::{Existing, OpenOptions};
+use heliostat_host::open::OpenOptions;
 use heliostat_host::pinned::Identity;
-use heliostat_host::runtime::block_on;
 use rustix::io::Errno;
 
 use super::error::strerror;
 use super::gate::Format;
 use super::mirror::{Clusters, Launch, Prospect};
 use super::mirror_bitmap::BitmapUseError;
+use super::new_file::Made;
 use super::nodes::Wanted;
 use super::open::{is_device, options};
 use super::{Beneath, Daemon, DaemonError, DriverSpec, MirrorSpec, NodeEntry, NodeSpec, Sharing};
@@ -207,7 +206,7 @@ impl Daemon {
             self.say_stillborn(&spec.mirror.job_id);
             return Err(DaemonError::Speed);
         }
-        let made = Made::new(&new, source)?;
+        let made = Made::in_place(&new, source)?;
         let below = file_spec(&new.path, source);
         let started = (|| {
             let target = self.make_target(&below, spec.node_name.clone(), new.layer.wanted())?;
@@ -247,51 +246,12 @@ const fn whole_of(sync: SyncMode) -> SyncMode {
     }
 }
 
-/// A file that was made for a mirror: gone again when that does not start, if nothing was there before.
-pub(super) struct Made(Option<PathBuf>);
-
-impl Made {
-    pub(super) fn new(new: &New, source: &NodeEntry) -> Result<Self, DaemonError> {
-        let path = &new.path;
-        let is_device = is_device(path);
-        let was_there = path.symlink_metadata().is_ok();
-        let options = options(&file_spec(path, source), Sharing::Locked);
-        if is_device && new.image.is_none() {
-            return Ok(Self(None));
-        }
-        let len = if new.image.is_some() { 0 } else { source.node.size() };
-        let storage = match is_device {
-            true => FileStorage::open(path, &options),
-            false => FileStorage::create(path, len, Existing::Replace, &options),
-        };
-        let storage = storage.map_err(|error| creation(DaemonError::from(error)))?;
-        let made = Self((!was_there).then(|| path.clone()));
-        if let Some(image) = &new.image {
-            let file = ImageFile::new(Arc::new(storage));
-            block_on(create(&file, None, image)).map_err(DaemonError::Engine)??;
-        }
-        Ok(made)
-    }
-
-    pub(super) fn keep(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0 {
-            // Nothing more can be done about it.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
 /// Decides what a new target is to be. Looks at no file.
 fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Result<New, DaemonError> {
     let format = spec.format.as_deref().unwrap_or(source.driver);
     let refused = |text: String| Err(DaemonError::Create(text));
-    let is_protocol = is_over_nothing(format) || matches!(format, "blkdebug" | "throttle" | "copy-on-read");
+    let is_protocol =
+        is_over_nothing(format) || matches!(format, "blkdebug" | "throttle" | "copy-on-read" | "preallocate");
     let layer = layer(format);
     if layer.is_none() && !is_protocol {
         return refused(format!("Unknown file format '{format}'"));
@@ -424,7 +384,7 @@ pub(super) fn check_creatable(
 }
 
 /// QEMU's words where a file cannot be made.
-fn creation(error: DaemonError) -> DaemonError {
+pub(super) fn creation(error: DaemonError) -> DaemonError {
     let text = error.to_string();
     let text = text.replacen("Could not open", "Could not create", 1);
     // It is made longer before it is written.

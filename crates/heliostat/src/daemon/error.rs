@@ -106,10 +106,22 @@ pub enum DaemonError {
     Unflushed(BlockError),
     /// Requests to the nodes, which clients are to leave, do not end.
     #[error(
-        "what is in flight at {nodes} has not ended within {} s; nothing has changed, see what keeps the disk",
+        "what is in flight at {nodes} has not ended within {} s; nothing has changed, and clients go on: see what keeps \
+         the disk, and try again when it answers",
         limit.as_secs()
     )]
     Undrained {
+        /// The nodes.
+        nodes: String,
+        /// How long it was waited.
+        limit: std::time::Duration,
+    },
+    /// What clients have written does not get durable before they are to leave it.
+    #[error(
+        "a flush of {nodes} has not ended within {} s, and without it what was written before could be lost; nothing \
+         has changed, and clients go on: see what keeps the disk, and try again when it answers", limit.as_secs()
+    )]
+    UnendedFlush {
         /// The nodes.
         nodes: String,
         /// How long it was waited.

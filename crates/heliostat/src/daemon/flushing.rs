@@ -2,9 +2,11 @@
 //!
 //! It knows no nodes and closes no gates. Called by `snapshot`.
 
+use std::pin::pin;
 use std::time::Duration;
 
-use heliostat_block::clock::Clock;
+use futures_util::future::{Either, select};
+use heliostat_block::clock::{Clock, Moment};
 
 use super::DaemonError;
 
@@ -31,6 +33,21 @@ pub(super) async fn flush_until_short(
         }
     }
     Ok(())
+}
+
+/// Waits for `work` no longer than until `deadline`. `None`: it has not ended by then, and was dropped.
+///
+/// # Cancel safety
+/// As that of `work`.
+pub(super) async fn until<T>(
+    clock: &dyn Clock,
+    deadline: Moment,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    match select(pin!(work), clock.sleep_until(deadline)).await {
+        Either::Left((done, _)) => Some(done),
+        Either::Right(_) => None,
+    }
 }
 
 #[cfg(test)]

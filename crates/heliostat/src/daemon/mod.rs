@@ -11,12 +11,14 @@ mod drive_mirror;
 mod error;
 mod events;
 mod exports;
+mod flusher;
 mod flushing;
 mod gate;
 mod jobs;
 mod lanes;
 mod mirror;
 mod mirror_bitmap;
+mod new_file;
 mod nodes;
 mod open;
 mod overlay_file;
@@ -57,6 +59,7 @@ pub use transaction::{Action, CompletionMode, TransactionError};
 
 use events::Events;
 use exports::Serving;
+use flusher::Flushers;
 use jobs::Jobs;
 use lanes::LaneThreads;
 use nodes::Nodes;
@@ -83,6 +86,7 @@ pub struct Daemon {
     pokes: Arc<Pokes>,
     jobs: Mutex<Jobs>,
     lanes: LaneThreads,
+    flushers: Flushers,
     serving: Mutex<Serving>,
     /// Set when the end has begun: nothing new is taken on.
     closing: AtomicBool,
@@ -111,6 +115,7 @@ impl Daemon {
             pokes: Arc::default(),
             jobs: Mutex::default(),
             lanes: LaneThreads::default(),
+            flushers: Flushers::default(),
             serving: Mutex::default(),
             closing: AtomicBool::new(false),
             quit: Quit::default(),

@@ -26,12 +26,14 @@ pub(super) fn open_file(
         DaemonError::WrongKind { driver, path: file.path.clone(), wanted }
     };
     let options = options(spec, file.sharing);
-    let storage = FileStorage::open(&file.path, &options).map_err(|error| match error {
-        OpenError::NotADisk { .. } if error.errno() != rustix::io::Errno::ISDIR.raw_os_error() => {
-            wrong_kind()
-        }
-        error => error.into(),
-    })?;
+    let storage = FileStorage::open(file.now_at.as_ref().unwrap_or(&file.path), &options).map_err(
+        |error| match error {
+            OpenError::NotADisk { .. } if error.errno() != rustix::io::Errno::ISDIR.raw_os_error() => {
+                wrong_kind()
+            }
+            error => error.into(),
+        },
+    )?;
     if storage.is_device() == wants_device { Ok(storage) } else { Err(wrong_kind()) }
 }
 

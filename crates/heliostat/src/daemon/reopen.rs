@@ -69,6 +69,11 @@ impl Daemon {
             if let (Some(group), Some(throttle)) = (&change.group, change.node.throttle()) {
                 throttle.change_group(Arc::clone(group));
             }
+            if let (DriverSpec::Preallocate { ahead, .. }, Some(filter)) =
+                (&change.spec.driver, change.node.preallocate())
+            {
+                filter.change(*ahead);
+            }
             change.node.set_options(change.spec.options());
             self.keep_said(&change.node, &change.spec);
         }
@@ -337,6 +342,7 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
             return Err(DaemonError::Fixed("file.driver"));
         }
         (DriverSpec::Throttle { .. }, "throttle") => {}
+        (DriverSpec::Preallocate { file, .. }, "preallocate") => check_child(file)?,
         _ => return Err(DaemonError::Fixed("driver")),
     }
     // What is above a file has no cache of its own.

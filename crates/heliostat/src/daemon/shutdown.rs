@@ -73,6 +73,8 @@ impl Daemon {
         self.end_serving();
         self.end_pokes();
         self.enter(Stage::Flush);
+        // Images are closed when nobody is at them any more.
+        self.flushers.end();
         let flushed = flush(&self.graph.nodes());
         let closed = self.close_nodes();
         self.enter(Stage::Over);

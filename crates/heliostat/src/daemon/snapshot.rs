@@ -6,32 +6,22 @@
 //! nodes are flushed once more, so that what was acknowledged to clients is durable in the layers that they leave: from
 //! then on they flush the overlays only. Called by `transaction`, of which a command for one snapshot is one.
 
-use std::path::PathBuf;
-use std::pin::pin;
-use std::sync::Arc;
-use std::time::Duration;
+mod moment;
 
-use futures_util::future::{Either, join_all, select};
-use heliostat_block::error::BlockError;
-use heliostat_block::graph::{GraphError, Onto, Role};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use heliostat_block::graph::Role;
 use heliostat_block::name::NodeName;
-use heliostat_block::named_bitmap::Change;
-use heliostat_block::node::{Node, NodeOptions};
-use heliostat_block::tracked::Drained;
-use heliostat_host::runtime;
+use heliostat_block::node::Node;
 
 use super::conflict::conflict;
-use super::drive_mirror::{Made, file_spec};
-use super::flushing::flush_until_short;
+use super::drive_mirror::file_spec;
 use super::gate::CHAIN_MAX;
-use super::mirror_bitmap::unstorable;
+use super::new_file::Made;
 use super::nodes::Named;
 use super::overlay_file::{check_room, check_unopened, is_same_file, locked, overlay_file};
-use super::{Action, CompletionMode, Daemon, DaemonError, Export, NodeEntry, TargetMode};
-
-/// The longest that guests of all disks wait for what is in flight at the slowest: less than the 30 s after which
-/// drivers in guests take a disk for dead.
-const DRAIN_MAX: Duration = Duration::from_secs(20);
+use super::{Action, CompletionMode, Daemon, DaemonError, DriverSpec, Export, TargetMode};
 
 /// A snapshot that makes, or opens, its overlay.
 #[derive(Clone, Debug)]
@@ -87,7 +77,7 @@ impl Daemon {
     ///
     /// # Errors
     /// `NodeNotFound`; `NodeBusy`, `NodeIsBacking`, `NodeIsChild` by who uses `node`; `Snapshot` by what is wrong with
-    /// the overlay; `PermissionConflict`; `Unflushed`, `Undrained`. Nothing has changed then.
+    /// the overlay; `PermissionConflict`; `Unflushed`, `UnendedFlush`, `Undrained`. Nothing has changed then.
     pub fn snapshot(&self, node: &str, overlay: &str) -> Result<(), DaemonError> {
         self.transaction(
             &[Action::Snapshot { node: node.to_owned(), overlay: overlay.to_owned() }],
@@ -98,30 +88,10 @@ impl Daemon {
     /// Makes or opens an overlay, and puts it in the place of a node, on top of it.
     ///
     /// # Errors
-    /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`. With `Unflushed` and `Undrained`, which only show when
-    /// the overlay is there, a file in whose place it was made is lost: what was in it is gone.
+    /// As [`Daemon::snapshot`]; `NoDeviceNorNode`, `Create`, `Open`. With `Unflushed`, `UnendedFlush` and `Undrained`, which
+    /// only show when the overlay is there, what was on a block device that it was made on is lost. A file is as it was.
     pub fn snapshot_to_file(&self, spec: &SnapshotSpec) -> Result<(), DaemonError> {
         self.transaction(&[Action::SnapshotToFile(spec.clone())], CompletionMode::Individual)
-    }
-
-    /// The node, and those through which its bytes go.
-    fn layers(&self, node: &Arc<Node>) -> Vec<Arc<Node>> {
-        let entries = self.nodes();
-        let entry = |name: &NodeName| entries.iter().find(|entry| entry.node.name() == name);
-        let lower = |above: &&NodeEntry| entry(above.child.as_ref()?);
-        std::iter::successors(entry(node.name()), lower).map(|entry| Arc::clone(&entry.node)).collect()
-    }
-
-    /// Nobody writes the node, nor what holds it and nothing else, from here on.
-    fn keep_as_it_is(&self, node: &Arc<Node>) {
-        let layers = self.layers(node);
-        let is_alone = |layer: &Arc<Node>| self.graph.roles(layer).len() <= 1;
-        for (depth, layer) in layers.iter().enumerate() {
-            if depth > 0 && !is_alone(layer) {
-                return;
-            }
-            layer.set_options(NodeOptions { read_only: true, ..layer.options() });
-        }
     }
 }
 
@@ -264,6 +234,7 @@ impl Snapshots {
             TargetMode::AbsolutePaths => Named::ByImage,
             TargetMode::Existing => Named::ByOperator,
         };
+        let mut below = file_spec(&spec.file, entry);
         if spec.mode == TargetMode::AbsolutePaths {
             if pass == Pass::Check {
                 let name = match &spec.overlay_name {
@@ -274,9 +245,12 @@ impl Snapshots {
                 self.list.push(Planned { node, name, overlay: None, named });
                 return Ok(());
             }
-            self.made.push(Made::new(&there, entry)?);
+            let made = Made::beside(&there, entry)?;
+            if let DriverSpec::File(file) = &mut below.driver {
+                file.now_at = Some(made.now_at().to_owned());
+            }
+            self.made.push(made);
         }
-        let below = file_spec(&spec.file, entry);
         let overlay = daemon.make_target(&below, spec.overlay_name.clone(), there.layer.wanted())?;
         if pass == Pass::Check {
             check_unopened(daemon, &self.files)?;
@@ -421,96 +395,34 @@ impl Snapshots {
         }
         Ok(())
     }
-
-    /// Takes all of them at a moment at which nothing is in flight at any of them, and makes the `changes` of bitmaps at
-    /// that moment, too.
-    ///
-    /// # Errors
-    /// `Unflushed`, `Undrained`, `NodeInUse`; no node has changed then.
-    pub(super) fn take(&self, daemon: &Daemon, changes: &[(Arc<Node>, Change)]) -> Result<(), DaemonError> {
-        runtime::block_on(self.take_within(DRAIN_MAX, daemon, changes)).map_err(DaemonError::Engine)?
-    }
-
-    async fn take_within(
-        &self,
-        limit: Duration,
-        daemon: &Daemon,
-        changes: &[(Arc<Node>, Change)],
-    ) -> Result<(), DaemonError> {
-        // Each runs to its end, whatever becomes of the others.
-        let all_of = |flushed: Vec<Result<(), BlockError>>| {
-            flushed.into_iter().collect::<Result<(), _>>().map_err(DaemonError::Unflushed)
-        };
-        let is_left = |node: &Arc<Node>| self.is_left(node) && !node.options().read_only;
-        // None of them is on top of another: that would be somebody's use, and is refused.
-        let nodes = self.nodes();
-        // The long ones, beside clients.
-        let beside_clients = async || {
-            let written = nodes.iter().filter(|node| is_left(node));
-            all_of(join_all(written.map(async |node| node.enter().await.flush().await)).await)
-        };
-        flush_until_short(daemon.clock().as_ref(), beside_clients).await?;
-        // All gates close before any waits. What mirrors are writing to overlays ends with what it began with.
-        let clock = daemon.clock();
-        let drained =
-            match select(pin!(Node::drain_all(&nodes)), clock.sleep_until(clock.now() + limit)).await {
-                Either::Left((drained, _)) => drained,
-                // The gates open again.
-                Either::Right(_) => return Err(undrained(&nodes, limit)),
-            };
-        let written = drained.iter().filter(|drained| is_left(drained.node()));
-        all_of(join_all(written.map(Drained::flush)).await)?;
-        let gate = |node: &Arc<Node>| drained.iter().find(|drained| Arc::ptr_eq(drained.node(), node));
-        let onto = |planned: &'_ Planned| {
-            let drained = gate(&planned.node)?;
-            Some(Onto { drained, target: gate(planned.overlay.as_ref()?)?.node(), below: drained.node() })
-        };
-        let moves: Vec<_> = self.list.iter().filter_map(onto).collect();
-        let named: Vec<_> = self.list.iter().map(|planned| planned.named).collect();
-        let unstored = moves.iter().map(|one| (unstorable(one.below, one.target), one.target));
-        let unstored: Vec<_> = unstored.collect();
-        daemon.put_on_top(&moves, &named, changes).map_err(|error| match error {
-            GraphError::InUse { node, .. } => DaemonError::NodeInUse(node),
-            GraphError::NotFound(name) | GraphError::Duplicate(name) => DaemonError::NodeNotFound(name),
-        })?;
-        for (planned, (unstored, target)) in self.list.iter().zip(unstored) {
-            daemon.keep_as_it_is(&planned.node);
-            let is_gone = |name: &String| planned.node.named_bitmap(name).is_none();
-            daemon.say_unstored(unstored.into_iter().filter(is_gone).collect(), target);
-        }
-        Ok(())
-    }
-
-    /// All that take part, each once.
-    fn nodes(&self) -> Vec<Arc<Node>> {
-        let mut nodes: Vec<Arc<Node>> = Vec::new();
-        for node in self.list.iter().flat_map(|planned| [Some(&planned.node), planned.overlay.as_ref()]) {
-            nodes.extend(node.filter(|node| !nodes.iter().any(|other| Arc::ptr_eq(other, node))).cloned());
-        }
-        nodes
-    }
-}
-
-fn undrained(nodes: &[Arc<Node>], limit: Duration) -> DaemonError {
-    let busy = nodes.iter().filter(|node| node.in_flight() > 0).map(|node| format!("'{}'", node.name()));
-    DaemonError::Undrained { nodes: busy.collect::<Vec<_>>().join(", "), limit }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use futures_util::FutureExt;
+    use futures_util::future::join;
+    use heliostat_block::debug_event::DebugEvent;
+    use heliostat_block::driver::fault::FaultInjector;
     use heliostat_block::driver::qcow2::create::{CreateOptions, create};
     use heliostat_block::driver::qcow2::file::ImageFile;
+    use heliostat_block::graph::{Claims, Place};
+    use heliostat_block::storage::Durability;
     use heliostat_host::file::FileStorage;
     use heliostat_host::open::{Existing, OpenOptions};
+    use heliostat_host::runtime;
 
     use std::path::Path;
 
+    use std::time::Duration;
+
+    use super::moment::{Bounds, GATES_MAX};
     use super::*;
     use crate::daemon::nodes::NODES_MAX;
     use crate::daemon::{
-        BitmapAction, BitmapSpec, Child, DriveMirrorSpec, DriverSpec, MirrorSpec, NodeSpec, Qcow2Spec,
-        TargetName,
+        BitmapAction, BitmapSpec, Child, DriveMirrorSpec, DriverSpec, FaultLimits, FaultSpec, MirrorSpec,
+        NodeSpec, Qcow2Spec, TargetName,
     };
 
     /// A daemon with the images `names`, each a node.
@@ -538,7 +450,10 @@ mod tests {
         let mut snapshots = Snapshots::default();
         snapshots.add(&daemon, "a", "oa").unwrap();
         snapshots.add(&daemon, "b", "ob").unwrap();
-        let take = |limit| runtime::block_on(snapshots.take_within(limit, &daemon, &[])).unwrap();
+        let take = |gates| {
+            let bounds = Bounds { gates, ..Bounds::default() };
+            runtime::block_on(snapshots.take_within(bounds, &daemon, &[], &mut [])).unwrap()
+        };
         let b = daemon.node("b").unwrap();
         let request = b.enter().now_or_never().expect("the gate is open");
         let refused = take(Duration::from_millis(20)).unwrap_err();
@@ -549,8 +464,118 @@ mod tests {
             assert!(node.backing().is_none() && !node.options().read_only);
         }
         drop(request);
-        take(DRAIN_MAX).unwrap();
+        take(GATES_MAX).unwrap();
         assert!(Arc::ptr_eq(&daemon.node("ob").unwrap().backing().unwrap(), &b) && b.options().read_only);
+    }
+
+    /// A disk of a daemon, `disk`, whose flushes can be held up.
+    fn with_faults(folder: &Path) -> (Arc<Daemon>, Arc<FaultInjector>) {
+        let daemon = with_images(folder, &["overlay"]);
+        let path = folder.join("disk");
+        std::fs::write(&path, [0; 1 << 20]).unwrap();
+        let file = NodeSpec::new(None, DriverSpec::at(path, crate::daemon::Sharing::Locked));
+        let faults = FaultSpec {
+            image: Child::New(Box::new(file)),
+            config: None,
+            limits: FaultLimits::default(),
+            errors: Vec::new(),
+            states: Vec::new(),
+            claims: Claims::default(),
+        };
+        let file = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
+        let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+        daemon.add_node(&NodeSpec::new(Some("disk".to_owned()), raw)).unwrap();
+        let injector = daemon.fault_injector("disk").unwrap().unwrap();
+        (daemon, injector)
+    }
+
+    /// A guest's write of 512 bytes.
+    async fn write(guest: &Place, byte: u8) {
+        let data = vec![byte; 512].into();
+        guest.enter().await.write(0, data, Durability::Cached).await.unwrap();
+    }
+
+    #[test]
+    fn guests_are_not_held_for_ever_by_a_flush_behind_closed_gates() {
+        let folder = tempfile::tempdir().unwrap();
+        let (daemon, injector) = with_faults(folder.path());
+        let (disk, overlay) = (daemon.node("disk").unwrap(), daemon.node("overlay").unwrap());
+        let role = Role::Export { id: "guest".to_owned(), writable: true };
+        let guest = daemon.graph().attach(&disk, role).unwrap();
+        let mut snapshots = Snapshots::default();
+        snapshots.add(&daemon, "disk", "overlay").unwrap();
+        let take = async |gates| {
+            let bounds = Bounds { gates, ..Bounds::default() };
+            snapshots.take_within(bounds, &daemon, &[], &mut []).await
+        };
+        runtime::block_on(async {
+            let held = disk.enter().await;
+            let refused = take(Duration::from_millis(300));
+            let meanwhile = async {
+                while let Some(entered) = disk.enter().now_or_never() {
+                    drop(entered);
+                    runtime::yield_now().await;
+                }
+                // The gate is closed, and nothing is quiet yet.
+                injector.add_break(DebugEvent::FlushToDisk, "behind").unwrap();
+                let mut writing = pin!(write(&guest, 7));
+                assert!(writing.as_mut().now_or_never().is_none());
+                drop(held);
+                injector.wait_break("behind").await;
+                assert!(
+                    writing.as_mut().now_or_never().is_none(),
+                    "what is flushed is what was written before"
+                );
+                writing.await;
+            };
+            let (refused, ()) = join(refused, meanwhile).await;
+            let refused = refused.unwrap_err();
+            assert!(
+                matches!(&refused, DaemonError::UnendedFlush { nodes, .. } if nodes == "'disk'"),
+                "{refused}"
+            );
+            write(&guest, 8).await;
+            assert!(Arc::ptr_eq(&guest.node(), &disk) && overlay.backing().is_none());
+            assert!(!disk.options().read_only && overlay.in_flight() == 0);
+            assert_eq!(disk.in_flight(), 1, "the flush goes on");
+            // The next one waits for it.
+            let refused = take(Duration::from_millis(20)).await.unwrap_err();
+            assert!(
+                matches!(&refused, DaemonError::Undrained { nodes, .. } if nodes == "'disk'"),
+                "{refused}"
+            );
+            injector.resume("behind").unwrap();
+            take(GATES_MAX).await.unwrap();
+            write(&guest, 9).await;
+        })
+        .unwrap();
+        assert!(Arc::ptr_eq(&guest.node(), &overlay) && disk.in_flight() == 0);
+        assert_eq!(std::fs::read(folder.path().join("disk")).unwrap()[..512], [8; 512]);
+        drop(guest);
+        daemon.shutdown().unwrap();
+    }
+
+    #[test]
+    fn a_flush_beside_guests_is_waited_for_so_long_and_ends_by_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let (daemon, injector) = with_faults(folder.path());
+        let disk = daemon.node("disk").unwrap();
+        let mut snapshots = Snapshots::default();
+        snapshots.add(&daemon, "disk", "overlay").unwrap();
+        injector.add_break(DebugEvent::FlushToDisk, "beside").unwrap();
+        let bounds = Bounds { beside_clients: Duration::from_millis(20), ..Bounds::default() };
+        let refused =
+            runtime::block_on(snapshots.take_within(bounds, &daemon, &[], &mut [])).unwrap().unwrap_err();
+        let said = refused.to_string();
+        assert!(
+            said.contains("a flush of 'disk' has not ended") && said.contains("nothing has changed"),
+            "{said}"
+        );
+        assert!(disk.enter().now_or_never().is_some(), "the gate is open");
+        assert!(injector.is_suspended("beside"));
+        // The end releases it, and waits for it.
+        daemon.shutdown().unwrap();
+        assert_eq!(disk.in_flight(), 0);
     }
 
     /// A snapshot of `node` to an image that is made.
@@ -583,6 +608,32 @@ mod tests {
 
     fn assert_whole(file: &Path) {
         assert!(std::fs::read(file).unwrap() == [7; 100_000], "it is lost");
+    }
+
+    #[test]
+    fn a_file_is_whole_when_what_comes_after_the_making_of_its_overlay_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a"]);
+        let file = file_in(folder.path());
+        let a = daemon.node("a").unwrap();
+        let mut snapshots = Snapshots::default();
+        snapshots.add_file(&daemon, &to_file("a", &file, "o"), Pass::Make).unwrap();
+        let entries = daemon.nodes();
+        assert!(entries.iter().filter(|entry| entry.path == file).count() == 2, "the overlay and its file");
+        let mut made = snapshots.take_made();
+        let mut take = |gates| {
+            let bounds = Bounds { gates, ..Bounds::default() };
+            runtime::block_on(snapshots.take_within(bounds, &daemon, &[], &mut made)).unwrap()
+        };
+        let request = a.enter().now_or_never().expect("the gate is open");
+        let refused = take(Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(&refused, DaemonError::Undrained { .. }), "{refused}");
+        assert_whole(&file);
+        drop(request);
+        take(GATES_MAX).unwrap();
+        assert!(std::fs::read(&file).unwrap().starts_with(b"QFI\xfb"), "it has the name before guests come");
+        made.into_iter().for_each(Made::keep);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -8,8 +8,8 @@
 use heliostat_block::job::Group;
 
 use super::bitmaps::Plan;
-use super::drive_mirror::Made;
 use super::mirror::{Launch, Prospect, Ready};
+use super::new_file::Made;
 use super::snapshot::{Pass, SnapshotSpec, Snapshots};
 use super::{BitmapAction, Daemon, DaemonError, MirrorSpec, TargetMode};
 
@@ -77,7 +77,8 @@ impl Daemon {
             checked?;
         }
         let mut plans = Plans::default();
-        let done = self.plan_all(actions, Pass::Make, &mut plans).and_then(|()| self.change_at_once(&plans));
+        let done =
+            self.plan_all(actions, Pass::Make, &mut plans).and_then(|()| self.change_at_once(&mut plans));
         let made = plans.snapshots.take_made();
         match &done {
             Ok(()) => {
@@ -132,7 +133,7 @@ impl Daemon {
     }
 
     /// Changes bitmaps and takes snapshots, at one moment.
-    fn change_at_once(&self, plans: &Plans) -> Result<(), DaemonError> {
+    fn change_at_once(&self, plans: &mut Plans) -> Result<(), DaemonError> {
         if !plans.snapshots.is_empty() {
             return plans.snapshots.take(self, plans.bitmaps.changes());
         }

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use super::wait;
 
@@ -129,11 +130,40 @@ impl Daemon {
     /// # Errors
     /// When the process has ended.
     pub fn resident_bytes_max(&self) -> io::Result<u64> {
+        self.status_bytes("VmHWM:")
+    }
+
+    /// The memory that it holds now, in bytes (`VmRSS`).
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        self.status_bytes("VmRSS:")
+    }
+
+    fn status_bytes(&self, field: &str) -> io::Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
         let kib =
             line.and_then(|line| line.trim().strip_suffix(" kB")).and_then(|kib| kib.parse::<u64>().ok());
-        kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other("no VmHWM: the process has ended"))
+        kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other("no memory: the process has ended"))
+    }
+
+    /// The processor time that all its threads have had so far, to 10 ms.
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn cpu_time(&self) -> io::Result<Duration> {
+        /// What the kernel counts in for programs (`USER_HZ`), on every architecture that we build for.
+        const TICK: Duration = Duration::from_millis(10);
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id()))?;
+        // proc_pid_stat(5): the second field, the name, may hold anything, and ends with the last parenthesis.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+        let mut ticks = fields.split_whitespace().skip(11).map(str::parse::<u32>);
+        let (Some(Ok(user)), Some(Ok(system))) = (ticks.next(), ticks.next()) else {
+            return Err(io::Error::other("a strange /proc/PID/stat"));
+        };
+        Ok(TICK * (user + system))
     }
 }
 

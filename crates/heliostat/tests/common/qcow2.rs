@@ -54,6 +54,25 @@ pub fn name_backing(image: &Path, name: &str, format: Option<&str>) {
     fs::write(image, bytes).expect("it was writable");
 }
 
+/// Puts an extension behind those of a version 3 image without a backing file.
+pub fn add_extension(image: &Path, kind: u32, data: &[u8]) {
+    let mut bytes = fs::read(image).expect("it was made");
+    let number = |at: usize| {
+        let number = u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        usize::try_from(number).expect("it fits")
+    };
+    let mut at = number(100);
+    while number(at) != 0 {
+        at += 8 + number(at + 4).next_multiple_of(8);
+    }
+    bytes[at..at + 4].copy_from_slice(&kind.to_be_bytes());
+    bytes[at + 4..at + 8].copy_from_slice(&u32::try_from(data.len()).expect("short").to_be_bytes());
+    bytes[at + 8..at + 8 + data.len()].copy_from_slice(data);
+    let end = at + 8 + data.len().next_multiple_of(8);
+    bytes[end..end + 8].fill(0);
+    fs::write(image, bytes).expect("it was writable");
+}
+
 /// Asks `qemu-img check`, which must find nothing.
 pub fn assert_sound(folder: &Path, image: &str) {
     qemu_img(folder, &["check", "-q", image]);

@@ -88,6 +88,7 @@ fn measure(scene: &Scene, contender: Contender) -> Result<Sample> {
         export: "source",
         pattern: "randwrite",
         depth: 16,
+        connections: 1,
         size,
         time: GUEST_LIMIT,
         rate: Some(RATE),

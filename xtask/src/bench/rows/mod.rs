@@ -4,6 +4,8 @@ mod control;
 mod copy;
 mod guest;
 mod mirror;
+mod nbd;
+mod nbd_target;
 mod qcow2;
 mod serve;
 
@@ -34,6 +36,14 @@ pub fn all() -> Vec<Row> {
         mirror::DIRECT,
         mirror::SPARSE,
         serve::RANDOM,
+        nbd::COPY,
+        nbd::CACHED,
+        nbd::DIRECT,
+        nbd::CONNECTED,
+        nbd_target::NEAR,
+        nbd_target::FAR,
+        nbd_target::SLOW,
+        nbd_target::GONE,
         control::JOBS_AT_ONCE,
         control::COMMANDS,
         guest::QUIET,

@@ -182,7 +182,7 @@ fn serve(
 
 fn load(scene: &Scene, socket: &Path, pattern: &str, size: u64) -> Result<f64> {
     let time = Duration::from_secs(if scene.is_quick() { 1 } else { 3 });
-    Load { socket, export: "disk", pattern, depth: 16, size, time, rate: None }
+    Load { socket, export: "disk", pattern, depth: 16, connections: 1, size, time, rate: None }
         .requests_a_second(scene.memory())
 }
 

@@ -66,6 +66,7 @@ fn loads(scene: &Scene, socket: &Path) -> Result<Sample> {
             export: "disk",
             pattern,
             depth,
+            connections: 1,
             size: scene.size(GIB),
             time: Duration::from_secs(if scene.is_quick() { 1 } else { 3 }),
             rate: None,

@@ -240,6 +240,10 @@ impl Storage for FaultInjector {
         self.below.set_size(size)
     }
 
+    fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        self.below.expect_writes(end)
+    }
+
     /// QEMU does not know it either.
     fn allocated_size(&self) -> Option<u64> {
         None

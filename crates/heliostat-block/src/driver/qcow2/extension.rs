@@ -3,6 +3,8 @@
 //!
 //! Pure. Follows the qcow2 specification, sections "Header extensions", "Feature name table" and "Bitmaps extension".
 
+use std::ops::Range;
+
 use super::error::FormatError;
 use super::layout::Layout;
 use crate::convert::usize_from;
@@ -13,6 +15,9 @@ pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
 pub(super) const BITMAPS: u32 = 0x2385_2875;
 pub(super) const ENCRYPTION: u32 = 0x0537_be77;
 pub(super) const EXTERNAL_DATA_FILE: u32 = 0x4441_5441;
+/// Our own type, which the specification lets readers ignore that do not know it: room between other extensions in
+/// which there is nothing. What stands in it means nothing.
+pub(super) const VACANT: u32 = u32::from_be_bytes(*b"hsVA");
 
 /// Where the persistent dirty bitmaps are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +92,27 @@ pub(super) fn put_extension(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
     bytes.extend_from_slice(data);
     bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
+/// The place of an extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub(super) kind: u32,
+    /// Where its type stands, in the first cluster.
+    pub(super) at: usize,
+    /// Bytes of its data.
+    pub(super) len: usize,
+}
+
+/// The places of the extensions in the part `room` of `cluster`, and where the last one ends.
+pub(super) fn slots(cluster: &[u8], room: Range<usize>) -> (Vec<Slot>, usize) {
+    let mut at = room.start;
+    let mut found = Vec::new();
+    for Extension { kind, data } in extensions(cluster.get(room).unwrap_or_default()).map_while(Result::ok) {
+        found.push(Slot { kind, at, len: data.len() });
+        at += 8 + data.len().next_multiple_of(8);
+    }
+    (found, at)
 }
 
 /// The extensions in `room`, to the one that says that it is the last.

@@ -188,6 +188,8 @@ impl ImageFile {
         }
         let step = (size / 4).clamp(STEP_MIN, STEP_MAX);
         let ahead = end.max(size.saturating_add(step)).next_multiple_of(STEP_MIN);
+        // A hint.
+        let _ = self.storage().expect_writes(ahead).await;
         match self.blocks.set_size(ahead).await {
             // Where there is no room to grow ahead, perhaps there is for what is needed.
             Err(_) => {

@@ -229,6 +229,13 @@ impl Header {
         start..end.max(start)
     }
 
+    /// Where the backing file's name stands in a header's first cluster.
+    pub(super) fn backing_name_place(cluster: &[u8]) -> Option<Range<usize>> {
+        let fields = Fields(cluster);
+        let (start, len) = (usize_from(fields.u64(8)), usize_from(u64::from(fields.u32(16))));
+        (start != 0).then(|| start..start.saturating_add(len))
+    }
+
     /// Where the room for extensions ends.
     fn check_backing(&self, offset: u64, len: u32) -> Result<usize, FormatError> {
         let cluster_size = self.layout.cluster_size();
@@ -318,8 +325,8 @@ impl Header {
                         "CRYPTO header extension only expected with LUKS encryption method",
                     ));
                 }
-                // Ours name the same bits.
-                extension::FEATURE_NAMES => {}
+                // Ours name the same bits, and what is vacant is nothing.
+                extension::FEATURE_NAMES | extension::VACANT => {}
                 _ => self.further_extensions.push(Extension { kind, data }),
             }
         }
@@ -343,17 +350,6 @@ impl Header {
     /// # Errors
     /// [`FormatError::Invalid`] when names and extensions do not fit into a cluster.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
-        self.encode_with(true)
-    }
-
-    /// As [`Header::encode`], for a header that takes the place of another in one go: without names of features, which
-    /// nobody needs, where it does not fit into a sector with them. What is written of a sector a crash does not halve.
-    pub(crate) fn encode_short(&self) -> Result<Vec<u8>, FormatError> {
-        let bytes = self.encode_with(true)?;
-        if bytes.len() > SECTOR { self.encode_with(false) } else { Ok(bytes) }
-    }
-
-    fn encode_with(&self, feature_names: bool) -> Result<Vec<u8>, FormatError> {
         let layout = self.layout;
         let mut bytes = vec![0; if layout.version == 2 { HEADER_START } else { WRITTEN_LEN }];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
@@ -378,7 +374,7 @@ impl Header {
             let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
             bytes[100..104].copy_from_slice(&len.to_be_bytes());
         }
-        self.encode_extensions(&mut bytes, feature_names);
+        self.encode_extensions(&mut bytes);
         if let Some(name) = &self.backing_file {
             let offset = u64_from(bytes.len());
             bytes[8..16].copy_from_slice(&offset.to_be_bytes());
@@ -399,7 +395,7 @@ impl Header {
         Ok(bytes)
     }
 
-    fn encode_extensions(&self, bytes: &mut Vec<u8>, feature_names: bool) {
+    fn encode_extensions(&self, bytes: &mut Vec<u8>) {
         let mut put = |kind, data: &[u8]| put_extension(bytes, kind, data);
         if let Some(format) = &self.backing_format {
             put(extension::BACKING_FORMAT, format);
@@ -408,7 +404,7 @@ impl Header {
             put(extension::EXTERNAL_DATA_FILE, file);
         }
         // The table takes 288 bytes or more: small clusters have no room for it beside a long name.
-        if feature_names && self.layout.version >= 3 && self.layout.cluster_bits >= 12 {
+        if self.layout.version >= 3 && self.layout.cluster_bits >= 12 {
             put(extension::FEATURE_NAMES, &feature_name_table());
         }
         if let Some(bitmaps) = &self.bitmaps {

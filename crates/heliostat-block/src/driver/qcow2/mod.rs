@@ -459,4 +459,4 @@ mod crash_tests;
 #[cfg(all(test, not(loom)))]
 mod fault_tests;
 #[cfg(test)]
-mod test_memory;
+pub(in crate::driver) mod test_memory;

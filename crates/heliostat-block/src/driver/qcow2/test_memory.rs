@@ -16,14 +16,14 @@ use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, Traits
 
 /// What a file was asked for.
 #[derive(Clone, Debug)]
-pub(super) enum Change {
+pub(in crate::driver) enum Change {
     Write(u64, Bytes),
     Size(u64),
     Flush,
 }
 
 impl Change {
-    pub(super) fn apply(&self, bytes: &mut Vec<u8>) {
+    pub(in crate::driver) fn apply(&self, bytes: &mut Vec<u8>) {
         match self {
             Self::Write(offset, data) => {
                 let at = usize_from(*offset);
@@ -37,34 +37,34 @@ impl Change {
 }
 
 /// The changes of all files of an image, in order, each with the number of its file.
-pub(super) type Journal = Arc<Mutex<Vec<(usize, Change)>>>;
+pub(in crate::driver) type Journal = Arc<Mutex<Vec<(usize, Change)>>>;
 
 /// A file in memory.
-pub(super) struct Memory {
-    pub(super) bytes: Mutex<Vec<u8>>,
+pub(in crate::driver) struct Memory {
+    pub(in crate::driver) bytes: Mutex<Vec<u8>>,
     /// As a block device where not: its length stays.
-    pub(super) can_resize: bool,
+    pub(in crate::driver) can_resize: bool,
     /// It becomes no longer than this.
-    pub(super) size_max: AtomicU64,
+    pub(in crate::driver) size_max: AtomicU64,
     /// After so many writes and changes of the length the power is gone.
-    pub(super) writes_left: AtomicU64,
+    pub(in crate::driver) writes_left: AtomicU64,
     /// The next flush fails, and what was written since the last good one is gone.
-    pub(super) loses: AtomicBool,
+    pub(in crate::driver) loses: AtomicBool,
     /// Writes end when they are polled a second time; until then they are on their way.
-    pub(super) is_slow: AtomicBool,
-    pub(super) on_their_way: Mutex<Vec<(u64, Bytes)>>,
+    pub(in crate::driver) is_slow: AtomicBool,
+    pub(in crate::driver) on_their_way: Mutex<Vec<(u64, Bytes)>>,
     /// What stood where something was written since the last good flush.
-    pub(super) undurable: Mutex<Vec<(u64, Vec<u8>)>>,
-    pub(super) number: usize,
-    pub(super) journal: Journal,
+    pub(in crate::driver) undurable: Mutex<Vec<(u64, Vec<u8>)>>,
+    pub(in crate::driver) number: usize,
+    pub(in crate::driver) journal: Journal,
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(in crate::driver) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap()
 }
 
 impl Memory {
-    pub(super) fn new(bytes: Vec<u8>) -> Self {
+    pub(in crate::driver) fn new(bytes: Vec<u8>) -> Self {
         Self {
             bytes: Mutex::new(bytes),
             can_resize: true,
@@ -80,23 +80,23 @@ impl Memory {
     }
 
     /// One that several share.
-    pub(super) fn of(bytes: Vec<u8>) -> Arc<Self> {
+    pub(in crate::driver) fn of(bytes: Vec<u8>) -> Arc<Self> {
         Arc::new(Self::new(bytes))
     }
 
     /// One whose power is gone after so many writes.
-    pub(super) fn until(writes: u64, bytes: Vec<u8>) -> Arc<Self> {
+    pub(in crate::driver) fn until(writes: u64, bytes: Vec<u8>) -> Arc<Self> {
         Arc::new(Self { writes_left: AtomicU64::new(writes), ..Self::new(bytes) })
     }
 
     /// What it holds.
-    pub(super) fn content(&self) -> Vec<u8> {
+    pub(in crate::driver) fn content(&self) -> Vec<u8> {
         lock(&self.bytes).clone()
     }
 
     /// What was dropped on its way arrives.
     #[cfg_attr(loom, expect(dead_code, reason = "the tests that want it are left out of loom's models"))]
-    pub(super) fn land(&self) {
+    pub(in crate::driver) fn land(&self) {
         for (offset, data) in std::mem::take(&mut *lock(&self.on_their_way)) {
             self.change(Change::Write(offset, data)).unwrap();
         }
@@ -200,7 +200,7 @@ impl Storage for Memory {
 }
 
 /// Polls until it ends: nothing here waits for anybody.
-pub(super) fn run<T>(future: impl Future<Output = T>) -> T {
+pub(in crate::driver) fn run<T>(future: impl Future<Output = T>) -> T {
     let mut future = std::pin::pin!(future);
     for _ in 0..1000 {
         if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use heliostat_block::debug_event::DebugEvent;
 use heliostat_block::driver::fault::{InjectError, IoType, SetState, Times};
+use heliostat_block::driver::preallocate::Ahead;
 use heliostat_block::graph::Claims;
 use serde_json::json;
 
@@ -31,6 +32,19 @@ pub(super) fn throttle(arguments: Arguments<'_>, below: Inherited) -> Result<Dri
 pub(super) fn copy_on_read(arguments: Arguments<'_>, below: Inherited) -> Result<DriverSpec, Refusal> {
     let file = child(arguments, "file", below)?.ok_or_else(file_is_missing)?;
     Ok(DriverSpec::CopyOnRead { file, bottom: arguments.text("bottom").map(str::to_owned) })
+}
+
+pub(super) fn preallocate(arguments: Arguments<'_>, below: Inherited) -> Result<DriverSpec, Refusal> {
+    let file = child(arguments, "file", below)?.ok_or_else(file_is_missing)?;
+    let ahead = Ahead {
+        align: bytes(arguments, "prealloc-align")?.unwrap_or(1 << 20),
+        size: bytes(arguments, "prealloc-size")?.unwrap_or(128 << 20),
+    };
+    if !ahead.align.is_multiple_of(512) {
+        let text = "prealloc-align parameter of preallocate filter is not aligned to 512";
+        return Err(Refusal::new(text));
+    }
+    Ok(DriverSpec::Preallocate { file, ahead })
 }
 
 pub(super) fn faults(arguments: Arguments<'_>, below: Inherited) -> Result<DriverSpec, Refusal> {
@@ -97,7 +111,7 @@ fn state(rule: Arguments<'_>) -> Option<i64> {
 pub(super) const fn needs_definition(filter: &FilterEntry) -> bool {
     match filter {
         FilterEntry::Faults { has_options, .. } => *has_options,
-        FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead => true,
+        FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead | FilterEntry::Preallocate => true,
     }
 }
 
@@ -105,7 +119,7 @@ pub(super) const fn needs_definition(filter: &FilterEntry) -> bool {
 pub(super) fn name(filter: &FilterEntry, path: &str) -> String {
     match filter {
         FilterEntry::Faults { config, .. } => format!("blkdebug:{}:{path}", config.display()),
-        FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead => path.to_owned(),
+        FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead | FilterEntry::Preallocate => path.to_owned(),
     }
 }
 
@@ -117,5 +131,6 @@ pub(super) fn definition(filter: &FilterEntry, child: &str) -> String {
             format!("{{\"throttle-group\": {}, \"driver\": \"throttle\", \"file\": {child}}}", json!(group))
         }
         FilterEntry::CopyOnRead => format!("{{\"driver\": \"copy-on-read\", \"file\": {child}}}"),
+        FilterEntry::Preallocate => format!("{{\"driver\": \"preallocate\", \"file\": {child}}}"),
     }
 }

@@ -93,6 +93,7 @@ fn driver_spec(arguments: Arguments<'_>, own: Inherited) -> Result<DriverSpec, R
         "blkdebug" => filters::faults(arguments, own.passed_on()),
         "throttle" => filters::throttle(arguments, own.passed_on()),
         "copy-on-read" => filters::copy_on_read(arguments, own.passed_on()),
+        "preallocate" => filters::preallocate(arguments, own.passed_on()),
         "qcow2" => Ok(DriverSpec::Qcow2(Box::new(qcow2_spec(arguments, own)?))),
         _ => {
             let file = child(arguments, "file", own.passed_on())?;
@@ -184,7 +185,7 @@ fn file_spec(arguments: Arguments<'_>, own: Inherited) -> Result<FileSpec, Refus
     }
     let shares = own.force_share || arguments.text("locking") == Some("off");
     let sharing = if shares { Sharing::Anything } else { Sharing::Locked };
-    Ok(FileSpec { path: PathBuf::from(arguments.required_text("filename")), sharing })
+    Ok(FileSpec { path: PathBuf::from(arguments.required_text("filename")), now_at: None, sharing })
 }
 
 pub(super) fn bytes(arguments: Arguments<'_>, name: &str) -> Result<Option<u64>, Refusal> {

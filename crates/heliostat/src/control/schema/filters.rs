@@ -54,6 +54,12 @@ pub(super) const COPY_ON_READ: &[Member] = &[
     optional("bottom", Kind::Text, "the lowest layer from which is copied; default: all"),
 ];
 
+pub(super) const PREALLOCATE: &[Member] = &[
+    required("file", Kind::NodeRef, "the node below"),
+    optional("prealloc-align", Kind::Int, "the file's length becomes a multiple of this; default 1 MiB"),
+    optional("prealloc-size", Kind::Int, "bytes of room behind what is written; default 128 MiB"),
+];
+
 /// The limits of a throttle group.
 pub static LIMITS: Record = record(LIMIT_MEMBERS);
 

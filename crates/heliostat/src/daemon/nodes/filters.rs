@@ -1,4 +1,5 @@
-//! Nodes that pass requests on to another: the fault injector, throttling, copy-on-read; and nodes over nothing.
+//! Nodes that pass requests on to another: the fault injector, throttling, copy-on-read, room ahead of
+//! writes; and nodes over nothing.
 //!
 //! Each stands on one node, whatever that is. Called by `nodes` when a node is made.
 
@@ -9,6 +10,7 @@ use std::time::Duration;
 use heliostat_block::driver::copy_on_read::CopyOnRead;
 use heliostat_block::driver::fault::{FaultInjector, InjectError, RequestLimits, SetState};
 use heliostat_block::driver::null::{NullStorage, ReadsZero};
+use heliostat_block::driver::preallocate::{Ahead, Preallocate};
 use heliostat_block::driver::throttle::Throttle;
 use heliostat_block::driver::{Driver, Filter, Raw};
 use heliostat_block::graph::{Claims, Spot};
@@ -91,6 +93,8 @@ pub enum FilterEntry {
     },
     /// Copy-on-read.
     CopyOnRead,
+    /// Room ahead of writes.
+    Preallocate,
 }
 
 impl Daemon {
@@ -185,6 +189,21 @@ impl Daemon {
         })
     }
 
+    /// Makes a node that makes room ahead of writes.
+    pub(super) fn make_ahead(
+        &self,
+        name: NodeName,
+        spec: &NodeSpec,
+        file: &Child,
+        ahead: Ahead,
+        making: Making,
+    ) -> Result<Below, DaemonError> {
+        let below = self.child(file, making)?;
+        self.make_filter(name, spec, "preallocate", FilterEntry::Preallocate, &below, making, |child| {
+            Filter::Preallocate(Preallocate::new(child, ahead))
+        })
+    }
+
     /// The layer of that name below `top`, or `top` itself.
     fn bottom(&self, top: &Below, name: &str) -> Result<Arc<Node>, DaemonError> {
         let node = self.graph.node(name);
@@ -214,7 +233,9 @@ impl Daemon {
         let shown = ByteRange::from_bounds(0, u64::MAX);
         let claims = match &filter {
             FilterEntry::Faults { claims, .. } => *claims,
-            FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead => Claims::default(),
+            FilterEntry::Throttle { .. } | FilterEntry::CopyOnRead | FilterEntry::Preallocate => {
+                Claims::default()
+            }
         };
         let place = self.attach_claiming(below, &name, shown, spec.read_only, claims)?;
         let node = self.node_of(name, Driver::Filter(make(Arc::clone(place.spot()))), spec);

@@ -233,6 +233,7 @@ impl Daemon {
             DriverSpec::CopyOnRead { file, bottom } => {
                 self.make_copy_on_read(name, spec, file, bottom.as_deref(), making)
             }
+            DriverSpec::Preallocate { file, ahead } => self.make_ahead(name, spec, file, *ahead, making),
             DriverSpec::Raw { file, offset, size, is_guess } => {
                 let below = self.child(file, making)?;
                 let (start, raw) = window(&below, *offset, *size)?;
@@ -242,8 +243,7 @@ impl Daemon {
                 let raw = if *is_guess { raw.guarded() } else { raw };
                 // It writes past the node below, which would not refuse.
                 let read_only = spec.read_only || below.entry.node.options().read_only;
-                let spec = &NodeSpec { read_only, ..spec.clone() };
-                let node = self.node_of(name, Driver::Raw(raw), spec);
+                let node = self.node_of(name, Driver::Raw(raw), &NodeSpec { read_only, ..spec.clone() });
                 let path = below.entry.path.clone();
                 let entry = NodeEntry {
                     storage: Some(below.shared()),
@@ -464,7 +464,7 @@ impl Record {
     /// Leaves its image in order. What is below it is let go of afterwards.
     fn close(self) -> Result<(), String> {
         let node = Arc::clone(self.node());
-        if node.image().is_none() {
+        if node.image().is_none() && node.preallocate().is_none() {
             return Ok(());
         }
         let closed = runtime::block_on(node.close()).map_err(|error| error.to_string())?;

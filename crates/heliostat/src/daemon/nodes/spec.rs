@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use heliostat_block::driver::preallocate::Ahead;
 use heliostat_block::node::{DetectZeroes, Discard, NodeOptions};
 
 use super::super::open::is_device;
@@ -80,6 +81,13 @@ pub enum DriverSpec {
         /// The lowest layer from which is copied.
         bottom: Option<String>,
     },
+    /// In another node, in which room is made ahead of writes.
+    Preallocate {
+        /// The node below.
+        file: Child,
+        /// How much room.
+        ahead: Ahead,
+    },
 }
 
 /// A qcow2 image.
@@ -131,6 +139,8 @@ pub struct TableCache {
 pub struct FileSpec {
     /// Where.
     pub path: PathBuf,
+    /// Where it is until it gets its place; `None` where it has that.
+    pub now_at: Option<PathBuf>,
     /// What other programs may do with it meanwhile.
     pub sharing: Sharing,
 }
@@ -203,7 +213,7 @@ impl DriverSpec {
     /// The bytes of the file or block device at `path`.
     #[must_use]
     pub fn at(path: PathBuf, sharing: Sharing) -> Self {
-        let file = FileSpec { path, sharing };
+        let file = FileSpec { path, now_at: None, sharing };
         if is_device(&file.path) { Self::HostDevice(file) } else { Self::File(file) }
     }
 }
