@@ -103,6 +103,11 @@ async fn attempt(destination: &Destination) -> Result<Reached, String> {
         send_all(&stream, &mut talk.output).await?;
     }
     match talk.go_on(&stream).await? {
+        // What was asked for by name is not done without.
+        Some(found) if found.terms.allocation.is_none() && destination.context.is_some() => {
+            let name = destination.context.as_deref().unwrap_or_default();
+            Err(format!("requested x-dirty-bitmap {name} not found"))
+        }
         Some(found) => Ok(Reached { stream, found, rest: talk.input }),
         None => Err("the server wants to be private twice".to_owned()),
     }
@@ -110,7 +115,7 @@ async fn attempt(destination: &Destination) -> Result<Reached, String> {
 
 fn negotiation(destination: &Destination) -> Negotiation {
     let allocation = destination.context.clone().map_or(Allocation::Wanted, Allocation::Context);
-    let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Structured, allocation };
+    let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Extended, allocation };
     match destination.tls {
         None => Negotiation::new(wish),
         Some(_) => Negotiation::new(wish).with_tls(),

@@ -43,10 +43,11 @@ struct World {
     /// The most that goes at once.
     step: usize,
     gone: [usize; 2],
+    replies: ReplyStyle,
 }
 
 impl World {
-    fn new(connections: usize, cuts: Vec<Cut>, step: usize) -> Self {
+    fn new(connections: usize, cuts: Vec<Cut>, step: usize, replies: ReplyStyle) -> Self {
         Self {
             link: Link::new(settings(1 << 40, connections), Moment::START),
             connections: (0..connections).map(|_| None).collect(),
@@ -55,6 +56,7 @@ impl World {
             cuts,
             step,
             gone: [0; 2],
+            replies,
         }
     }
 
@@ -63,7 +65,7 @@ impl World {
         let mut all = Vec::new();
         for _ in 0..200_000 {
             while let Some(line) = self.link.next_to_connect(self.now) {
-                self.connections[line] = Some(Connection::new());
+                self.connections[line] = Some(Connection::new(self.replies));
             }
             self.link.hand_out(self.now);
             for line in 0..self.connections.len() {
@@ -146,9 +148,8 @@ fn offers() -> [Offer; 1] {
 }
 
 impl Connection {
-    fn new() -> Self {
-        let wish =
-            Wish { export: "a".to_owned(), replies: ReplyStyle::Structured, allocation: Allocation::Wanted };
+    fn new(replies: ReplyStyle) -> Self {
+        let wish = Wish { export: "a".to_owned(), replies, allocation: Allocation::Wanted };
         let mut said = [BytesMut::new(), BytesMut::new()];
         Self {
             negotiation: Some(Negotiation::new(wish)),
@@ -228,19 +229,24 @@ fn converse(world: &mut World, long: usize) -> Vec<u8> {
     expected
 }
 
+/// The styles in which our server answers a request about the layout.
+const STYLES: [ReplyStyle; 2] = [ReplyStyle::Structured, ReplyStyle::Extended];
+
 #[test]
 fn a_connection_cut_at_any_byte_costs_no_answer_and_no_data() {
-    let mut whole = World::new(1, Vec::new(), usize::MAX);
-    let expected = converse(&mut whole, 500);
-    assert!(whole.disk.0 == expected);
-    assert_eq!(whole.link.status(whole.now).reconnects, 0);
-    for (way, total) in [(Way::ToServer, whole.gone[0]), (Way::ToClient, whole.gone[1])] {
-        for at in 1..=total {
-            let step = if at % 2 == 0 { 7 } else { usize::MAX };
-            let mut world = World::new(1, vec![Cut(way, at)], step);
-            assert!(converse(&mut world, 500) == expected, "{way:?} cut at {at}");
-            assert!(world.disk.0 == expected, "{way:?} cut at {at}");
-            assert!(world.cuts.is_empty(), "{way:?} cut at {at}");
+    for style in STYLES {
+        let mut whole = World::new(1, Vec::new(), usize::MAX, style);
+        let expected = converse(&mut whole, 500);
+        assert!(whole.disk.0 == expected);
+        assert_eq!(whole.link.status(whole.now).reconnects, 0);
+        for (way, total) in [(Way::ToServer, whole.gone[0]), (Way::ToClient, whole.gone[1])] {
+            for at in 1..=total {
+                let step = if at % 2 == 0 { 7 } else { usize::MAX };
+                let mut world = World::new(1, vec![Cut(way, at)], step, style);
+                assert!(converse(&mut world, 500) == expected, "{style:?} {way:?} cut at {at}");
+                assert!(world.disk.0 == expected, "{style:?} {way:?} cut at {at}");
+                assert!(world.cuts.is_empty(), "{style:?} {way:?} cut at {at}");
+            }
         }
     }
 }
@@ -252,11 +258,12 @@ proptest! {
         connections in 1_usize..4,
         cuts in prop::collection::vec((any::<bool>(), 0_usize..60_000), 0..12),
         step in prop::sample::select(vec![1_usize, 100, 5000, usize::MAX]),
+        style in prop::sample::select(&STYLES[..]),
         long in prop::sample::select(vec![1_usize, 600, 40_000]),
     ) {
         let cuts = cuts.into_iter();
         let cuts = cuts.map(|(way, at)| Cut(if way { Way::ToServer } else { Way::ToClient }, at)).collect();
-        let mut world = World::new(connections, cuts, if long > 10_000 { step.max(5000) } else { step });
+        let mut world = World::new(connections, cuts, if long > 10_000 { step.max(5000) } else { step }, style);
         let expected = converse(&mut world, long);
         prop_assert!(world.disk.0 == expected);
         prop_assert_eq!(u64_from(world.disk.0.len()), SIZE);
