@@ -6,6 +6,7 @@ mod handshake;
 mod replies;
 mod requests;
 mod round_trip;
+mod start_tls;
 
 pub(in crate::nbd) use round_trip::Disk;
 
