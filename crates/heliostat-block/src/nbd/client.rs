@@ -1,6 +1,6 @@
 //! [`Negotiation`]: a client's side of the NBD handshake.
 //!
-//! Asks for structured replies and `base:allocation`, puts up with their refusal, then for the export with
+//! Asks for extended headers or structured replies, and `base:allocation`, puts up with their refusal, then for the export with
 //! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Where TLS is wanted that comes first, and without it
 //! nothing is said. Called by the demo's guest, by tests, and by the NBD storage; what follows is [`super::client_reply::Conversation`].
 
