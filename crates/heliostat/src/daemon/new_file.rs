@@ -201,7 +201,7 @@ mod tests {
     use crate::daemon::gate::Format;
     use crate::daemon::{Beneath, Daemon, DriverSpec, NodeSpec};
 
-    const OLD: [u8; 100_000] = [7; 100_000];
+    static OLD: [u8; 100_000] = [7; 100_000];
 
     /// A folder with a file `there`, and an overlay made in its place.
     fn made_over(name: &str) -> (tempfile::TempDir, Made) {
