@@ -8,9 +8,12 @@ use clap::Args;
 use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
-use super::address::{Endpoint, Reach, nbd_uri};
+use super::address::{Endpoint, Reach, Scheme, nbd_uri};
+use super::tls::Tls;
+use super::units;
 use crate::control::{ControlServer, ControlSettings, Peer, Peers};
 use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
+use crate::serve::status::Depth;
 
 /// The name of the node that clients see, and of the export unless another was given.
 pub const NODE: &str = "disk";
@@ -31,9 +34,18 @@ pub struct Offer {
     /// The name that NBD clients ask for; they get it for the empty name too
     #[arg(long, value_name = "EXPORT", default_value = NODE)]
     name: String,
-    /// Let other hosts reach a TCP address. NBD asks nobody for a password
+    /// Serve at most so many NBD connections at once; others wait. 0: no bound
+    #[arg(long, value_name = "COUNT", default_value_t = 0, requires = "nbd")]
+    nbd_connections: u32,
+    /// Let all NBD connections together hold at most so much memory for requests and for answers that are not read
+    /// yet; default 512M
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size, requires = "nbd")]
+    nbd_memory: Option<u64>,
+    /// Let other hosts reach a TCP address without TLS. NBD asks nobody for a password
     #[arg(long)]
     allow_remote: bool,
+    #[command(flatten)]
+    tls: Tls,
 }
 
 /// Reads the path of a socket, with or without `unix:`.
@@ -53,6 +65,7 @@ pub struct Offered {
     control: Option<PathBuf>,
     peers: Peers,
     export: String,
+    has_tls: bool,
     server: Option<ControlServer>,
 }
 
@@ -80,7 +93,8 @@ impl Offer {
     /// # Errors
     /// When nothing can listen there, or it must be asked for.
     pub fn resolve(&self) -> Result<Option<Address>> {
-        let reach = if self.allow_remote { Reach::Anybody } else { Reach::Loopback };
+        let reach =
+            if self.allow_remote || self.tls.is_required() { Reach::Anybody } else { Reach::Loopback };
         self.nbd.as_ref().map(|endpoint| endpoint.resolve(reach)).transpose().context("--nbd")
     }
 
@@ -94,7 +108,14 @@ impl Offer {
             Some(address) => Some(self.open_nbd(daemon, address, writable)?),
         };
         let peers = Peers::new(self.control_allow.clone());
-        Ok(Offered { nbd, control: self.control.clone(), peers, export: self.name.clone(), server: None })
+        Ok(Offered {
+            nbd,
+            control: self.control.clone(),
+            peers,
+            export: self.name.clone(),
+            has_tls: self.tls.is_there(),
+            server: None,
+        })
     }
 
     fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
@@ -103,8 +124,10 @@ impl Offer {
                 Address::Unix(path) => NbdAddress::Unix(path),
                 Address::Tcp(address) => NbdAddress::Tcp(address),
             },
-            max_connections: 0,
+            max_connections: self.nbd_connections,
             handshake_time: None,
+            tls: self.tls.prepare(daemon)?,
+            memory_max: self.nbd_memory,
         };
         let export = ExportSpec {
             id: NODE.to_owned(),
@@ -112,6 +135,9 @@ impl Offer {
             name: Some(self.name.clone()),
             description: None,
             writable,
+            depth: Depth::Untold,
+            bitmaps: Vec::new(),
+            clients: self.tls.clients(),
         };
         let bound = daemon.serve(&spec, &export).map_err(|error| match error {
             // QEMU's text is for QEMU's clients; the host's says what to do.
@@ -149,7 +175,8 @@ impl Offered {
     /// The URI by which clients connect.
     #[must_use]
     pub fn uri(&self) -> Option<String> {
-        self.nbd.as_ref().map(|address| nbd_uri(address, &self.export))
+        let scheme = if self.has_tls { Scheme::Tls } else { Scheme::Plain };
+        self.nbd.as_ref().map(|address| nbd_uri(scheme, address, &self.export))
     }
 
     /// For programs.
@@ -169,6 +196,13 @@ impl Offered {
         let mut lines = Vec::new();
         if let Some(uri) = self.uri() {
             lines.push(format!("  NBD      {uri}"));
+        }
+        if let (Some(uri), true) = (self.uri(), self.has_tls) {
+            let mark = if uri.contains('?') { '&' } else { '?' };
+            lines.push(format!(
+                "  try      nbdinfo '{uri}{mark}tls-certificates=FOLDER' (with the client's certificates)"
+            ));
+        } else if let Some(uri) = self.uri() {
             lines.push(format!("  try      nbdinfo '{uri}'"));
             lines.push(format!("  or       qemu-system-x86_64 … -drive 'file={uri},format=raw,if=virtio'"));
         }

@@ -345,7 +345,7 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
         }
         (DriverSpec::Raw { file, offset, size, .. }, "raw") => {
             check_child(file)?;
-            check(*offset == entry.window_start, "offset")?;
+            check(offset.unwrap_or(0) == entry.window_start, "offset")?;
             let said = entry.is_fixed.then(|| entry.node.size());
             check(*size == said, "size")?;
         }
@@ -392,7 +392,7 @@ mod tests {
         }
         let raw = |name: &str, below: &str| {
             let file = Child::Named(below.to_owned());
-            let driver = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+            let driver = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
             NodeSpec::new(Some(name.to_owned()), driver)
         };
         daemon.add_node(&raw("mid", "low")).unwrap();
@@ -423,7 +423,7 @@ mod tests {
         let file = NodeSpec::file("file", path);
         daemon.add_node(&file).unwrap();
         let below = Child::Named("file".to_owned());
-        let driver = DriverSpec::Raw { file: below, offset: 0, size: None, is_guess: false };
+        let driver = DriverSpec::Raw { file: below, offset: None, size: None, is_guess: false };
         daemon.add_node(&NodeSpec::new(Some("top".to_owned()), driver)).unwrap();
         (daemon, file)
     }
@@ -527,7 +527,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let daemon = with_throttles(folder.path());
         let file = Child::Named("t1".to_owned());
-        let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+        let raw = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
         daemon.add_node(&NodeSpec::new(Some("above".to_owned()), raw)).unwrap();
         daemon.reopen_nodes(&[throttle("t1", "q2"), throttle("t2", "q1")]).unwrap();
         let entries = daemon.nodes();
@@ -545,7 +545,7 @@ mod tests {
         let daemon = with_throttles(folder.path());
         let reader = |read_only| {
             let file = Child::Named("q2".to_owned());
-            let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+            let raw = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
             NodeSpec { read_only, ..NodeSpec::new(Some("reader".to_owned()), raw) }
         };
         daemon.remove_node("t2").unwrap();

@@ -4,11 +4,14 @@
 //! thread. What is said on the wire is decided in `heliostat_block::nbd`, what is done with a request in
 //! [`crate::serve`]; here are sockets, threads and limits. Called by the control plane and the command line.
 
+mod budget;
 mod connection;
 mod exports;
+mod flights;
 mod patience;
 
 use std::cell::Cell;
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
@@ -17,11 +20,14 @@ use std::time::Duration;
 
 use event_listener::Event;
 use futures_util::future::{Either, select};
+pub use heliostat_block::nbd::handshake::TlsPolicy;
 use heliostat_host::clock::RealClock;
 use heliostat_host::runtime::{Thread, spawn_local};
 use heliostat_host::socket::{Address, Listener, Socket};
+use heliostat_host::tls::{Credentials, Peer};
 
 use crate::serve::Buffers;
+use budget::Budget;
 use exports::Exports;
 pub use exports::{ExportError, ExportSettings, ExportStatus, Removal, Removed};
 
@@ -32,6 +38,14 @@ pub const CONNECTIONS_DEFAULT: usize = 100;
 /// the other side of the world needs two seconds.
 pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
 
+/// The memory that the connections of one server may hold together when nothing is said: eight that hold all that one
+/// may hold.
+pub const MEMORY_DEFAULT: u64 = 512 << 20;
+
+/// How long a client may read nothing of its answers while others wait for memory, when nothing is said. Longer than
+/// a guest is stopped to be looked at, shorter than what others' block layers take for an error.
+pub const SLOW_READER_TIME_DEFAULT: Duration = Duration::from_secs(20);
+
 /// How long to wait when the host has no descriptor left for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -40,21 +54,59 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Reach {
     /// This host: a Unix socket, or TCP on a loopback address.
     Local,
-    /// Whoever can reach the address. NBD has no password, and this server no encryption.
+    /// Whoever can reach the address. NBD has no password.
     Anywhere,
 }
 
+/// TLS as a server has it.
+#[derive(Clone)]
+pub struct ServerTls {
+    /// A server's certificates.
+    pub credentials: Arc<Credentials>,
+    /// Whether clients must, or may.
+    pub policy: TlsPolicy,
+    /// Decides who is let in, by the certificate that was shown. Asked on the server's thread, once for each
+    /// connection that has set up TLS. `None` lets everybody in whom the credentials let in.
+    pub admits: Option<Admits>,
+}
+
+/// A rule of who is let in.
+pub type Admits = Arc<dyn Fn(&Peer) -> bool + Send + Sync>;
+
+impl ServerTls {
+    /// Says whether whoever has set up TLS is let in. Nobody is who has shown no certificate where there is a rule.
+    fn admits(&self, peer: Option<&Peer>) -> bool {
+        self.admits.as_ref().is_none_or(|admits| peer.is_some_and(|peer| admits(peer)))
+    }
+}
+
+impl fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerTls")
+            .field("credentials", &self.credentials)
+            .field("policy", &self.policy)
+            .finish_non_exhaustive()
+    }
+}
+
 /// How a server is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ServerSettings {
-    /// Who may reach it.
+    /// Who may reach it. Where TLS is required, anybody may.
     pub reach: Reach,
+    /// Whether clients may speak to it inside TLS, or must.
+    pub tls: Option<ServerTls>,
     /// The most connections at once; further ones wait. 0 means no bound.
     pub connections_max: usize,
     /// How long a client may take until it has chosen its export. After that it may be silent for ever.
     pub handshake_time: Duration,
     /// Whether clients are served from the start.
     pub doors: Doors,
+    /// The most bytes that all connections hold together: of requests in flight and of answers that are not read. At
+    /// least two of the largest requests.
+    pub memory_max: u64,
+    /// How long a client may read nothing of its answers while others wait for that memory.
+    pub slow_reader_time: Duration,
 }
 
 /// Whether a new server serves those who connect.
@@ -70,9 +122,12 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             reach: Reach::Local,
+            tls: None,
             connections_max: CONNECTIONS_DEFAULT,
             handshake_time: HANDSHAKE_TIME_DEFAULT,
             doors: Doors::Open,
+            memory_max: MEMORY_DEFAULT,
+            slow_reader_time: SLOW_READER_TIME_DEFAULT,
         }
     }
 }
@@ -96,6 +151,7 @@ impl NbdServer {
     pub fn start(address: &Address, settings: ServerSettings) -> io::Result<Self> {
         if let (Address::Tcp(socket), Reach::Local) = (address, settings.reach)
             && !socket.ip().is_loopback()
+            && settings.tls.as_ref().is_none_or(|tls| tls.policy != TlsPolicy::Required)
         {
             let message = format!("{address} can be reached from other hosts, which was not asked for");
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
@@ -118,6 +174,14 @@ impl NbdServer {
     /// Takes connections from now on, where it was started with [`Doors::Closed`].
     pub fn let_in(&self) {
         self.exports.open();
+    }
+
+    /// Says whether an export of that name and description could be added now.
+    ///
+    /// # Errors
+    /// As [`NbdServer::add_export`].
+    pub fn check_export(&self, name: &str, description: &str) -> Result<(), ExportError> {
+        self.exports.check(name, description)
     }
 
     /// Offers one more export.
@@ -173,6 +237,9 @@ struct Shared {
     buffers: Buffers,
     clock: RealClock,
     handshake_time: Duration,
+    tls: Option<ServerTls>,
+    slow_reader_time: Duration,
+    budget: Rc<Budget>,
     /// Connections that have something to do.
     awake: Rc<Cell<usize>>,
 }
@@ -215,6 +282,9 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
         buffers: Buffers::new(),
         clock: RealClock::new(),
         handshake_time: settings.handshake_time,
+        tls: settings.tls,
+        slow_reader_time: settings.slow_reader_time,
+        budget: Budget::new(settings.memory_max),
         awake: Rc::default(),
     };
     let shared = Rc::new(shared);
@@ -241,7 +311,7 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
 }
 
 async fn serve(socket: Socket, shared: Rc<Shared>, counted: Counted) {
-    connection::serve(socket, &shared).await;
+    connection::serve(socket.into(), &shared).await;
     drop(counted);
 }
 
