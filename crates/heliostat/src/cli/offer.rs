@@ -119,21 +119,19 @@ impl Offer {
             handshake_time: None,
             tls: self.tls.prepare(daemon)?,
         };
-        daemon.hold_clients();
-        let bound = daemon.start_nbd_server(&spec).map_err(|error| match error {
-            // QEMU's text is for QEMU's clients; the host's says what to do.
-            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
-            other => other.into(),
-        })?;
-        daemon.add_export(&ExportSpec {
+        let export = ExportSpec {
             id: NODE.to_owned(),
             node: NODE.to_owned(),
             name: Some(self.name.clone()),
             description: None,
             writable,
             clients: self.tls.clients(),
+        };
+        let bound = daemon.serve(&spec, &export).map_err(|error| match error {
+            // QEMU's text is for QEMU's clients; the host's says what to do.
+            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
+            other => other.into(),
         })?;
-        daemon.let_clients_in();
         Ok(match bound {
             NbdAddress::Unix(path) => Address::Unix(path),
             NbdAddress::Tcp(address) => Address::Tcp(address),

@@ -146,6 +146,19 @@ impl Daemon {
         Ok(bound)
     }
 
+    /// Starts the NBD server with one export. Whoever finds the server finds that. Returns the address at which it
+    /// listens.
+    ///
+    /// # Errors
+    /// As [`Daemon::start_nbd_server`] and [`Daemon::add_export`]. Who connects waits then, until [`Daemon::let_clients_in`].
+    pub fn serve(&self, spec: &NbdSpec, export: &ExportSpec) -> Result<NbdAddress, DaemonError> {
+        self.hold_clients();
+        let address = self.start_nbd_server(spec)?;
+        self.add_export(export)?;
+        self.let_clients_in();
+        Ok(address)
+    }
+
     /// Lets NBD clients wait who connect to a server that is started from now on, until
     /// [`Daemon::let_clients_in`]: so that none of them comes before the exports that they are to find.
     pub fn hold_clients(&self) {
@@ -335,5 +348,43 @@ fn bind_text(address: &Address, error: &io::Error) -> String {
     match address {
         Address::Unix(path) => format!("Failed to bind socket to {}: {reason}", path.display()),
         Address::Tcp(_) => format!("Failed to bind socket: {reason}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::daemon::{DriverSpec, NodeSpec};
+
+    #[test]
+    fn nobody_is_greeted_before_there_is_an_export_to_be_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nbd");
+        let daemon = Daemon::new();
+        let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
+        daemon.add_node(&NodeSpec::new(Some("n".to_owned()), null)).unwrap();
+        let address = NbdAddress::Unix(path.clone());
+        let spec = NbdSpec { address, max_connections: 0, handshake_time: None };
+        let export = |node: &str| ExportSpec {
+            id: "e".to_owned(),
+            node: node.to_owned(),
+            name: None,
+            description: None,
+            writable: false,
+        };
+        // The moment between the server and its export, which an export that is refused makes last.
+        assert!(daemon.serve(&spec, &export("missing")).is_err());
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        assert!(client.read(&mut [0]).is_err(), "greeted");
+        client.set_read_timeout(None).unwrap();
+        daemon.add_export(&export("n")).unwrap();
+        daemon.let_clients_in();
+        client.read_exact(&mut [0; 18]).unwrap();
+        daemon.shutdown().unwrap();
     }
 }

@@ -256,7 +256,7 @@ mod tests {
         let raw = |name: &str, offset, size, read_only| {
             let driver = DriverSpec::Raw {
                 file: Child::Named("source".to_owned()),
-                offset,
+                offset: Some(offset),
                 size: Some(size),
                 is_guess: false,
             };
@@ -277,7 +277,10 @@ mod tests {
     fn a_window_of_a_window_starts_where_the_first_one_does() {
         let daemon = Daemon::new();
         let raw = |name: &str, file, offset, size| {
-            NodeSpec::new(Some(name.to_owned()), DriverSpec::Raw { file, offset, size, is_guess: false })
+            NodeSpec::new(
+                Some(name.to_owned()),
+                DriverSpec::Raw { file, offset: Some(offset), size, is_guess: false },
+            )
         };
         let below = Child::New(Box::new(null("disk", 1 << 20)));
         let node = daemon.add_node(&raw("first", below, 65536, None)).unwrap();
