@@ -119,5 +119,8 @@ pub const SAMPLE_RECENT: usize = 32;
 /// The most that is compared of a granule.
 pub const SAMPLE_LEN_MAX: u64 = 64 << 10;
 
+/// The most that a mirror writes to a target behind a network before it flushes that: what a cut may cost.
+pub const FLUSH_REMOTE_EVERY: u64 = 4 << 30;
+
 /// How often a mirror tells its figures; a person sees no more often.
 pub const TICK: Duration = Duration::from_millis(50);

@@ -33,7 +33,7 @@ use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
-use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
+use crate::limits::{COPY_LEN_MAX, FLUSH_REMOTE_EVERY, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
 use crate::throttle::Hurry;
 
 pub use self::end::Succession;
@@ -237,6 +237,7 @@ impl Mirror {
             unknown: self.doubling.unknown_in_flight(),
             flush: self.unflushed.state(),
             flushed: self.attempt.is_flushed() && self.unflushed.bytes() <= flush_budget,
+            flush_due: self.route.target.traits().remote && self.unflushed.bytes() >= FLUSH_REMOTE_EVERY,
             gate: self.gate.view(),
             closed_below: self.gate.is_closed_below(),
             held_too_long: self.gate.held_until().is_some_and(|until| until <= now),
