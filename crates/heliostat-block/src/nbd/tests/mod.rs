@@ -2,6 +2,7 @@
 //! server, and any bytes cut at any place.
 
 mod cuts;
+mod extended;
 mod handshake;
 mod replies;
 mod requests;
@@ -12,6 +13,7 @@ pub(in crate::nbd) use round_trip::Disk;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use super::context::Context;
 use super::handshake::{Agreed, Handshake, Offers, Step};
 use super::reply::Replies;
 use super::request::{Command, Parsed, Requests};
@@ -29,6 +31,7 @@ pub(in crate::nbd) fn offer(name: &str) -> Offer {
         access: Access::Writable,
         block_sizes: BlockSizes::DEFAULT,
         is_default: false,
+        contexts: vec![Context::Allocation, Context::Depth, Context::Bitmap("b0".to_owned())],
     }
 }
 
@@ -38,7 +41,7 @@ pub(in crate::nbd) fn terms(replies: ReplyStyle) -> Terms {
         access: Access::Writable,
         block_sizes: BlockSizes::DEFAULT,
         replies,
-        allocation: (replies == ReplyStyle::Structured).then_some(1),
+        allocation: replies.has_chunks().then_some(1),
     }
 }
 
@@ -138,7 +141,8 @@ impl<'a> Server<'a> {
 /// A parser and its replies.
 pub(in crate::nbd) fn requests(terms: Terms) -> (Requests, Replies) {
     let replies = Replies::new(&terms);
-    (Requests::new(terms, BufferPool::new(1 << 20, 2), replies.clone()), replies)
+    let contexts = terms.allocation.as_slice();
+    (Requests::new(terms, contexts, BufferPool::new(1 << 20, 2), replies.clone()), replies)
 }
 
 /// All that waits to be sent.
