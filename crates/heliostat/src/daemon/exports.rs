@@ -21,7 +21,7 @@ use super::events::Happening;
 use super::export_bitmaps::set_busy;
 use super::{Daemon, DaemonError};
 use crate::front::nbd::{
-    self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings,
+    self, Door, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings,
 };
 use crate::serve::Seat;
 use crate::serve::status::{Contexts, Depth};
@@ -33,13 +33,26 @@ pub enum NbdAddress {
     Unix(PathBuf),
     /// On a TCP socket.
     Tcp(SocketAddr),
+    /// On a socket that was bound by whoever started the program, by its descriptor's number.
+    Inherited(i32),
+}
+
+impl From<NbdAddress> for Door {
+    fn from(address: NbdAddress) -> Self {
+        match address {
+            NbdAddress::Unix(path) => Self::Bind(Address::Unix(path)),
+            NbdAddress::Tcp(address) => Self::Bind(Address::Tcp(address)),
+            NbdAddress::Inherited(number) => Self::Inherited(number),
+        }
+    }
 }
 
 /// What an NBD server is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NbdSpec {
-    /// Where it listens. Whether other hosts may reach it has been settled by whoever chose this.
-    pub address: NbdAddress,
+    /// Where it listens; all of them or none. Whether other hosts may reach them has been settled by whoever chose
+    /// them.
+    pub addresses: Vec<NbdAddress>,
     /// Connections at once; 0 is no bound.
     pub max_connections: u32,
     /// How long a client may take until it has chosen its export; where nothing is said, some seconds.
@@ -104,25 +117,24 @@ impl Export {
 pub(super) struct Serving {
     server: Option<NbdServer>,
     exports: Vec<Export>,
+    /// Descriptors of sockets that a server may be started on.
+    descriptors: Vec<i32>,
     /// Clients of a server that is started are to wait.
     holds_clients: bool,
 }
 
 impl Daemon {
-    /// Starts the NBD server. Returns the address at which it listens, with the port where none was said.
+    /// Starts the NBD server. Returns the addresses at which it listens, with the ports where none was said.
     ///
     /// # Errors
     /// `NbdRunning`; `NbdListen` when the host refuses the address.
-    pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<NbdAddress, DaemonError> {
+    pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<Vec<Address>, DaemonError> {
         let _change = self.begin_change()?;
         let mut serving = self.lock_serving();
         if serving.server.is_some() {
             return Err(DaemonError::NbdRunning);
         }
-        let address = match spec.address.clone() {
-            NbdAddress::Unix(path) => Address::Unix(path),
-            NbdAddress::Tcp(address) => Address::Tcp(address),
-        };
+        let entrances: Vec<Door> = spec.addresses.iter().cloned().map(Door::from).collect();
         let connections_max = usize_from(u64::from(spec.max_connections));
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
         let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
@@ -135,14 +147,24 @@ impl Daemon {
             memory_max,
             ..ServerSettings::default()
         };
-        let server = NbdServer::start(&address, settings)
-            .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
-        let bound = match server.address().clone() {
-            Address::Unix(path) => NbdAddress::Unix(path),
-            Address::Tcp(address) => NbdAddress::Tcp(address),
-        };
+        let server = NbdServer::start_at(&entrances, settings)
+            .map_err(|source| DaemonError::NbdListen { text: bind_text(&entrances, &source), source })?;
+        let bound = server.addresses().to_vec();
         serving.server = Some(server);
         Ok(bound)
+    }
+
+    /// Allows an NBD server to be started once on a socket that this process was started with.
+    pub fn pass_descriptor(&self, number: i32) {
+        self.lock_serving().descriptors.push(number);
+    }
+
+    /// The descriptor of that number, if it may be used; not again after that.
+    #[must_use]
+    pub fn take_descriptor(&self, number: &str) -> Option<i32> {
+        let descriptors = &mut self.lock_serving().descriptors;
+        let found = descriptors.iter().position(|passed| passed.to_string() == number)?;
+        Some(descriptors.remove(found))
     }
 
     /// Lets NBD clients wait who connect to a server that is started from now on, until
@@ -327,7 +349,7 @@ impl Daemon {
 }
 
 /// QEMU's text for an address that cannot be had.
-fn bind_text(address: &Address, error: &io::Error) -> String {
+fn bind_text(doors: &[Door], error: &io::Error) -> String {
     let reason = match error.kind() {
         io::ErrorKind::NotFound => "No such file or directory".to_owned(),
         io::ErrorKind::AddrInUse => "Address already in use".to_owned(),
@@ -335,8 +357,15 @@ fn bind_text(address: &Address, error: &io::Error) -> String {
         io::ErrorKind::PermissionDenied => "Permission denied".to_owned(),
         _ => error.to_string(),
     };
-    match address {
-        Address::Unix(path) => format!("Failed to bind socket to {}: {reason}", path.display()),
-        Address::Tcp(_) => format!("Failed to bind socket: {reason}"),
+    match doors.first() {
+        Some(Door::Bind(Address::Unix(path))) => {
+            format!("Failed to bind socket to {}: {reason}", path.display())
+        }
+        Some(Door::Inherited(_)) if error.raw_os_error().is_none() => error.to_string(),
+        Some(Door::Inherited(_)) => {
+            let errno = rustix::io::Errno::from_io_error(error).unwrap_or(rustix::io::Errno::IO);
+            format!("Failed to listen on fd socket: {}", super::error::strerror(errno))
+        }
+        _ => format!("Failed to bind socket: {reason}"),
     }
 }

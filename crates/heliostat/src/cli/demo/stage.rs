@@ -127,15 +127,13 @@ impl Stage {
         daemon.add_node(&node(SOURCE, source_path(folder)))?;
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
-        let address = match daemon.start_nbd_server(&NbdSpec {
+        let address = Address::Unix(folder.join("nbd.sock"));
+        daemon.start_nbd_server(&NbdSpec {
             memory_max: None,
-            address: socket,
+            addresses: vec![socket],
             max_connections: 0,
             handshake_time: None,
-        })? {
-            NbdAddress::Unix(path) => Address::Unix(path),
-            NbdAddress::Tcp(address) => Address::Tcp(address),
-        };
+        })?;
         daemon.add_export(&ExportSpec {
             depth: Depth::Untold,
             bitmaps: Vec::new(),
