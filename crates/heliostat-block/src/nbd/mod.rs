@@ -57,6 +57,13 @@ pub enum Violation {
     /// The client asked for an export by a message that cannot be answered with an error.
     #[error("the client chose an export that does not exist")]
     UnknownExport,
+    /// The client asked for an export in plain text by a message that cannot be answered with an error.
+    #[error("the client chose an export without the TLS that is required")]
+    TlsRequired,
+    /// Something came in plain text after TLS was agreed on. The peer waits before it says anything there, so
+    /// this is somebody else's.
+    #[error("plain text after TLS was agreed on")]
+    PlainAfterStartTls,
     /// The client asked for extended headers, and then for an export by the message that cannot have them.
     #[error("the client chose its export by EXPORT_NAME after EXTENDED_HEADERS")]
     OldExportName,

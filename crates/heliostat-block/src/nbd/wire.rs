@@ -90,6 +90,7 @@ pub mod rep {
     pub const ERR_UNSUP: u32 = ERROR_BIT + 1;
     pub const ERR_POLICY: u32 = ERROR_BIT + 2;
     pub const ERR_INVALID: u32 = ERROR_BIT + 3;
+    pub const ERR_TLS_REQD: u32 = ERROR_BIT + 5;
     pub const ERR_UNKNOWN: u32 = ERROR_BIT + 6;
     pub const ERR_SHUTDOWN: u32 = ERROR_BIT + 7;
     pub const ERR_BLOCK_SIZE_REQD: u32 = ERROR_BIT + 8;
@@ -158,8 +159,6 @@ pub const QEMU_DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 pub mod state {
     pub const HOLE: u32 = 1 << 0;
     pub const ZERO: u32 = 1 << 1;
-    /// Of `qemu:dirty-bitmap:`, not of `base:allocation`.
-    pub const DIRTY: u32 = 1 << 0;
 }
 
 /// The status flag of `qemu:dirty-bitmap:`: the range is dirty.

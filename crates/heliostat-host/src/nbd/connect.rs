@@ -12,10 +12,11 @@ use futures_util::future::{Either, select};
 use heliostat_block::nbd::ReplyStyle;
 use heliostat_block::nbd::client::{Allocation, Found, Negotiation, Wish};
 
-use super::stream::{Privacy, Stream};
 use crate::blocking;
 use crate::clock::RealClock;
 use crate::socket::{Address, Socket};
+use crate::stream::Stream;
+use crate::tls::Credentials;
 
 /// How long an attempt may take from the first packet to the last word of the handshake, names looked up included: as
 /// long as a connection alone may take, and longer than the other side of the world needs for both.
@@ -58,12 +59,21 @@ pub(super) struct Destination {
     pub(super) address: ServerAddress,
     pub(super) export: String,
     pub(super) context: Option<String>,
-    pub(super) privacy: Option<Arc<dyn Privacy>>,
+    pub(super) tls: Option<Tls>,
+}
+
+/// With what connections are encrypted.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// What is shown to the server, and whom to trust.
+    pub credentials: Arc<Credentials>,
+    /// What the server's certificate must be for.
+    pub host: String,
 }
 
 /// A connection in the transmission phase.
 pub(super) struct Reached {
-    pub(super) stream: Box<dyn Stream>,
+    pub(super) stream: Stream,
     pub(super) found: Found,
     /// What was received beyond the handshake.
     pub(super) rest: BytesMut,
@@ -82,20 +92,22 @@ async fn attempt(destination: &Destination) -> Result<Reached, String> {
     let socket = connect(&destination.address).await.map_err(|error| error.to_string())?;
     let mut talk =
         Talk { input: BytesMut::new(), output: BytesMut::new(), negotiation: negotiation(destination) };
-    let mut stream: Box<dyn Stream> = match &destination.privacy {
-        None => Box::new(socket),
-        Some(privacy) => {
-            let mut socket = socket;
-            if talk.go_on(&mut socket).await?.is_some() {
-                return Err("the server agreed before it was private".to_owned());
-            }
-            let mut stream = privacy.begin(socket).await.map_err(|error| error.to_string())?;
-            talk.negotiation.tls_reached(&mut talk.output);
-            send_all(&mut *stream, &mut talk.output).await?;
-            stream
+    let mut stream = Stream::from(socket);
+    if let Some(tls) = &destination.tls {
+        if talk.go_on(&stream).await?.is_some() {
+            return Err("the server agreed before it was private".to_owned());
         }
-    };
-    match talk.go_on(&mut *stream).await? {
+        let private = stream.connect_tls(&tls.credentials, &tls.host).await;
+        stream = private.map_err(|error| error.to_string())?;
+        talk.negotiation.tls_reached(&mut talk.output);
+        send_all(&stream, &mut talk.output).await?;
+    }
+    match talk.go_on(&stream).await? {
+        // What was asked for by name is not done without.
+        Some(found) if found.terms.allocation.is_none() && destination.context.is_some() => {
+            let name = destination.context.as_deref().unwrap_or_default();
+            Err(format!("requested x-dirty-bitmap {name} not found"))
+        }
         Some(found) => Ok(Reached { stream, found, rest: talk.input }),
         None => Err("the server wants to be private twice".to_owned()),
     }
@@ -103,8 +115,8 @@ async fn attempt(destination: &Destination) -> Result<Reached, String> {
 
 fn negotiation(destination: &Destination) -> Negotiation {
     let allocation = destination.context.clone().map_or(Allocation::Wanted, Allocation::Context);
-    let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Structured, allocation };
-    match destination.privacy {
+    let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Extended, allocation };
+    match destination.tls {
         None => Negotiation::new(wish),
         Some(_) => Negotiation::new(wish).with_tls(),
     }
@@ -140,7 +152,7 @@ struct Talk {
 
 impl Talk {
     /// Goes on until there is an agreement, or until TLS must begin.
-    async fn go_on(&mut self, stream: &mut dyn Stream) -> Result<Option<Found>, String> {
+    async fn go_on(&mut self, stream: &Stream) -> Result<Option<Found>, String> {
         loop {
             let step = self.negotiation.step(&mut self.input, &mut self.output);
             // Also after a refusal: the goodbye, which the server need not hear.
@@ -155,17 +167,14 @@ impl Talk {
     }
 }
 
-async fn send_all(stream: &mut dyn Stream, output: &mut BytesMut) -> Result<(), String> {
+async fn send_all(stream: &Stream, output: &mut BytesMut) -> Result<(), String> {
     let result: io::Result<()> = async {
         while !output.is_empty() {
             match stream.send_now(&[IoSlice::new(output)]) {
                 Ok(count) => output.advance(count),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable(stream).await?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
                 Err(error) => return Err(error),
             }
-        }
-        while !stream.flush_now()? {
-            writable(stream).await?;
         }
         Ok(())
     }
@@ -173,11 +182,7 @@ async fn send_all(stream: &mut dyn Stream, output: &mut BytesMut) -> Result<(), 
     result.map_err(|error| error.to_string())
 }
 
-async fn writable(stream: &mut dyn Stream) -> io::Result<()> {
-    std::future::poll_fn(|cx| stream.poll_writable(cx)).await
-}
-
-async fn receive(stream: &mut dyn Stream, input: &mut BytesMut) -> Result<(), String> {
+async fn receive(stream: &Stream, input: &mut BytesMut) -> Result<(), String> {
     let mut buffer = [0; RECEIVE];
     loop {
         match stream.recv_now(&mut buffer) {
@@ -187,9 +192,7 @@ async fn receive(stream: &mut dyn Stream, input: &mut BytesMut) -> Result<(), St
                 return Ok(());
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::future::poll_fn(|cx| stream.poll_readable(cx))
-                    .await
-                    .map_err(|error| error.to_string())?;
+                stream.readable().await.map_err(|error| error.to_string())?;
             }
             Err(error) => return Err(error.to_string()),
         }

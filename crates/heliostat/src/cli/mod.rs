@@ -26,6 +26,7 @@ mod serve;
 mod session;
 mod storage_daemon;
 mod target;
+mod tls;
 mod units;
 
 use std::path::Path;

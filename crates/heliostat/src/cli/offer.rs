@@ -8,7 +8,8 @@ use clap::Args;
 use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
-use super::address::{Endpoint, Reach, nbd_uri};
+use super::address::{Endpoint, Reach, Scheme, nbd_uri};
+use super::tls::Tls;
 use super::units;
 use crate::control::{ControlServer, ControlSettings, Peer, Peers};
 use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
@@ -41,9 +42,11 @@ pub struct Offer {
     /// yet; default 512M
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size, requires = "nbd")]
     nbd_memory: Option<u64>,
-    /// Let other hosts reach a TCP address. NBD asks nobody for a password
+    /// Let other hosts reach a TCP address without TLS. NBD asks nobody for a password
     #[arg(long)]
     allow_remote: bool,
+    #[command(flatten)]
+    tls: Tls,
 }
 
 /// Reads the path of a socket, with or without `unix:`.
@@ -63,6 +66,7 @@ pub struct Offered {
     control: Option<PathBuf>,
     peers: Peers,
     export: String,
+    has_tls: bool,
     server: Option<ControlServer>,
 }
 
@@ -90,7 +94,8 @@ impl Offer {
     /// # Errors
     /// When nothing can listen there, or it must be asked for.
     pub fn resolve(&self) -> Result<Vec<NbdAddress>> {
-        let reach = if self.allow_remote { Reach::Anybody } else { Reach::Loopback };
+        let reach =
+            if self.allow_remote || self.tls.is_required() { Reach::Anybody } else { Reach::Loopback };
         let mut addresses = Vec::new();
         for endpoint in &self.nbd {
             addresses.extend(endpoint.resolve(reach).context("--nbd")?);
@@ -108,7 +113,14 @@ impl Offer {
             false => self.open_nbd(daemon, addresses, writable)?,
         };
         let peers = Peers::new(self.control_allow.clone());
-        Ok(Offered { nbd, control: self.control.clone(), peers, export: self.name.clone(), server: None })
+        Ok(Offered {
+            nbd,
+            control: self.control.clone(),
+            peers,
+            export: self.name.clone(),
+            has_tls: self.tls.is_there(),
+            server: None,
+        })
     }
 
     fn open_nbd(
@@ -121,15 +133,10 @@ impl Offer {
             addresses,
             max_connections: self.nbd_connections,
             handshake_time: None,
+            tls: self.tls.prepare(daemon)?,
             memory_max: self.nbd_memory,
         };
-        daemon.hold_clients();
-        let bound = daemon.start_nbd_server(&spec).map_err(|error| match error {
-            // QEMU's text is for QEMU's clients; the host's says what to do.
-            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
-            other => other.into(),
-        })?;
-        daemon.add_export(&ExportSpec {
+        let export = ExportSpec {
             id: NODE.to_owned(),
             node: NODE.to_owned(),
             name: Some(self.name.clone()),
@@ -137,8 +144,13 @@ impl Offer {
             writable,
             depth: Depth::Untold,
             bitmaps: Vec::new(),
+            clients: self.tls.clients(),
+        };
+        let bound = daemon.serve(&spec, &export).map_err(|error| match error {
+            // QEMU's text is for QEMU's clients; the host's says what to do.
+            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
+            other => other.into(),
         })?;
-        daemon.let_clients_in();
         Ok(bound)
     }
 }
@@ -171,7 +183,8 @@ impl Offered {
     }
 
     fn uris(&self) -> Vec<String> {
-        self.nbd.iter().map(|address| nbd_uri(address, &self.export)).collect()
+        let scheme = if self.has_tls { Scheme::Tls } else { Scheme::Plain };
+        self.nbd.iter().map(|address| nbd_uri(scheme, address, &self.export)).collect()
     }
 
     /// For programs.
@@ -190,8 +203,13 @@ impl Offered {
     #[must_use]
     pub fn words(&self) -> Vec<String> {
         let mut lines = Vec::new();
-        if let Some(uri) = self.uri() {
-            lines.extend(self.uris().iter().map(|uri| format!("  NBD      {uri}")));
+        lines.extend(self.uris().iter().map(|uri| format!("  NBD      {uri}")));
+        if let (Some(uri), true) = (self.uri(), self.has_tls) {
+            let mark = if uri.contains('?') { '&' } else { '?' };
+            lines.push(format!(
+                "  try      nbdinfo '{uri}{mark}tls-certificates=FOLDER' (with the client's certificates)"
+            ));
+        } else if let Some(uri) = self.uri() {
             lines.push(format!("  try      nbdinfo '{uri}'"));
             lines.push(format!("  or       qemu-system-x86_64 … -drive 'file={uri},format=raw,if=virtio'"));
         }

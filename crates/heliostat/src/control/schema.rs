@@ -10,6 +10,7 @@ pub mod filters;
 mod introspect;
 mod mirror;
 mod returns;
+pub mod tls;
 
 pub use exports::NBD_SERVER_OPTIONS;
 pub use introspect::schema;

@@ -20,8 +20,9 @@ use heliostat_host::socket::Address;
 use super::events::Happening;
 use super::export_bitmaps::set_busy;
 use super::{Daemon, DaemonError};
+use crate::authz::Client;
 use crate::front::nbd::{
-    self, Door, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings,
+    self, Door, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings, TlsPolicy,
 };
 use crate::serve::Seat;
 use crate::serve::status::{Contexts, Depth};
@@ -57,8 +58,21 @@ pub struct NbdSpec {
     pub max_connections: u32,
     /// How long a client may take until it has chosen its export; where nothing is said, some seconds.
     pub handshake_time: Option<Duration>,
+    /// TLS, where there is any.
+    pub tls: Option<NbdTls>,
     /// The most bytes that its connections hold together; where nothing is said, some hundred MiB.
     pub memory_max: Option<u64>,
+}
+
+/// TLS as an NBD server is to have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdTls {
+    /// The id of a server's credentials.
+    pub credentials: String,
+    /// The id of the object that says who is let in. Looked up for each client; one that is not there lets nobody in.
+    pub authz: Option<String>,
+    /// Whether clients must, or may.
+    pub policy: TlsPolicy,
 }
 
 /// What an export is to be.
@@ -74,6 +88,8 @@ pub struct ExportSpec {
     pub description: Option<String>,
     /// Whether clients may write.
     pub writable: bool,
+    /// Whom it is for, by the certificates that they show. `None`: for everybody.
+    pub clients: Option<Vec<Client>>,
     /// Whether clients may ask in which layer a range is.
     pub depth: Depth,
     /// Bitmaps that clients may ask for; each with its node, or the nearest of the chain.
@@ -127,7 +143,8 @@ impl Daemon {
     /// Starts the NBD server. Returns the addresses at which it listens, with the ports where none was said.
     ///
     /// # Errors
-    /// `NbdRunning`; `NbdListen` when the host refuses the address.
+    /// `NbdRunning`; `CredentialsNotFound`, `NotCredentials`, `CredentialsEndpoint`; `NbdListen` when the host refuses an
+    /// address.
     pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<Vec<Address>, DaemonError> {
         let _change = self.begin_change()?;
         let mut serving = self.lock_serving();
@@ -138,9 +155,11 @@ impl Daemon {
         let connections_max = usize_from(u64::from(spec.max_connections));
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
         let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
+        let tls = spec.tls.as_ref().map(|tls| self.server_tls(tls)).transpose()?;
         let memory_max = spec.memory_max.unwrap_or(nbd::MEMORY_DEFAULT);
         let settings = ServerSettings {
             reach: Reach::Anywhere,
+            tls,
             connections_max,
             handshake_time,
             doors,
@@ -152,6 +171,19 @@ impl Daemon {
         let bound = server.addresses().to_vec();
         serving.server = Some(server);
         Ok(bound)
+    }
+
+    /// Starts the NBD server with one export. Whoever finds the server finds that. Returns the addresses at which it
+    /// listens.
+    ///
+    /// # Errors
+    /// As [`Daemon::start_nbd_server`] and [`Daemon::add_export`]. Who connects waits then, until [`Daemon::let_clients_in`].
+    pub fn serve(&self, spec: &NbdSpec, export: &ExportSpec) -> Result<Vec<Address>, DaemonError> {
+        self.hold_clients();
+        let addresses = self.start_nbd_server(spec)?;
+        self.add_export(export)?;
+        self.let_clients_in();
+        Ok(addresses)
     }
 
     /// Allows an NBD server to be started once on a socket that this process was started with.
@@ -240,6 +272,7 @@ impl Daemon {
             seat: Arc::clone(&export.seat),
             access: if spec.writable { Access::Writable } else { Access::ReadOnly },
             is_default: false,
+            clients: spec.clients.clone(),
         })?;
         set_busy(&export, true);
         serving.exports.push(export.clone());
@@ -367,5 +400,52 @@ fn bind_text(doors: &[Door], error: &io::Error) -> String {
             format!("Failed to listen on fd socket: {}", super::error::strerror(errno))
         }
         _ => format!("Failed to bind socket: {reason}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::daemon::{DriverSpec, NodeSpec};
+
+    #[test]
+    fn nobody_is_greeted_before_there_is_an_export_to_be_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nbd");
+        let daemon = Daemon::new();
+        let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
+        daemon.add_node(&NodeSpec::new(Some("n".to_owned()), null)).unwrap();
+        let address = NbdAddress::Unix(path.clone());
+        let spec = NbdSpec {
+            addresses: vec![address],
+            max_connections: 0,
+            handshake_time: None,
+            memory_max: None,
+            tls: None,
+        };
+        let export = |node: &str| ExportSpec {
+            id: "e".to_owned(),
+            node: node.to_owned(),
+            name: None,
+            description: None,
+            writable: false,
+            depth: Depth::Untold,
+            bitmaps: Vec::new(),
+            clients: None,
+        };
+        // The moment between the server and its export, which an export that is refused makes last.
+        assert!(daemon.serve(&spec, &export("missing")).is_err());
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        assert!(client.read(&mut [0]).is_err(), "greeted");
+        client.set_read_timeout(None).unwrap();
+        daemon.add_export(&export("n")).unwrap();
+        daemon.let_clients_in();
+        client.read_exact(&mut [0; 18]).unwrap();
+        daemon.shutdown().unwrap();
     }
 }

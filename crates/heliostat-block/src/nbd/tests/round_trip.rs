@@ -49,10 +49,10 @@ fn negotiate(exports: &[Offer], wish: Wish) -> Result<(Conversation, Agreed), Ne
 }
 
 /// A disk that carries requests out at once.
-pub(super) struct Disk(pub(super) Vec<u8>);
+pub(in crate::nbd) struct Disk(pub(in crate::nbd) Vec<u8>);
 
 impl Disk {
-    pub(super) fn carry_out(&mut self, request: Request) {
+    pub(in crate::nbd) fn carry_out(&mut self, request: Request) {
         let Request { command, reply } = request;
         match command {
             Command::Read { range, .. } => {

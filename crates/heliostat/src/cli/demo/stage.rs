@@ -128,13 +128,14 @@ impl Stage {
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
         let address = Address::Unix(folder.join("nbd.sock"));
-        daemon.start_nbd_server(&NbdSpec {
-            memory_max: None,
+        let server = NbdSpec {
             addresses: vec![socket],
             max_connections: 0,
             handshake_time: None,
-        })?;
-        daemon.add_export(&ExportSpec {
+            memory_max: None,
+            tls: None,
+        };
+        let export = ExportSpec {
             depth: Depth::Untold,
             bitmaps: Vec::new(),
             id: EXPORT.to_owned(),
@@ -142,7 +143,9 @@ impl Stage {
             name: Some(EXPORT.to_owned()),
             description: Some("the demo's disk".to_owned()),
             writable: true,
-        })?;
+            clients: None,
+        };
+        daemon.serve(&server, &export)?;
         Ok(Self { folder: folder.to_owned(), daemon, address })
     }
 
