@@ -1,5 +1,6 @@
 //! One attempt to reach an export: connect, agree, and perhaps make it private first.
 
+use std::fmt;
 use std::io::{self, IoSlice};
 use std::net::ToSocketAddrs;
 use std::os::fd::OwnedFd;
@@ -10,12 +11,14 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use futures_util::future::{Either, select};
 use heliostat_block::nbd::ReplyStyle;
-use heliostat_block::nbd::client::{Allocation, Found, Negotiation, Wish};
+use heliostat_block::nbd::wire::rep;
+use heliostat_block::nbd::client::{Allocation, Found, Negotiation, NegotiationError, Wish};
 
-use super::stream::{Privacy, Stream};
 use crate::blocking;
 use crate::clock::RealClock;
 use crate::socket::{Address, Socket};
+use crate::stream::Stream;
+use crate::tls::Credentials;
 
 /// How long an attempt may take from the first packet to the last word of the handshake, names looked up included: as
 /// long as a connection alone may take, and longer than the other side of the world needs for both.
@@ -33,6 +36,27 @@ pub enum ServerAddress {
     Host(String, u16),
     /// A connection that somebody has made already. It cannot be made again.
     Connected(Arc<OpenConnection>),
+}
+
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(Address::Unix(path)) => write!(f, "{}", path.display()),
+            // As QEMU has it: without brackets.
+            Self::Socket(Address::Tcp(address)) => write!(f, "{}:{}", address.ip(), address.port()),
+            Self::Host(host, port) => write!(f, "{host}:{port}"),
+            Self::Connected(_) => f.write_str("a connection made by others"),
+        }
+    }
+}
+
+/// How connections are made private.
+#[derive(Clone, Debug)]
+pub struct ClientTls {
+    /// A client's.
+    pub credentials: Arc<Credentials>,
+    /// The name or address that the server's certificate must be for.
+    pub host: String,
 }
 
 /// A connection that somebody has made, until it is used.
@@ -58,12 +82,12 @@ pub(super) struct Destination {
     pub(super) address: ServerAddress,
     pub(super) export: String,
     pub(super) context: Option<String>,
-    pub(super) privacy: Option<Arc<dyn Privacy>>,
+    pub(super) tls: Option<ClientTls>,
 }
 
 /// A connection in the transmission phase.
 pub(super) struct Reached {
-    pub(super) stream: Box<dyn Stream>,
+    pub(super) stream: Stream,
     pub(super) found: Found,
     /// What was received beyond the handshake.
     pub(super) rest: BytesMut,
@@ -79,23 +103,20 @@ pub(super) async fn reach(destination: Destination, clock: RealClock) -> Result<
 }
 
 async fn attempt(destination: &Destination) -> Result<Reached, String> {
-    let socket = connect(&destination.address).await.map_err(|error| error.to_string())?;
+    let address = &destination.address;
+    let mut stream = Stream::from(connect(address).await?);
     let mut talk =
         Talk { input: BytesMut::new(), output: BytesMut::new(), negotiation: negotiation(destination) };
-    let mut stream: Box<dyn Stream> = match &destination.privacy {
-        None => Box::new(socket),
-        Some(privacy) => {
-            let mut socket = socket;
-            if talk.go_on(&mut socket).await?.is_some() {
-                return Err("the server agreed before it was private".to_owned());
-            }
-            let mut stream = privacy.begin(socket).await.map_err(|error| error.to_string())?;
-            talk.negotiation.tls_reached(&mut talk.output);
-            send_all(&mut *stream, &mut talk.output).await?;
-            stream
+    if let Some(tls) = &destination.tls {
+        if talk.go_on(&stream).await?.is_some() {
+            return Err("the server agreed before it was private".to_owned());
         }
-    };
-    match talk.go_on(&mut *stream).await? {
+        let private = stream.connect_tls(&tls.credentials, &tls.host).await;
+        stream = private.map_err(|error| format!("no TLS with '{address}': {error}"))?;
+        talk.negotiation.tls_reached(&mut talk.output);
+        send_all(&stream, &mut talk.output).await?;
+    }
+    match talk.go_on(&stream).await? {
         Some(found) => Ok(Reached { stream, found, rest: talk.input }),
         None => Err("the server wants to be private twice".to_owned()),
     }
@@ -104,32 +125,45 @@ async fn attempt(destination: &Destination) -> Result<Reached, String> {
 fn negotiation(destination: &Destination) -> Negotiation {
     let allocation = destination.context.clone().map_or(Allocation::Wanted, Allocation::Context);
     let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Structured, allocation };
-    match destination.privacy {
+    match destination.tls {
         None => Negotiation::new(wish),
         Some(_) => Negotiation::new(wish).with_tls(),
     }
 }
 
-async fn connect(address: &ServerAddress) -> io::Result<Socket> {
+async fn connect(address: &ServerAddress) -> Result<Socket, String> {
+    // The words are QEMU's.
+    let failed = |error: io::Error| format!("Failed to connect to '{address}': {}", plain(&error));
     match address {
-        ServerAddress::Socket(address) => Socket::connect(address).await,
-        ServerAddress::Connected(connection) => Socket::from_fd(connection.take()?),
+        ServerAddress::Socket(socket) => Socket::connect(socket).await.map_err(failed),
+        ServerAddress::Connected(connection) => {
+            connection.take().and_then(Socket::from_fd).map_err(|error| error.to_string())
+        }
         ServerAddress::Host(host, port) => {
             let name = (host.clone(), *port);
             let found = blocking::connecting().run(move || name.to_socket_addrs()).await;
-            let found = found.map_err(|error| {
-                io::Error::new(error.kind(), format!("cannot find the host {host}: {error}"))
-            })?;
-            let mut last = io::Error::other(format!("the host {host} has no address"));
-            for address in found {
-                match Socket::connect(&Address::Tcp(address)).await {
+            let unknown = |why: &str| format!("address resolution failed for {address}: {why}");
+            let mut last = unknown("it has no address");
+            for found in found.map_err(|error| unknown(resolver_words(&error.to_string())))? {
+                match Socket::connect(&Address::Tcp(found)).await {
                     Ok(socket) => return Ok(socket),
-                    Err(error) => last = error,
+                    Err(error) => last = failed(error),
                 }
             }
             Err(last)
         }
     }
+}
+
+/// The host's words, without the number that the standard library adds.
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.rfind(" (os error ").map_or(text.clone(), |end| text[..end].to_owned())
+}
+
+/// What the resolver said, without what the standard library puts before it.
+fn resolver_words(text: &str) -> &str {
+    text.strip_prefix("failed to lookup address information: ").unwrap_or(text)
 }
 
 struct Talk {
@@ -140,12 +174,18 @@ struct Talk {
 
 impl Talk {
     /// Goes on until there is an agreement, or until TLS must begin.
-    async fn go_on(&mut self, stream: &mut dyn Stream) -> Result<Option<Found>, String> {
+    async fn go_on(&mut self, stream: &Stream) -> Result<Option<Found>, String> {
         loop {
             let step = self.negotiation.step(&mut self.input, &mut self.output);
             // Also after a refusal: the goodbye, which the server need not hear.
             let sent = send_all(stream, &mut self.output).await;
-            let found = step.map_err(|error| error.to_string())?;
+            let found = step.map_err(|error| match error {
+                // The words are QEMU's.
+                NegotiationError::Refused { reply: rep::ERR_UNKNOWN, .. } => {
+                    "Requested export not available".to_owned()
+                }
+                error => error.to_string(),
+            })?;
             sent?;
             if found.is_some() || self.negotiation.awaits_tls() {
                 return Ok(found);
@@ -155,17 +195,14 @@ impl Talk {
     }
 }
 
-async fn send_all(stream: &mut dyn Stream, output: &mut BytesMut) -> Result<(), String> {
+async fn send_all(stream: &Stream, output: &mut BytesMut) -> Result<(), String> {
     let result: io::Result<()> = async {
         while !output.is_empty() {
             match stream.send_now(&[IoSlice::new(output)]) {
                 Ok(count) => output.advance(count),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable(stream).await?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
                 Err(error) => return Err(error),
             }
-        }
-        while !stream.flush_now()? {
-            writable(stream).await?;
         }
         Ok(())
     }
@@ -173,11 +210,7 @@ async fn send_all(stream: &mut dyn Stream, output: &mut BytesMut) -> Result<(), 
     result.map_err(|error| error.to_string())
 }
 
-async fn writable(stream: &mut dyn Stream) -> io::Result<()> {
-    std::future::poll_fn(|cx| stream.poll_writable(cx)).await
-}
-
-async fn receive(stream: &mut dyn Stream, input: &mut BytesMut) -> Result<(), String> {
+async fn receive(stream: &Stream, input: &mut BytesMut) -> Result<(), String> {
     let mut buffer = [0; RECEIVE];
     loop {
         match stream.recv_now(&mut buffer) {
@@ -187,9 +220,7 @@ async fn receive(stream: &mut dyn Stream, input: &mut BytesMut) -> Result<(), St
                 return Ok(());
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::future::poll_fn(|cx| stream.poll_readable(cx))
-                    .await
-                    .map_err(|error| error.to_string())?;
+                stream.readable().await.map_err(|error| error.to_string())?;
             }
             Err(error) => return Err(error.to_string()),
         }

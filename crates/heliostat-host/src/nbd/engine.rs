@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -18,8 +19,8 @@ use heliostat_block::nbd::link::{Link, LinkSettings, LinkState, LinkStatus, Tick
 
 use super::connect::{Destination, Reached, reach};
 use super::mailbox::{Mailbox, Owed};
-use super::stream::Stream;
 use crate::clock::RealClock;
+use crate::stream::Stream;
 
 /// What one receive takes at most: 60 reads of 4 KiB, so that their cost is shared by many.
 const RECEIVE_LEN: usize = 256 << 10;
@@ -98,10 +99,8 @@ enum Place {
 
 /// A connection in the transmission phase.
 struct Wire {
-    stream: Box<dyn Stream>,
+    stream: Stream,
     inbox: Inbox,
-    /// Whether the stream took what it has not sent.
-    is_behind: bool,
 }
 
 /// What was received and not understood yet.
@@ -168,6 +167,7 @@ impl Engine {
             let now = self.clock.now();
             let mut has_moved = self.take_mail(cx);
             has_moved |= self.connect(cx, now);
+            self.cut_overdue(now);
             self.link.hand_out(now);
             has_moved |= self.send_and_receive(now);
             self.link.hand_out(now);
@@ -192,7 +192,23 @@ impl Engine {
             let ticket = self.link.submit(letter.wanted);
             self.owed.insert(ticket, letter.owed);
         }
+        if self.mailbox.take_given_up() {
+            let now = self.clock.now();
+            self.link.give_up(now);
+            self.tell(now);
+            return true;
+        }
         has_moved
+    }
+
+    /// Closes connections that owe what nobody needs.
+    fn cut_overdue(&mut self, now: Moment) {
+        while let Some(line) = self.link.overdue(now) {
+            self.places[line] = Place::Empty;
+            let jitter = self.throw();
+            self.link.cut(line, "it did not answer, and was given up", now, jitter);
+            self.tell(now);
+        }
     }
 
     /// Makes the connections that the link wants, and takes in those that have come about or have failed.
@@ -226,7 +242,7 @@ impl Engine {
     fn take_in(&mut self, line: usize, reached: Reached, now: Moment, jitter: u32) -> Result<(), String> {
         let Reached { stream, found, rest } = reached;
         self.link.connected(line, found.clone(), now, jitter)?;
-        let wire = Wire { stream, inbox: Inbox::of(&rest), is_behind: false };
+        let wire = Wire { stream, inbox: Inbox::of(&rest) };
         self.places[line] = Place::Up(Box::new(wire));
         // Before anybody who waits for the opening looks.
         self.tell(now);
@@ -300,9 +316,7 @@ impl Engine {
 
     fn is_sent(&mut self, line: usize) -> bool {
         match &self.places[line] {
-            Place::Up(wire) => {
-                !wire.is_behind && self.link.outbox(line).is_none_or(|outbox| outbox.is_empty())
-            }
+            Place::Up(_) => self.link.outbox(line).is_none_or(|outbox| outbox.is_empty()),
             _ => true,
         }
     }
@@ -312,9 +326,9 @@ impl Engine {
         let mut has_news = false;
         for (line, place) in self.places.iter_mut().enumerate() {
             let Place::Up(wire) = place else { continue };
-            has_news |= wire.stream.poll_readable(cx).is_ready();
-            if wire.is_behind || self.link.outbox(line).is_some_and(|outbox| !outbox.is_empty()) {
-                has_news |= wire.stream.poll_writable(cx).is_ready();
+            has_news |= pin!(wire.stream.readable()).poll(cx).is_ready();
+            if self.link.outbox(line).is_some_and(|outbox| !outbox.is_empty()) {
+                has_news |= pin!(wire.stream.writable()).poll(cx).is_ready();
             }
         }
         let wakes_at = [self.link.wakes_at(), self.goodbye].into_iter().flatten().min();
@@ -389,7 +403,6 @@ impl Wire {
                 has_moved = true;
             }
         }
-        self.is_behind = !self.stream.flush_now()?;
         Ok(has_moved)
     }
 }

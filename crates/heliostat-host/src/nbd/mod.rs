@@ -7,7 +7,6 @@
 mod connect;
 mod engine;
 mod mailbox;
-mod stream;
 
 use std::fmt;
 use std::io;
@@ -21,7 +20,7 @@ use heliostat_block::convert::{u64_from, usize_from};
 use heliostat_block::limits::NBD_PAYLOAD_MAX;
 use heliostat_block::nbd::client::Found;
 use heliostat_block::nbd::client_reply::{Answered, Failure};
-use heliostat_block::nbd::link::{LinkError, LinkSettings, LinkStatus, Wanted};
+use heliostat_block::nbd::link::{LinkError, LinkSettings, LinkState, LinkStatus, Wanted};
 use heliostat_block::nbd::wire::transmission_flag;
 use heliostat_block::nbd::{Access, Errno};
 use heliostat_block::range::ByteRange;
@@ -30,10 +29,9 @@ use heliostat_block::storage::{
 };
 
 use self::connect::Destination;
-pub use self::connect::{OpenConnection, ServerAddress};
+pub use self::connect::{ClientTls, OpenConnection, ServerAddress};
 use self::engine::{Board, Engine, TellOpened};
 use self::mailbox::Mailbox;
-pub use self::stream::{Privacy, Stream};
 use crate::clock::RealClock;
 use crate::runtime::{Driver, Thread};
 
@@ -63,7 +61,7 @@ pub struct NbdOptions {
     /// The export's name; empty for the server's default.
     pub export: String,
     /// What makes the connections private; plain text without.
-    pub privacy: Option<Arc<dyn Privacy>>,
+    pub tls: Option<ClientTls>,
     /// How long requests wait for a server that was lost, before they fail. Attempts go on after that.
     pub reconnect_delay: Duration,
     /// How long to try for the first connection. Zero means one attempt.
@@ -85,7 +83,7 @@ impl NbdOptions {
         Self {
             address,
             export,
-            privacy: None,
+            tls: None,
             reconnect_delay: Duration::ZERO,
             open_timeout: Duration::ZERO,
             bitmap: None,
@@ -133,7 +131,7 @@ impl NbdStorage {
             address: options.address,
             export: options.export,
             context: options.bitmap,
-            privacy: options.privacy,
+            tls: options.tls,
         };
         let (its_mailbox, its_board) = (Arc::clone(&mailbox), Arc::clone(&board));
         // The thread runs on until the storage is dropped, and ends by itself.
@@ -416,6 +414,16 @@ impl Storage for NbdStorage {
 
     fn losses(&self) -> u64 {
         self.board.losses()
+    }
+
+    fn give_up(&self) {
+        self.mailbox.give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        let status = self.status();
+        let is_there = matches!(status.state, LinkState::Up | LinkState::Opening);
+        (!is_there).then(|| status.reason.unwrap_or_else(|| "the connection was closed".to_owned()))
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
