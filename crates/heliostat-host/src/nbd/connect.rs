@@ -14,6 +14,10 @@ use heliostat_block::nbd::ReplyStyle;
 use heliostat_block::nbd::wire::rep;
 use heliostat_block::nbd::client::{Allocation, Found, Negotiation, NegotiationError, Wish};
 
+use rustix::process::{
+    PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open,
+};
+
 use crate::blocking;
 use crate::clock::RealClock;
 use crate::socket::{Address, Socket};
@@ -68,6 +72,16 @@ impl OpenConnection {
     #[must_use]
     pub fn new(socket: OwnedFd) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Some(socket))))
+    }
+
+    /// Holds a copy of the descriptor of that number, which this process has.
+    ///
+    /// # Errors
+    /// When there is none, or when the host gives no copy.
+    pub fn inherited(number: i32) -> io::Result<Arc<Self>> {
+        // So it need not be known who else has it.
+        let this = pidfd_open(getpid(), PidfdFlags::empty())?;
+        Ok(Self::new(pidfd_getfd(this, number, PidfdGetfdFlags::empty())?))
     }
 
     fn take(&self) -> io::Result<OwnedFd> {

@@ -9,6 +9,7 @@ mod exports;
 pub mod filters;
 mod introspect;
 mod mirror;
+mod nbd;
 mod returns;
 
 pub use exports::NBD_SERVER_OPTIONS;
@@ -245,6 +246,7 @@ pub static NODE: Record = Record {
                 "copy-on-read",
                 "file",
                 "host_device",
+                "nbd",
                 "null-aio",
                 "null-co",
                 "preallocate",
@@ -283,6 +285,7 @@ pub static NODE: Record = Record {
             ("copy-on-read", filters::COPY_ON_READ),
             ("file", FILE),
             ("host_device", FILE),
+            ("nbd", nbd::CLIENT),
             ("null-aio", NULL),
             ("null-co", NULL),
             ("preallocate", filters::PREALLOCATE),

@@ -141,6 +141,20 @@ static NODE: Record = record(&[
     required("cache", Kind::Object(&CACHE), ""),
     int("write_threshold"),
     optional("dirty-bitmaps", Kind::List(&Kind::Object(&BITMAP)), ""),
+    ours("nbd", Kind::Object(&CONNECTION), "how the connection to its NBD server is"),
+]);
+
+static CONNECTION: Record = record(&[
+    required(
+        "state",
+        Kind::Word(&["opening", "up", "waiting", "down", "changed", "closed"]),
+        "waiting: requests wait for the server; down: they fail; changed: so, as what answers is another export",
+    ),
+    required("for-ms", Kind::Int, "since when, in milliseconds"),
+    required("connections", Kind::Int, "in use"),
+    required("reconnects", Kind::Int, "how often it came back"),
+    required("losses", Kind::Int, "how often what was not flushed may have been lost"),
+    optional("reason", Kind::Text, "why it is not up"),
 ]);
 
 /// `query-named-block-nodes`.

@@ -8,6 +8,8 @@
 mod below;
 mod fault_config;
 mod filters;
+mod nbd;
+mod nbd_name;
 mod qcow2;
 mod siblings;
 mod spec;
@@ -36,6 +38,8 @@ use super::{Daemon, DaemonError};
 
 pub use fault_config::errno;
 pub use filters::{FaultLimits, FaultSpec, FilterEntry, NullSpec};
+pub use nbd::{NbdClientSpec, NbdEntry, NbdServerAt};
+pub use nbd_name::{is_nbd, parse as nbd_name};
 pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
@@ -66,6 +70,8 @@ pub struct NodeEntry {
     pub storage: Option<Arc<dyn Storage>>,
     /// The file, where it is the node of one.
     pub file: Option<Arc<FileStorage>>,
+    /// The connection, where it is in an export of an NBD server.
+    pub nbd: Option<NbdEntry>,
     /// The name of the node below, through which its bytes go.
     pub child: Option<NodeName>,
     /// The name of the node that holds what this one does not.
@@ -98,6 +104,7 @@ impl NodeEntry {
             path,
             storage: None,
             file: None,
+            nbd: None,
             child: None,
             backing: None,
             backing_is_given: false,
@@ -222,6 +229,7 @@ impl Daemon {
             DriverSpec::HostDevice(file) => {
                 self.make_file(name, spec, making, open_file(file, spec, "host_device")?, &file.path)
             }
+            DriverSpec::Nbd(nbd) => self.make_nbd(name, spec, nbd, making),
             DriverSpec::NullCo { size, read_zeroes } => {
                 let (driver, latency) = ("null-co", Duration::ZERO);
                 let null = NullSpec { driver, size: Some(*size), read_zeroes: *read_zeroes, latency };
