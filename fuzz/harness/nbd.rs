@@ -7,7 +7,7 @@ use heliostat_block::buffer::{Buffer, BufferPool};
 use heliostat_block::nbd::client::{Allocation, Found, Negotiation, Wish};
 use heliostat_block::nbd::client_reply::Conversation;
 use heliostat_block::nbd::client_request::Ask;
-use heliostat_block::nbd::handshake::{Handshake, Offers, Step};
+use heliostat_block::nbd::handshake::{Handshake, Offers, Step, TlsPolicy};
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, ExtentsWanted, INPUT_MAX, Parsed, Request, Requests};
 use heliostat_block::nbd::{Access, BlockSizes, Offer, ReplyStyle, Terms};
@@ -51,7 +51,8 @@ pub fn handshake(data: &[u8]) {
 fn serve_handshake(step: u8, data: &[u8]) {
     let exports = [offer("a", Access::Writable), offer("b", Access::ReadOnly)];
     let (mut input, mut output) = (Bytes::new(), BytesMut::new());
-    let mut handshake = Handshake::new(&mut output);
+    let policy = [TlsPolicy::None, TlsPolicy::Optional, TlsPolicy::Required][usize::from(step % 3)];
+    let mut handshake = Handshake::new(&mut output).with_tls(policy);
     for (index, piece) in pieces(step, data).enumerate() {
         let offers = Offers { exports: &exports, shutting_down: index > 200 };
         input = [&input[..], piece].concat().into();
@@ -60,6 +61,8 @@ fn serve_handshake(step: u8, data: &[u8]) {
             let before = input.len();
             match handshake.step(&mut input, offers, &mut output) {
                 Ok(Step::Answered) => assert!(input.len() < before, "an answer to nothing"),
+                // As if it went on inside.
+                Ok(Step::StartTls) => assert!(input.is_empty() && policy != TlsPolicy::None),
                 Ok(Step::Incomplete) => break,
                 Ok(Step::Agreed(agreed)) => {
                     assert_eq!(agreed.terms.size, SIZE);

@@ -105,6 +105,17 @@ pub struct Onto<'a> {
     pub target: &'a Arc<Node>,
     /// What that stands on.
     pub below: &'a Arc<Node>,
+    /// What becomes of the named bitmaps of the drained node.
+    pub bitmaps: NamedBitmaps,
+}
+
+/// What becomes of the named bitmaps of a node that its users leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NamedBitmaps {
+    /// They go where the users go.
+    Follow,
+    /// They stay, with what was written until then.
+    Stay,
 }
 
 impl Place {
@@ -277,13 +288,12 @@ impl Graph {
     ///
     /// Where filters stand on the drained node, the caller has drained those before it, from the top down.
     pub fn pivot(&self, drained: &Drained, target: &Arc<Node>) {
-        self.state().pivot(drained.node(), target);
+        self.state().pivot(drained.node(), target, NamedBitmaps::Follow);
     }
 
     /// As [`Graph::pivot`] for each of `moves`, in their order, with its target standing on something from then on: all
     /// in one step, so that nobody comes between who minds, and nobody sees some without the others. `bitmaps` change at
-    /// the same point, before those of the drained nodes follow. Where nobody moves to the target and nobody is there, they
-    /// stay: a target without users may be gone in a moment. Answers the places of what is below.
+    /// the same point, before those of the drained nodes follow, where they do. Answers the places of what is below.
     ///
     /// # Errors
     /// [`GraphError::InUse`] where a user of what is to be below that does not move minds; nothing has changed then.
@@ -293,7 +303,7 @@ impl Graph {
         bitmaps: &[(Arc<Node>, Change)],
     ) -> Result<Vec<Arc<Place>>, GraphError> {
         let mut state = self.state();
-        for Onto { drained, target, below } in moves {
+        for Onto { drained, target, below, .. } in moves {
             let role = Role::Backing { of: target.name().clone() };
             let stays = |place: &Arc<Place>| {
                 !(state.moves_with_a_pivot(place) && Arc::ptr_eq(&place.node(), drained.node()))
@@ -305,10 +315,8 @@ impl Graph {
         }
         change(bitmaps);
         let mut standing = Vec::new();
-        for Onto { drained, target, below } in moves {
-            if state.has_movers(drained.node()) || state.places_at(target).next().is_some() {
-                state.pivot(drained.node(), target);
-            }
+        for Onto { drained, target, below, bitmaps } in moves {
+            state.pivot(drained.node(), target, *bitmaps);
             let role = Role::Backing { of: target.name().clone() };
             let place = Place::new(role, below);
             state.places.push(Arc::downgrade(&place));
@@ -338,17 +346,14 @@ impl State {
         self.places.iter().filter_map(Weak::upgrade).filter(|place| Arc::ptr_eq(&place.node(), node))
     }
 
-    fn pivot(&self, replaced: &Arc<Node>, target: &Arc<Node>) {
-        // Before anybody can write there: a write that they do not hear of would be lost to them.
-        follow(replaced, target);
+    fn pivot(&self, replaced: &Arc<Node>, target: &Arc<Node>, bitmaps: NamedBitmaps) {
+        if bitmaps == NamedBitmaps::Follow {
+            // Before anybody can write there: a write that they do not hear of would be lost to them.
+            follow(replaced, target);
+        }
         for place in self.places_at(replaced).filter(|place| self.moves_with_a_pivot(place)) {
             place.spot.put(target);
         }
-    }
-
-    /// Says whether a pivot would move somebody away from `node`.
-    fn has_movers(&self, node: &Arc<Node>) -> bool {
-        self.places_at(node).any(|place| self.moves_with_a_pivot(&place))
     }
 
     /// Exports do, and filters, whose requests go wherever their place is. What else stands on a node stays on it.

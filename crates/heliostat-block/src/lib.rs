@@ -9,6 +9,7 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("heliostat runs on 64-bit machines only: offsets and lengths of disks must fit in usize");
 
+pub mod any_alignment;
 mod blocks;
 pub mod buffer;
 pub mod clock;

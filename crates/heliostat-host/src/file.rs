@@ -3,6 +3,8 @@
 //! Decides for each request which way it takes: at once in the calling thread, where it will not wait for a
 //! medium, or through the thread's ring. Opened in [`crate::open`]; called by drivers.
 
+mod way;
+
 use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::os::fd::AsFd;
@@ -28,6 +30,9 @@ use crate::probe::Shape;
 use crate::ring;
 use crate::writeback::Writeback;
 
+use self::way::Other;
+pub use self::way::Way;
+
 /// The longest request that is carried out in the calling thread. Copying it takes some tens of microseconds,
 /// for which the thread's other clients wait; beyond that, the ring's workers copy beside the thread.
 const INLINE_LEN_MAX: usize = 256 << 10;
@@ -52,7 +57,7 @@ pub struct FileStorage {
     shape: Shape,
     length: Arc<Length>,
     /// Changed by whoever opened it; read by every flush.
-    ignores_flush: AtomicBool,
+    ignores_flush: Arc<AtomicBool>,
     ignores_discard: bool,
     /// Whether a read can be tried without waiting; found out at the first.
     can_try_reading: AtomicBool,
@@ -61,6 +66,8 @@ pub struct FileStorage {
     space: Arc<Space>,
     layout: Arc<Layout>,
     writeback: Option<Arc<Writeback>>,
+    /// Where requests go instead, while they do.
+    other: Other,
 }
 
 impl fmt::Debug for FileStorage {
@@ -85,7 +92,7 @@ impl FileStorage {
             main: direct.unwrap_or_else(|| Arc::clone(&cached)),
             shape,
             length: Arc::new(Length::new(Arc::clone(&cached), shape, size)),
-            ignores_flush: AtomicBool::new(options.flush == Flush::Ignore),
+            ignores_flush: Arc::new(AtomicBool::new(options.flush == Flush::Ignore)),
             ignores_discard: options.discard == Discard::Ignore,
             can_try_reading: AtomicBool::new(!is_direct && !shape.in_memory),
             pace: Pace::new(),
@@ -97,6 +104,7 @@ impl FileStorage {
                 .filter(|_| writes_back)
                 .map(|file| Arc::new(Writeback::new(file))),
             cached,
+            other: Other::default(),
         }
     }
 
@@ -123,6 +131,10 @@ impl FileStorage {
     /// Says whether the page cache is passed by.
     #[must_use]
     pub fn is_direct(&self) -> bool {
+        self.opened_direct() != self.other.is_taken()
+    }
+
+    fn opened_direct(&self) -> bool {
         !Arc::ptr_eq(&self.main, &self.cached)
     }
 
@@ -241,7 +253,7 @@ impl FileStorage {
         let zeroes = fallocate::zeroes();
         for piece in range.pieces(u64_from(zeroes.len())) {
             let data = zeroes.slice(..usize_from(piece.len()));
-            if self.is_direct() {
+            if self.opened_direct() {
                 self.write_direct(piece.offset(), data, Durability::Cached).await?;
             } else {
                 ring::write(&self.main, piece.offset(), data, 0, Durability::Cached).await?;
@@ -280,6 +292,9 @@ impl Storage for FileStorage {
         if !self.length.can_change() {
             return IoFuture::ready(Err(io::ErrorKind::Unsupported.into()));
         }
+        if let Some(other) = self.other.get() {
+            return IoFuture::pending(async move { other.set_size(size).await });
+        }
         IoFuture::pending(async move {
             let changed = self.length.change(size).await;
             // What was data may be a hole when the file is long again.
@@ -301,7 +316,10 @@ impl Storage for FileStorage {
         if let Err(error) = self.check(Self::range(offset, buffer.len()), false) {
             return IoFuture::ready(Err(error));
         }
-        if self.is_direct() {
+        if let Some(other) = self.other.get() {
+            return IoFuture::pending(async move { other.read(offset, buffer).await });
+        }
+        if self.opened_direct() {
             return IoFuture::pending(self.read_direct(offset, buffer));
         }
         let may_try = self.shape.in_memory || self.can_try_reading.load(Ordering::Relaxed);
@@ -321,8 +339,11 @@ impl Storage for FileStorage {
         if let Err(error) = self.check(Self::range(offset, data.len()), true) {
             return IoFuture::ready(Err(error));
         }
+        if let Some(other) = self.other.get() {
+            return IoFuture::pending(async move { other.write(offset, data, durability).await });
+        }
         let durability = self.effective(durability);
-        if self.is_direct() {
+        if self.opened_direct() {
             return IoFuture::pending(self.write_direct(offset, data, durability));
         }
         if data.len() <= INLINE_LEN_MAX && durability == Durability::Cached {
@@ -347,6 +368,10 @@ impl Storage for FileStorage {
     ) -> IoFuture<'_, ()> {
         if let Err(error) = self.check(Some(range), true) {
             return IoFuture::ready(Err(error));
+        }
+        if let Some(other) = self.other.get() {
+            let zeroed = async move { other.write_zeroes(range, space, effort, durability).await };
+            return IoFuture::pending(zeroed);
         }
         let durability = self.effective(durability);
         let at_once = (self.shape.in_memory && range.len() <= INLINE_SPACE_MAX)
@@ -381,6 +406,9 @@ impl Storage for FileStorage {
         if self.ignores_discard || !self.space.able().discard {
             return IoFuture::ready(Ok(()));
         }
+        if let Some(other) = self.other.get() {
+            return IoFuture::pending(async move { other.discard(range).await });
+        }
         if self.shape.in_memory && range.len() <= INLINE_SPACE_MAX {
             let result = self.space.discard(range);
             self.layout.forget();
@@ -413,7 +441,9 @@ impl Storage for FileStorage {
     }
 
     fn start_writeback(&self, range: ByteRange) {
-        if let Some(writeback) = &self.writeback {
+        if let Some(other) = self.other.get() {
+            other.start_writeback(range);
+        } else if let Some(writeback) = &self.writeback {
             Writeback::start(writeback, range);
         }
     }

@@ -19,7 +19,7 @@ use crate::probe::Shape;
 pub(crate) struct Length {
     file: Arc<OpenFile>,
     shape: Shape,
-    size: AtomicU64,
+    size: Arc<AtomicU64>,
     /// Held by whoever changes the length, until the system call has ended.
     change: Arc<Mutex<()>>,
     /// Which of the two ways to the medium a page near the end takes follows from the length. Held for reading by
@@ -29,7 +29,14 @@ pub(crate) struct Length {
 
 impl Length {
     pub(crate) fn new(file: Arc<OpenFile>, shape: Shape, size: u64) -> Self {
-        Self { file, shape, size: AtomicU64::new(size), change: Arc::default(), ways: Arc::default() }
+        let size = Arc::new(AtomicU64::new(size));
+        Self { file, shape, size, change: Arc::default(), ways: Arc::default() }
+    }
+
+    /// The same length for who sees the file in another shape. Only one of the two may be asked for a way at a time.
+    pub(crate) fn seen_as(&self, shape: Shape) -> Self {
+        let (file, size, change) = (Arc::clone(&self.file), Arc::clone(&self.size), Arc::clone(&self.change));
+        Self { file, shape, size, change, ways: Arc::default() }
     }
 
     pub(crate) fn size(&self) -> u64 {

@@ -437,7 +437,11 @@ fn is_block_device(path: &Path) -> bool {
 }
 
 /// Opens the same file once more, passing the page cache by.
-fn reopen_direct(path: &Path, file: BorrowedFd<'_>, is_writable: bool) -> Result<OwnedFd, OpenError> {
+pub(crate) fn reopen_direct(
+    path: &Path,
+    file: BorrowedFd<'_>,
+    is_writable: bool,
+) -> Result<OwnedFd, OpenError> {
     let access = if is_writable { OFlags::RDWR } else { OFlags::RDONLY };
     let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
     let open = |path: &Path| rustix::fs::open(path, flags, Mode::empty());

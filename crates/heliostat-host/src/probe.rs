@@ -104,7 +104,7 @@ pub(crate) fn is_read_only_device(file: BorrowedFd<'_>) -> bool {
 }
 
 /// Finds the units of direct I/O: of offsets and lengths, and of addresses.
-fn direct_alignment(direct: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+pub(crate) fn direct_alignment(direct: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     let told = rustix::fs::statx(direct, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
     if let Ok(told) = told
         && StatxFlags::from_bits_retain(told.stx_mask).contains(StatxFlags::DIOALIGN)

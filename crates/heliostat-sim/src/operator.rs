@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use heliostat_block::clock::Clock;
-use heliostat_block::graph::{Onto, Role};
+use heliostat_block::graph::{NamedBitmaps, Onto, Role};
 use heliostat_block::job::mirror::{Mirror, MirrorOptions, Succession};
 use heliostat_block::job::scan::SyncMode;
 use heliostat_block::job::{Bitmaps, CopyMode, Force, Job, JobOptions, JobStatus, Verb};
@@ -237,7 +237,7 @@ fn stand_on_source(bench: &Arc<Bench>) -> Succession {
     let bench = Arc::clone(bench);
     Box::new(move |drained, target| {
         // Nobody stands there for long: the old disk may be a target again.
-        let onto = Onto { drained, target, below: drained.node() };
+        let onto = Onto { drained, target, below: drained.node(), bitmaps: NamedBitmaps::Follow };
         let place = bench.graph.pivot_all_onto(&[onto], &[]);
         place.map(drop).map_err(|error| error.to_string())
     })

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod authz;
 pub mod cli;
 pub mod control;
 pub mod daemon;

@@ -165,6 +165,45 @@ fn nodes_are_described_with_their_keys_in_the_same_order() {
 }
 
 #[test]
+fn a_raw_node_of_which_more_than_its_file_was_said_is_named_by_that() {
+    let Some(peers) = both() else { return };
+    let windows = [
+        json!({}),
+        json!({ "offset": 0 }),
+        json!({ "size": 1 << 20 }),
+        json!({ "offset": 0, "size": 1 << 20 }),
+        json!({ "offset": 4096, "size": 65536 }),
+    ];
+    let [theirs, ours] = peers.map(|peer| {
+        peer.image("raw", 1 << 20);
+        qemu_img(peer.folder(), &["create", "-q", "-f", "qcow2", "-b", "raw", "-F", "raw", "top", "1M"]);
+        let mut wire = Wire::negotiated(&peer.socket());
+        set_up(&peer, &mut wire, &[("object-add", json!({ "qom-type": "throttle-group", "id": "g" }))]);
+        let mut said = Vec::new();
+        for window in &windows {
+            let mut raw = json!({ "driver": "raw", "node-name": "n", "file": file("raw") });
+            raw.as_object_mut().unwrap().extend(window.as_object().unwrap().clone());
+            let on = [
+                json!({ "driver": "qcow2", "node-name": "on", "file": file("top"), "backing": "n" }),
+                json!({ "driver": "throttle", "node-name": "on", "throttle-group": "g", "file": "n" }),
+            ];
+            for on in on {
+                set_up(&peer, &mut wire, &[("blockdev-add", raw.clone()), ("blockdev-add", on)]);
+                let nodes = wire.execute("query-named-block-nodes", &json!({ "flat": true }));
+                said.push(plain(&peer, &nodes));
+                let remove = |node: &str| ("blockdev-del", json!({ "node-name": node }));
+                set_up(&peer, &mut wire, &[remove("on"), remove("n")]);
+            }
+        }
+        said
+    });
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert_same(ours, theirs);
+    }
+    assert!(theirs[2].contains("\\\"offset\\\": 0"), "{}", theirs[2]);
+}
+
+#[test]
 fn nodes_are_counted_with_the_same_keys_and_know_where_the_highest_write_ended() {
     let guest: [(&str, &[&str]); 1] = [("raw", &["write 0 64k", "write 300k 4k", "read 0 1M", "flush"])];
     let Some([mut theirs, mut ours]) = answers("query-blockstats", json!({ "query-nodes": true }), &guest)

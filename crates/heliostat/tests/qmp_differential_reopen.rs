@@ -5,7 +5,8 @@ mod common;
 mod qmp;
 
 use common::qcow2::{qemu_img, try_qemu_img};
-use qmp::transcript::Step::{self, Await, Differs, Do};
+use qmp::Peer;
+use qmp::transcript::Step::{self, Await, Differs, Do, Meanwhile};
 use qmp::transcript::{Script, compare_on};
 use serde_json::{Value, json};
 
@@ -120,6 +121,42 @@ fn options_of_files_are_changed_and_refused_alike() {
 }
 
 #[test]
+fn the_page_cache_is_passed_by_and_used_again_under_a_guest_alike() {
+    let guest = |command: &'static str| {
+        Meanwhile(Box::new(move |peer: &Peer| {
+            let uri = format!("nbd+unix:///w?socket={}", peer.folder().join("nbd").display());
+            let mut command_line = std::process::Command::new("qemu-io");
+            let output =
+                command_line.args(["-f", "raw", "-c", command, &uri]).output().expect("qemu-io is there");
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && !said.contains("failed"), "{command}: {output:?}");
+        }))
+    };
+    let direct = |direct: bool| json!({ "cache": { "direct": direct } });
+    let window = json!({ "driver": "raw", "node-name": "w", "file": "r" });
+    let mut script = start();
+    script.extend([
+        Do("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } })),
+        add(window),
+        Do("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "w", "writable": true })),
+        guest("write -P 5 1000 5000"),
+        reopen(&[file("r", direct(true))]),
+        list(),
+        guest("read -P 5 1000 5000"),
+        guest("write -P 6 3000 70000"),
+        reopen(&[file("s", direct(true)), file("r", direct(true))]),
+        reopen(&[file("zz", direct(false)), file("s", direct(false))]),
+        reopen(&[file("s", direct(false)), file("r", json!({ "cache": { "direct": 1 } }))]),
+        list(),
+        reopen(&[file("s", json!({ "cache": { "no-flush": true } }))]),
+        list(),
+        guest("read -P 6 3000 70000"),
+        reopen(&[file("s", json!({})), file("r", json!({}))]),
+    ]);
+    compare(&script);
+}
+
+#[test]
 fn what_an_image_stands_on_is_changed_and_refused_alike() {
     let mut script = start();
     script.extend([
@@ -173,11 +210,9 @@ fn a_mirrors_target_is_given_what_it_stands_on_before_the_pivot_alike() {
 
 #[test]
 fn where_ours_is_stricter_it_is_so_on_purpose() {
-    let stays = "how a file is opened stays";
     let mut script = start();
     let differs = |options: Value, why| Differs("blockdev-reopen", json!({ "options": [options] }), why);
     script.extend([
-        differs(file("r", json!({ "cache": { "direct": true } })), stays),
         differs(image(json!({ "backing": "below", "file": "r" })), "the bytes of an image are its file's"),
         Do("blockdev-mirror", json!({ "job-id": "j", "device": "i", "target": "r2", "sync": "none" })),
         Await("BLOCK_JOB_READY", "j"),

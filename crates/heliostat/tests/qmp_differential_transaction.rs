@@ -6,8 +6,10 @@
 mod common;
 mod qmp;
 
+use std::process::Command;
+
 use common::qcow2::qemu_img;
-use qmp::transcript::Step::{self, Do};
+use qmp::transcript::Step::{self, Do, Meanwhile};
 use qmp::transcript::compare_on;
 use serde_json::{Value, json};
 
@@ -161,6 +163,54 @@ fn snapshots_of_several_nodes_are_taken_or_none() {
         all(&[snapshot("o", "a"), snapshot("b", "p")]),
         Do("blockdev-del", json!({ "node-name": "a" })),
         Do("block-export-del", json!({ "id": "ea" })),
+    ]));
+}
+
+/// A guest of the export of `node` writes.
+fn write(node: &'static str, what: &'static str) -> Step {
+    Meanwhile(Box::new(move |peer| {
+        let uri = format!("nbd+unix:///e{node}?socket={}/nbd", peer.folder().display());
+        let output = Command::new("qemu-io").args(["-f", "raw", "-c", what, &uri]).output();
+        assert!(output.expect("the test has looked for it").status.success());
+    }))
+}
+
+/// As libvirt keeps its checkpoints over a snapshot: the overlay gets bitmaps of the names that its base has, and a
+/// backup takes what both say.
+#[test]
+fn bitmaps_stay_on_the_node_that_guests_leave_and_others_of_their_names_go_on_above_it() {
+    let (none, kept) = (json!({}), json!({ "persistent": true }));
+    compare(with_exports(vec![
+        all(&[bitmap("add", "a", "x", &none), bitmap("add", "a", "off", &json!({ "disabled": true }))]),
+        write("a", "write 0 64k"),
+        list(),
+        all(&[
+            bitmap("add", "o", "x", &none),
+            snapshot("a", "o"),
+            bitmap("add", "o", "y", &none),
+            bitmap("add", "a", "late", &none),
+        ]),
+        list(),
+        write("a", "write 128k 64k"),
+        list(),
+        all(&[
+            bitmap("add", "o", "all", &json!({ "disabled": true })),
+            merge("o", "all", json!([{ "node": "a", "name": "x" }, { "node": "o", "name": "x" }])),
+        ]),
+        list(),
+        all(&[bitmap("clear", "a", "x", &none), bitmap("disable", "a", "late", &none)]),
+        all(&[bitmap("remove", "a", "off", &none)]),
+        list(),
+        // What an image keeps stays as it is.
+        all(&[bitmap("add", "b", "kept", &kept), bitmap("add", "b", "passing", &none)]),
+        write("b", "write 0 64k"),
+        all(&[snapshot("b", "p"), bitmap("add", "p", "kept", &kept)]),
+        all(&[bitmap("clear", "b", "kept", &none)]),
+        all(&[bitmap("remove", "b", "kept", &none)]),
+        all(&[merge("b", "kept", json!(["passing"]))]),
+        all(&[merge("b", "passing", json!(["kept"]))]),
+        all(&[merge("p", "kept", json!([{ "node": "b", "name": "kept" }]))]),
+        all(&[bitmap("add", "p", "passing", &none), bitmap("remove", "b", "passing", &none)]),
     ]));
 }
 

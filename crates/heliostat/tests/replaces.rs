@@ -134,3 +134,67 @@ fn a_guest_writes_on_while_its_disk_moves_five_times_below_its_filters() {
     }
     assert!(guest.read(0, BLOCK) == disk[..BLOCK]);
 }
+
+/// Both only read, else they could not stand on one node.
+#[test]
+fn a_mirror_of_another_filter_on_a_node_that_is_replaced_meanwhile_copies_the_same_bytes() {
+    let peer = Peer::ours();
+    let mut wire = Wire::negotiated(&peer.socket());
+    peer.image("low", BLOCK * BLOCKS);
+    let len = u64::try_from(BLOCK * BLOCKS).unwrap();
+    for target in ["t", "u"] {
+        std::fs::File::create(peer.folder().join(target)).unwrap().set_len(len).unwrap();
+    }
+    let mut run = |command: &str, arguments: Value| execute(&peer, &mut wire, command, &arguments);
+    run("object-add", json!({ "qom-type": "throttle-group", "id": "g" }));
+    let file = |name: &str, read_only: bool| {
+        let path = format!("DIR/{name}");
+        json!({ "driver": "file", "node-name": name, "filename": path, "read-only": read_only })
+    };
+    for node in [
+        file("low", true),
+        file("t", false),
+        file("u", false),
+        json!({ "driver": "throttle", "node-name": "s", "file": "low", "throttle-group": "g", "read-only": true }),
+    ] {
+        run("blockdev-add", node);
+    }
+    let mirror =
+        |job: &str, of: &str, to: &str| json!({ "job-id": job, "device": of, "target": to, "sync": "full" });
+    let mut replacing = mirror("j", "s", "t");
+    replacing["replaces"] = json!("low");
+    run("blockdev-mirror", replacing.clone());
+    await_event(&mut wire, "BLOCK_JOB_READY");
+    let mut run = |command: &str, arguments: Value| execute(&peer, &mut wire, command, &arguments);
+    // It would take hours.
+    run("object-add", json!({ "qom-type": "throttle-group", "id": "h", "limits": { "bps-read": 1024 } }));
+    run(
+        "blockdev-add",
+        json!({ "driver": "throttle", "node-name": "b", "file": "low", "throttle-group": "h", "read-only": true }),
+    );
+    // One that would be replaced twice is refused, this one is not.
+    let twice = json!({ "job-id": "k", "device": "b", "target": "u", "sync": "full", "replaces": "low" });
+    let refused = wire.execute("blockdev-mirror", &twice);
+    let said = refused["error"]["desc"].as_str().unwrap_or_default();
+    assert!(said.starts_with("Node 'low' is busy"), "{refused}");
+    let mut run = |command: &str, arguments: Value| execute(&peer, &mut wire, command, &arguments);
+    run("blockdev-mirror", mirror("k", "b", "u"));
+    run("job-complete", json!({ "id": "j" }));
+    let end = await_event(&mut wire, "BLOCK_JOB_COMPLETED");
+    assert!(end["data"]["device"] == "j" && end["data"].get("error").is_none(), "{end}");
+    let mut run = |command: &str, arguments: Value| execute(&peer, &mut wire, command, &arguments);
+    // Nobody reads it any more.
+    run("blockdev-del", json!({ "node-name": "low" }));
+    run("qom-set", json!({ "path": "h", "property": "limits", "value": { "bps-read": 0 } }));
+    await_event(&mut wire, "BLOCK_JOB_READY");
+    // What both read now is nobody's to write.
+    let address = json!({ "addr": { "type": "unix", "data": { "path": "DIR/nbd" } } });
+    execute(&peer, &mut wire, "nbd-server-start", &address);
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "t", "writable": true });
+    assert!(wire.execute("block-export-add", &export).get("error").is_some());
+    execute(&peer, &mut wire, "job-complete", &json!({ "id": "k" }));
+    let end = await_event(&mut wire, "BLOCK_JOB_COMPLETED");
+    assert!(end["data"]["device"] == "k" && end["data"].get("error").is_none(), "{end}");
+    let bytes = |name: &str| std::fs::read(peer.folder().join(name)).unwrap();
+    assert!(bytes("t") == bytes("low") && bytes("u") == bytes("low"));
+}

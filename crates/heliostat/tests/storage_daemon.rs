@@ -178,7 +178,11 @@ fn wrong_arguments_are_refused_in_the_same_words() {
 fn what_is_not_there_is_refused_with_what_to_do() {
     for (arguments, text) in [
         (&["--object", "secret,id=s,data=x"], "--object secret,id=s,data=x: heliostat has no encryption"),
-        (&["--object", "tls-creds-x509,id=t,dir=/x"], "and no TLS yet, so it takes no 'tls-creds-x509'"),
+        (&["--object", "tls-creds-psk,id=t,dir=/x"], "it takes no 'tls-creds-psk', but tls-creds-x509"),
+        (
+            &["--object", "tls-creds-x509,id=t,dir=/x"],
+            "Unable to access credentials /x/ca-cert.pem: No such file",
+        ),
         (&["--chardev", "stdio,id=c"], "heliostat has no char driver 'stdio', only socket"),
         (&["--chardev", "socket,id=c,host=0.0.0.0,port=0,server=on"], "can be reached from other hosts"),
         (

@@ -1,8 +1,8 @@
 //! [`Negotiation`]: a client's side of the NBD handshake.
 //!
 //! Asks for structured replies and `base:allocation`, puts up with their refusal, then for the export with
-//! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Called by the demo's guest, by tests, and by
-//! the NBD storage; what follows is [`super::client_reply::Conversation`].
+//! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Where TLS is wanted that comes first, and without it
+//! nothing is said. Called by the demo's guest, by tests, and by the NBD storage; what follows is [`super::client_reply::Conversation`].
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -85,6 +85,15 @@ pub enum NegotiationError {
         /// What it said; may be empty.
         message: String,
     },
+    /// The server would not set up TLS, which was asked for.
+    #[error("the server offers no TLS, and plain text was not asked for: {message}")]
+    TlsRefused {
+        /// What it said, or what it lacks.
+        message: String,
+    },
+    /// The server wants TLS, which was not asked for.
+    #[error("the server wants TLS: give TLS credentials for it")]
+    TlsRequired,
 }
 
 /// A client's side of the handshake.
@@ -182,7 +191,7 @@ impl Negotiation {
                 }
                 // Whoever sits in between could have said it, and it would count as said in private.
                 Stage::Tls if !input.is_empty() => {
-                    return Err(Violation::Server("plain text where TLS must begin").into());
+                    return Err(Violation::PlainAfterStartTls.into());
                 }
                 Stage::Tls => return Ok(None),
                 Stage::ExportName => {
@@ -212,11 +221,17 @@ impl Negotiation {
         input.advance(18);
         let ours = flags & (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
         self.no_zeroes = ours & handshake_flag::NO_ZEROES != 0;
-        output.put_u32(u32::from(ours));
         let can_answer = ours & handshake_flag::FIXED_NEWSTYLE != 0;
+        if can_answer || self.privacy != Privacy::Wanted {
+            output.put_u32(u32::from(ours));
+        }
         match self.privacy {
             Privacy::Wanted if can_answer => self.ask(opt::STARTTLS, &[], output),
-            Privacy::Wanted => return Err(Violation::Server("a greeting that allows no TLS").into()),
+            Privacy::Wanted => {
+                self.stage = Stage::Over;
+                let message = "its protocol is too old for it".to_owned();
+                return Err(NegotiationError::TlsRefused { message });
+            }
             _ if can_answer => self.ask_first(output),
             _ => self.ask_export_name(output),
         }
@@ -281,11 +296,16 @@ impl Negotiation {
             (opt::GO, rep::ACK) => return Ok(true),
             (opt::GO, rep::INFO) => self.info(&mut data)?,
             (opt::GO, rep::ERR_UNSUP) => self.ask_export_name(output),
-            (_, rep::ERR_SHUTDOWN) | (opt::GO | opt::STARTTLS, rep::ERROR_BIT..) => {
+            (_, rep::ERR_SHUTDOWN | rep::ERR_TLS_REQD) | (opt::GO | opt::STARTTLS, rep::ERROR_BIT..) => {
                 self.ask(opt::ABORT, &[], output);
                 self.stage = Stage::Over;
                 let message = string(&data).unwrap_or_default();
-                return Err(NegotiationError::Refused { reply: kind, message });
+                return Err(match (option, kind) {
+                    (_, rep::ERR_SHUTDOWN) => NegotiationError::Refused { reply: kind, message },
+                    (opt::STARTTLS, _) => NegotiationError::TlsRefused { message },
+                    (_, rep::ERR_TLS_REQD) => NegotiationError::TlsRequired,
+                    _ => NegotiationError::Refused { reply: kind, message },
+                });
             }
             (opt::STRUCTURED_REPLY, rep::ACK) => {
                 self.replies = ReplyStyle::Structured;

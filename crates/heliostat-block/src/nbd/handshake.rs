@@ -1,4 +1,4 @@
-//! [`Handshake`]: a server's side of the NBD handshake, fixed newstyle, without TLS.
+//! [`Handshake`]: a server's side of the NBD handshake, fixed newstyle, with a place in it for TLS.
 //!
 //! Looks at one option at a time, so that the caller can send the answer (and learn that the client does not
 //! read it) before the next is looked at. Never takes more than one option's length of memory for itself.
@@ -24,6 +24,9 @@ pub enum Step {
     Incomplete,
     /// One message was dealt with; there may be another in the input.
     Answered,
+    /// The output is the last in plain text. Once it was sent, TLS is to be set up with this client, and the
+    /// handshake goes on inside.
+    StartTls,
     /// The transmission phase begins. What is left of the input belongs to it.
     Agreed(Agreed),
     /// The client has taken its leave; the connection is to be closed.
@@ -61,10 +64,29 @@ impl Offers<'_> {
     }
 }
 
+/// What a server makes of TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsPolicy {
+    /// There is none.
+    None,
+    /// A client may ask for it.
+    Optional,
+    /// Without it a client gets nothing and is told nothing.
+    Required,
+}
+
+/// Whether a connection is inside TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tls {
+    Plain(TlsPolicy),
+    Inside,
+}
+
 /// A server's side of the handshake.
 #[derive(Debug)]
 pub struct Handshake {
     stage: Stage,
+    tls: Tls,
     /// Whether the answer to `EXPORT_NAME` is followed by zeroes.
     zeroes: bool,
     replies: ReplyStyle,
@@ -95,12 +117,20 @@ impl Handshake {
         output.put_u16(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
         Self {
             stage: Stage::ClientFlags,
+            tls: Tls::Plain(TlsPolicy::None),
             zeroes: true,
             replies: ReplyStyle::Simple,
             allocation_of: None,
             options: 0,
             bytes: 0,
         }
+    }
+
+    /// The same, for a server that makes this of TLS.
+    #[must_use]
+    pub const fn with_tls(mut self, policy: TlsPolicy) -> Self {
+        self.tls = Tls::Plain(policy);
+        self
     }
 
     /// Deals with at most one message at the front of `input`, removes it, and appends the answer to
@@ -158,6 +188,9 @@ impl Handshake {
         self.count(len)?;
         input.advance(OPTION_LEN);
         let data = input.split_to(len);
+        if option == opt::STARTTLS {
+            return self.start_tls(&data, input, output);
+        }
         self.answer(option, &data, offers, output)
     }
 
@@ -196,8 +229,42 @@ impl Handshake {
             return Step::Incomplete;
         }
         self.stage = Stage::Option;
-        put_error(output, option, rep::ERR_TOO_BIG, "the option is too long");
+        if self.lacks_tls() {
+            put_tls_required(output, option);
+        } else {
+            put_error(output, option, rep::ERR_TOO_BIG, "the option is too long");
+        }
         Step::Answered
+    }
+
+    /// Whether nothing may be said to this client yet.
+    fn lacks_tls(&self) -> bool {
+        self.tls == Tls::Plain(TlsPolicy::Required)
+    }
+
+    fn start_tls(&mut self, data: &[u8], rest: &Bytes, output: &mut BytesMut) -> Result<Step, Violation> {
+        let option = opt::STARTTLS;
+        let (reply, message) = match self.tls {
+            Tls::Inside => (rep::ERR_INVALID, "TLS was set up already"),
+            Tls::Plain(TlsPolicy::None) => (rep::ERR_POLICY, "this server was given no TLS credentials"),
+            Tls::Plain(_) if !data.is_empty() => (rep::ERR_INVALID, "the option takes no data"),
+            // A client waits for the answer. What is here already would be taken for said inside TLS.
+            Tls::Plain(_) if !rest.is_empty() => return self.give_up(Violation::PlainAfterStartTls),
+            Tls::Plain(_) => {
+                put_reply(output, option, rep::ACK, &[]);
+                self.tls = Tls::Inside;
+                self.forget();
+                return Ok(Step::StartTls);
+            }
+        };
+        put_error(output, option, reply, message);
+        Ok(Step::Answered)
+    }
+
+    /// Forgets what was agreed on in plain text, as the document says: it may have been somebody else.
+    fn forget(&mut self) {
+        self.replies = ReplyStyle::Simple;
+        self.allocation_of = None;
     }
 
     fn answer(
@@ -211,6 +278,13 @@ impl Handshake {
             put_reply(output, option, rep::ACK, &[]);
             self.stage = Stage::Over;
             return Ok(Step::Aborted);
+        }
+        if self.lacks_tls() {
+            if option == opt::EXPORT_NAME {
+                return self.give_up(Violation::TlsRequired);
+            }
+            put_tls_required(output, option);
+            return Ok(Step::Answered);
         }
         if option == opt::EXPORT_NAME {
             return self.export_name(data, offers, output);
@@ -319,4 +393,8 @@ impl Handshake {
         }
         put_reply(output, option, rep::ACK, &[]);
     }
+}
+
+fn put_tls_required(output: &mut BytesMut, option: u32) {
+    put_error(output, option, rep::ERR_TLS_REQD, "this server wants TLS first");
 }

@@ -55,6 +55,13 @@ pub enum Violation {
     /// The client asked for an export by a message that cannot be answered with an error.
     #[error("the client chose an export that does not exist")]
     UnknownExport,
+    /// The client asked for an export in plain text by a message that cannot be answered with an error.
+    #[error("the client chose an export without the TLS that is required")]
+    TlsRequired,
+    /// Something came in plain text after TLS was agreed on. The peer waits before it says anything there, so
+    /// this is somebody else's.
+    #[error("plain text after TLS was agreed on")]
+    PlainAfterStartTls,
     /// A payload is too long to be skipped.
     #[error("a payload of {0} bytes is too long")]
     PayloadTooLong(u64),

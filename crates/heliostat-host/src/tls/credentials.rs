@@ -56,7 +56,11 @@ pub struct Credentials {
     in_force: Mutex<InForce>,
     /// Of the last attempt to take changed files. Held to copy it.
     trouble: Mutex<Option<String>>,
+    tell: Box<Tell>,
 }
+
+/// Is told why changed files are not taken.
+type Tell = dyn Fn(&CredentialsError) + Send + Sync;
 
 struct InForce {
     side: Side,
@@ -74,10 +78,22 @@ impl Credentials {
     /// # Errors
     /// When a file is missing, unreadable, expired, or does not fit the others.
     pub fn load(settings: CredentialsSettings) -> Result<Arc<Self>, CredentialsError> {
+        Self::load_and_tell(settings, |_| ())
+    }
+
+    /// As [`Credentials::load`]. `tell` is called later, once for each change of the files that cannot be used, on
+    /// whatever thread has found it. It must not call these credentials.
+    ///
+    /// # Errors
+    /// As [`Credentials::load`].
+    pub fn load_and_tell(
+        settings: CredentialsSettings,
+        tell: impl Fn(&CredentialsError) + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, CredentialsError> {
         let stamps = stamps(&settings);
         let side = load::load(&settings)?;
         let in_force = Mutex::new(InForce { side, stamps });
-        Ok(Arc::new(Self { settings, in_force, trouble: Mutex::default() }))
+        Ok(Arc::new(Self { settings, in_force, trouble: Mutex::default(), tell: Box::new(tell) }))
     }
 
     /// What they were made from.
@@ -108,13 +124,16 @@ impl Credentials {
         in_force.stamps = stamps;
         let loaded = load::load(&self.settings);
         *self.lock_trouble() = loaded.as_ref().err().map(ToString::to_string);
+        if let Err(error) = &loaded {
+            (self.tell)(error);
+        }
         in_force.side = loaded?;
         Ok(())
     }
 
     fn newest(&self) -> Side {
         let mut in_force = self.in_force.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those in force go on serving; who keeps the object tells of the trouble.
+        // Those in force go on serving.
         let _ = self.renew(&mut in_force);
         in_force.side.clone()
     }

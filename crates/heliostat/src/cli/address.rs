@@ -23,12 +23,21 @@ pub enum Endpoint {
     },
 }
 
+/// How clients speak to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// In plain text.
+    Plain,
+    /// Inside TLS.
+    Tls,
+}
+
 /// Who may reach a TCP address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
     /// Programs on this host.
     Loopback,
-    /// Anybody who can reach this host (`--allow-remote`).
+    /// Anybody who can reach this host (`--allow-remote`, or TLS).
     Anybody,
 }
 
@@ -53,7 +62,7 @@ impl fmt::Display for AddressError {
             Self::Remote(address) => write!(
                 f,
                 "{address} can be reached from other hosts, and NBD asks nobody for a password; \
-                 add --allow-remote if that is what you want"
+                 add TLS (--tls-dir), or --allow-remote if plain text for anybody is what you want"
             ),
         }
     }
@@ -118,13 +127,17 @@ impl Endpoint {
 
 /// How a client names an export at `address`.
 #[must_use]
-pub fn nbd_uri(address: &Address, export: &str) -> String {
+pub fn nbd_uri(scheme: Scheme, address: &Address, export: &str) -> String {
     let export = percent_encode(export);
+    let scheme = match scheme {
+        Scheme::Plain => "nbd",
+        Scheme::Tls => "nbds",
+    };
     match address {
         Address::Unix(path) => {
-            format!("nbd+unix:///{export}?socket={}", percent_encode(&path.to_string_lossy()))
+            format!("{scheme}+unix:///{export}?socket={}", percent_encode(&path.to_string_lossy()))
         }
-        Address::Tcp(address) => format!("nbd://{address}/{export}"),
+        Address::Tcp(address) => format!("{scheme}://{address}/{export}"),
     }
 }
 
@@ -190,8 +203,9 @@ mod tests {
     #[test]
     fn a_uri_names_the_export_and_the_socket() {
         let unix = Address::Unix("/tmp/a b/s".into());
-        assert_eq!(nbd_uri(&unix, "disk"), "nbd+unix:///disk?socket=/tmp/a%20b/s");
+        assert_eq!(nbd_uri(Scheme::Plain, &unix, "disk"), "nbd+unix:///disk?socket=/tmp/a%20b/s");
         let tcp = Address::Tcp("127.0.0.1:10809".parse().unwrap());
-        assert_eq!(nbd_uri(&tcp, ""), "nbd://127.0.0.1:10809/");
+        assert_eq!(nbd_uri(Scheme::Plain, &tcp, ""), "nbd://127.0.0.1:10809/");
+        assert_eq!(nbd_uri(Scheme::Tls, &tcp, ""), "nbds://127.0.0.1:10809/");
     }
 }

@@ -108,7 +108,7 @@ impl Kind {
         let child = |file| Child::New(Box::new(file));
         let driver = match self {
             Self::Raw => file.driver,
-            Self::LooksRaw => DriverSpec::Raw { file: child(file), offset: 0, size: None, is_guess: true },
+            Self::LooksRaw => DriverSpec::Raw { file: child(file), offset: None, size: None, is_guess: true },
             Self::Qcow2 | Self::LooksQcow2 => DriverSpec::Qcow2(Box::new(Qcow2Spec {
                 is_guess: self == Self::LooksQcow2,
                 sharing,

@@ -25,6 +25,7 @@ mod serve;
 mod session;
 mod storage_daemon;
 mod target;
+mod tls;
 mod units;
 
 use std::path::Path;

@@ -8,7 +8,8 @@ use clap::Args;
 use heliostat_host::socket::Address;
 use serde_json::{Value, json};
 
-use super::address::{Endpoint, Reach, nbd_uri};
+use super::address::{Endpoint, Reach, Scheme, nbd_uri};
+use super::tls::Tls;
 use crate::control::{ControlServer, ControlSettings, Peer, Peers};
 use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
 
@@ -31,9 +32,11 @@ pub struct Offer {
     /// The name that NBD clients ask for; they get it for the empty name too
     #[arg(long, value_name = "EXPORT", default_value = NODE)]
     name: String,
-    /// Let other hosts reach a TCP address. NBD asks nobody for a password
+    /// Let other hosts reach a TCP address without TLS. NBD asks nobody for a password
     #[arg(long)]
     allow_remote: bool,
+    #[command(flatten)]
+    tls: Tls,
 }
 
 /// Reads the path of a socket, with or without `unix:`.
@@ -53,6 +56,7 @@ pub struct Offered {
     control: Option<PathBuf>,
     peers: Peers,
     export: String,
+    has_tls: bool,
     server: Option<ControlServer>,
 }
 
@@ -80,7 +84,8 @@ impl Offer {
     /// # Errors
     /// When nothing can listen there, or it must be asked for.
     pub fn resolve(&self) -> Result<Option<Address>> {
-        let reach = if self.allow_remote { Reach::Anybody } else { Reach::Loopback };
+        let reach =
+            if self.allow_remote || self.tls.is_required() { Reach::Anybody } else { Reach::Loopback };
         self.nbd.as_ref().map(|endpoint| endpoint.resolve(reach)).transpose().context("--nbd")
     }
 
@@ -94,7 +99,14 @@ impl Offer {
             Some(address) => Some(self.open_nbd(daemon, address, writable)?),
         };
         let peers = Peers::new(self.control_allow.clone());
-        Ok(Offered { nbd, control: self.control.clone(), peers, export: self.name.clone(), server: None })
+        Ok(Offered {
+            nbd,
+            control: self.control.clone(),
+            peers,
+            export: self.name.clone(),
+            has_tls: self.tls.is_there(),
+            server: None,
+        })
     }
 
     fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
@@ -105,21 +117,21 @@ impl Offer {
             },
             max_connections: 0,
             handshake_time: None,
+            tls: self.tls.prepare(daemon)?,
         };
-        daemon.hold_clients();
-        let bound = daemon.start_nbd_server(&spec).map_err(|error| match error {
-            // QEMU's text is for QEMU's clients; the host's says what to do.
-            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
-            other => other.into(),
-        })?;
-        daemon.add_export(&ExportSpec {
+        let export = ExportSpec {
             id: NODE.to_owned(),
             node: NODE.to_owned(),
             name: Some(self.name.clone()),
             description: None,
             writable,
+            clients: self.tls.clients(),
+        };
+        let bound = daemon.serve(&spec, &export).map_err(|error| match error {
+            // QEMU's text is for QEMU's clients; the host's says what to do.
+            DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
+            other => other.into(),
         })?;
-        daemon.let_clients_in();
         Ok(match bound {
             NbdAddress::Unix(path) => Address::Unix(path),
             NbdAddress::Tcp(address) => Address::Tcp(address),
@@ -151,7 +163,8 @@ impl Offered {
     /// The URI by which clients connect.
     #[must_use]
     pub fn uri(&self) -> Option<String> {
-        self.nbd.as_ref().map(|address| nbd_uri(address, &self.export))
+        let scheme = if self.has_tls { Scheme::Tls } else { Scheme::Plain };
+        self.nbd.as_ref().map(|address| nbd_uri(scheme, address, &self.export))
     }
 
     /// For programs.
@@ -171,6 +184,13 @@ impl Offered {
         let mut lines = Vec::new();
         if let Some(uri) = self.uri() {
             lines.push(format!("  NBD      {uri}"));
+        }
+        if let (Some(uri), true) = (self.uri(), self.has_tls) {
+            let mark = if uri.contains('?') { '&' } else { '?' };
+            lines.push(format!(
+                "  try      nbdinfo '{uri}{mark}tls-certificates=FOLDER' (with the client's certificates)"
+            ));
+        } else if let Some(uri) = self.uri() {
             lines.push(format!("  try      nbdinfo '{uri}'"));
             lines.push(format!("  or       qemu-system-x86_64 … -drive 'file={uri},format=raw,if=virtio'"));
         }

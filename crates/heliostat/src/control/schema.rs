@@ -11,6 +11,7 @@ mod introspect;
 mod mirror;
 mod nbd;
 mod returns;
+pub mod tls;
 
 pub use exports::NBD_SERVER_OPTIONS;
 pub use introspect::schema;

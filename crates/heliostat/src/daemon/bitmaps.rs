@@ -285,7 +285,9 @@ impl Plan {
         if bitmap.busy {
             return Err(BitmapError::Busy(name.to_owned()));
         }
-        if bitmap.read_only && wanted != Use::Look {
+        // What an image keeps changes with the image only.
+        let is_kept = bitmap.read_only || (bitmap.persistent && node.options().read_only);
+        if is_kept && wanted != Use::Look {
             return Err(BitmapError::ReadOnly(name.to_owned()));
         }
         if bitmap.bits.is_none() && wanted != Use::Remove {

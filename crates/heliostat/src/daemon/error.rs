@@ -10,6 +10,7 @@ use heliostat_block::job::VerbError;
 use heliostat_block::name::{InvalidName, NodeName};
 use heliostat_block::throttle::InvalidLimits;
 use heliostat_host::open::OpenError;
+use heliostat_host::tls::CredentialsError;
 
 use super::bitmaps::BitmapError;
 use super::gate::GateError;
@@ -303,6 +304,18 @@ pub enum DaemonError {
     /// There is an NBD server.
     #[error("NBD server already running")]
     NbdRunning,
+    /// TLS credentials cannot be used: the files say why.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
+    /// There are no such TLS credentials.
+    #[error("No TLS credentials with id '{0}'")]
+    CredentialsNotFound(String),
+    /// The object is of another kind.
+    #[error("Object with id '{0}' is not TLS credentials")]
+    NotCredentials(String),
+    /// The credentials are for the other side.
+    #[error("Expecting TLS credentials with a {0} endpoint")]
+    CredentialsEndpoint(&'static str),
     /// The host refuses the NBD server's address. The text is QEMU's.
     #[error("{text}")]
     NbdListen {

@@ -19,8 +19,9 @@ use heliostat_host::socket::Address;
 
 use super::events::Happening;
 use super::{Daemon, DaemonError};
+use crate::authz::Client;
 use crate::front::nbd::{
-    self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings,
+    self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings, TlsPolicy,
 };
 use crate::serve::Seat;
 
@@ -42,6 +43,19 @@ pub struct NbdSpec {
     pub max_connections: u32,
     /// How long a client may take until it has chosen its export; where nothing is said, some seconds.
     pub handshake_time: Option<Duration>,
+    /// TLS, where there is any.
+    pub tls: Option<NbdTls>,
+}
+
+/// TLS as an NBD server is to have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdTls {
+    /// The id of a server's credentials.
+    pub credentials: String,
+    /// The id of the object that says who is let in. Looked up for each client; one that is not there lets nobody in.
+    pub authz: Option<String>,
+    /// Whether clients must, or may.
+    pub policy: TlsPolicy,
 }
 
 /// What an export is to be.
@@ -57,6 +71,8 @@ pub struct ExportSpec {
     pub description: Option<String>,
     /// Whether clients may write.
     pub writable: bool,
+    /// Whom it is for, by the certificates that they show. `None`: for everybody.
+    pub clients: Option<Vec<Client>>,
 }
 
 /// How an export is removed.
@@ -104,7 +120,7 @@ impl Daemon {
     /// Starts the NBD server. Returns the address at which it listens, with the port where none was said.
     ///
     /// # Errors
-    /// `NbdRunning`; `NbdListen` when the host refuses the address.
+    /// `NbdRunning`; `CredentialsNotFound`, `NotCredentials`, `CredentialsEndpoint`; `NbdListen` when the host refuses the address.
     pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<NbdAddress, DaemonError> {
         let _change = self.begin_change()?;
         let mut serving = self.lock_serving();
@@ -118,7 +134,8 @@ impl Daemon {
         let connections_max = usize_from(u64::from(spec.max_connections));
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
         let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
-        let settings = ServerSettings { reach: Reach::Anywhere, connections_max, handshake_time, doors };
+        let tls = spec.tls.as_ref().map(|tls| self.server_tls(tls)).transpose()?;
+        let settings = ServerSettings { reach: Reach::Anywhere, tls, connections_max, handshake_time, doors };
         let server = NbdServer::start(&address, settings)
             .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
         let bound = match server.address().clone() {
@@ -127,6 +144,19 @@ impl Daemon {
         };
         serving.server = Some(server);
         Ok(bound)
+    }
+
+    /// Starts the NBD server with one export. Whoever finds the server finds that. Returns the address at which it
+    /// listens.
+    ///
+    /// # Errors
+    /// As [`Daemon::start_nbd_server`] and [`Daemon::add_export`]. Who connects waits then, until [`Daemon::let_clients_in`].
+    pub fn serve(&self, spec: &NbdSpec, export: &ExportSpec) -> Result<NbdAddress, DaemonError> {
+        self.hold_clients();
+        let address = self.start_nbd_server(spec)?;
+        self.add_export(export)?;
+        self.let_clients_in();
+        Ok(address)
     }
 
     /// Lets NBD clients wait who connect to a server that is started from now on, until
@@ -199,6 +229,7 @@ impl Daemon {
             seat: Arc::clone(&export.seat),
             access: if spec.writable { Access::Writable } else { Access::ReadOnly },
             is_default: false,
+            clients: spec.clients.clone(),
         })?;
         serving.exports.push(export.clone());
         Ok(export)
@@ -317,5 +348,43 @@ fn bind_text(address: &Address, error: &io::Error) -> String {
     match address {
         Address::Unix(path) => format!("Failed to bind socket to {}: {reason}", path.display()),
         Address::Tcp(_) => format!("Failed to bind socket: {reason}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::daemon::{DriverSpec, NodeSpec};
+
+    #[test]
+    fn nobody_is_greeted_before_there_is_an_export_to_be_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nbd");
+        let daemon = Daemon::new();
+        let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
+        daemon.add_node(&NodeSpec::new(Some("n".to_owned()), null)).unwrap();
+        let address = NbdAddress::Unix(path.clone());
+        let spec = NbdSpec { address, max_connections: 0, handshake_time: None };
+        let export = |node: &str| ExportSpec {
+            id: "e".to_owned(),
+            node: node.to_owned(),
+            name: None,
+            description: None,
+            writable: false,
+        };
+        // The moment between the server and its export, which an export that is refused makes last.
+        assert!(daemon.serve(&spec, &export("missing")).is_err());
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        assert!(client.read(&mut [0]).is_err(), "greeted");
+        client.set_read_timeout(None).unwrap();
+        daemon.add_export(&export("n")).unwrap();
+        daemon.let_clients_in();
+        client.read_exact(&mut [0; 18]).unwrap();
+        daemon.shutdown().unwrap();
     }
 }

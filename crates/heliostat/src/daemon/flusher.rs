@@ -25,7 +25,7 @@ const LEFT_MAX: usize = 16;
 #[derive(Default)]
 pub(super) struct Flushers {
     /// Those that nobody waits for any more, ended or not. Held for an instant, and while they are counted.
-    left: Mutex<Vec<Thread<()>>>,
+    left: Mutex<Vec<(Thread<()>, Arc<Shared>)>>,
 }
 
 /// A thread that flushes. Dropped, it lets the thread end what that has begun.
@@ -68,8 +68,10 @@ impl Flushers {
     /// `TooMany`, `Engine`.
     pub(super) fn start(&self) -> Result<Flusher<'_>, DaemonError> {
         let mut left = self.left();
-        left.retain(|thread| !thread.is_finished());
-        if left.len() >= LEFT_MAX {
+        left.retain(|(thread, _)| !thread.is_finished());
+        // The others are about to end.
+        let hang = left.iter().filter(|(_, shared)| !shared.lock().unended.is_empty()).count();
+        if hang >= LEFT_MAX {
             return Err(DaemonError::TooMany { what: "flushes that do not end", limit: LEFT_MAX });
         }
         drop(left);
@@ -82,10 +84,10 @@ impl Flushers {
     /// Waits until all has ended. Nothing new may be started.
     pub(super) fn end(&self) {
         let left = std::mem::take(&mut *self.left());
-        left.into_iter().for_each(Thread::join);
+        left.into_iter().for_each(|(thread, _)| thread.join());
     }
 
-    fn left(&self) -> MutexGuard<'_, Vec<Thread<()>>> {
+    fn left(&self) -> MutexGuard<'_, Vec<(Thread<()>, Arc<Shared>)>> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -120,7 +122,7 @@ impl Drop for Flusher<'_> {
     fn drop(&mut self) {
         self.shared.lock().is_over = true;
         self.shared.changed.notify(usize::MAX);
-        self.home.left().extend(self.thread.take());
+        self.home.left().extend(self.thread.take().map(|thread| (thread, Arc::clone(&self.shared))));
     }
 }
 
@@ -187,5 +189,66 @@ impl State {
             Some(wanted) => Some(Some(wanted)),
             None => self.is_over.then_some(None),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures_util::FutureExt;
+    use heliostat_block::debug_event::DebugEvent;
+    use heliostat_block::graph::Claims;
+    use heliostat_host::runtime::block_on;
+
+    use super::*;
+    use crate::daemon::{Child, Daemon, DriverSpec, FaultLimits, FaultSpec, NodeSpec};
+
+    /// A daemon with a node `n` whose flushes can be held up.
+    fn with_faults() -> Arc<Daemon> {
+        let daemon = Daemon::new();
+        let null = NodeSpec::new(None, DriverSpec::NullCo { size: 1 << 20, read_zeroes: true });
+        let faults = FaultSpec {
+            image: Child::New(Box::new(null)),
+            config: None,
+            limits: FaultLimits::default(),
+            errors: Vec::new(),
+            states: Vec::new(),
+            claims: Claims::default(),
+        };
+        let file = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
+        let raw = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
+        daemon.add_node(&NodeSpec::new(Some("n".to_owned()), raw)).unwrap();
+        daemon
+    }
+
+    #[test]
+    fn threads_that_hang_are_bounded_and_those_that_have_ended_do_not_count() {
+        let daemon = with_faults();
+        let (node, injector) = (daemon.node("n").unwrap(), daemon.fault_injector("n").unwrap().unwrap());
+        let beside = || vec![Wanted::Beside(Arc::clone(&node))];
+        for _ in 0..3 * LEFT_MAX {
+            let flusher = daemon.flushers.start().unwrap();
+            block_on(flusher.flush(beside())).unwrap().unwrap();
+        }
+        for number in 0..LEFT_MAX {
+            let tag = number.to_string();
+            injector.add_break(DebugEvent::FlushToDisk, &tag).unwrap();
+            let flusher = daemon.flushers.start().unwrap();
+            block_on(async {
+                let mut flushing = pin!(flusher.flush(beside()));
+                assert!(flushing.as_mut().now_or_never().is_none());
+                injector.wait_break(&tag).await;
+            })
+            .unwrap();
+            assert_eq!(flusher.unended(), "'n'");
+        }
+        let refused = daemon.flushers.start().err().unwrap();
+        assert!(matches!(refused, DaemonError::TooMany { limit: LEFT_MAX, .. }), "{refused}");
+        injector.end();
+        daemon.flushers.end();
+        assert_eq!(node.in_flight(), 0, "all have ended, and none was dropped");
+        daemon.flushers.start().unwrap();
+        daemon.shutdown().unwrap();
     }
 }

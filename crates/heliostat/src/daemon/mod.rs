@@ -20,6 +20,7 @@ mod mirror;
 mod mirror_bitmap;
 mod new_file;
 mod nodes;
+mod objects;
 mod open;
 mod overlay_file;
 mod poke;
@@ -43,7 +44,7 @@ pub use create::ImageSpec;
 pub use drive_mirror::{DriveMirrorSpec, TargetMode, TargetName};
 pub use error::{DaemonError, strerror};
 pub use events::{Event, Happening, Subscription, Watch};
-pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, Removal};
+pub use exports::{Export, ExportSpec, NbdAddress, NbdSpec, NbdTls, Removal};
 pub use gate::{Gate, Probing, resolved};
 pub use jobs::{JobEntry, JobKind};
 pub use mirror::MirrorSpec;
@@ -53,6 +54,7 @@ pub use nodes::{
     NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache, errno,
     is_nbd, nbd_name,
 };
+pub use objects::Object;
 pub use poke::{Poke, Poked};
 pub use shutdown::ShutdownError;
 pub use snapshot::SnapshotSpec;
@@ -64,6 +66,7 @@ use flusher::Flushers;
 use jobs::Jobs;
 use lanes::LaneThreads;
 use nodes::Nodes;
+use objects::Objects;
 use poke::Pokes;
 use shutdown::Quit;
 
@@ -84,6 +87,7 @@ pub struct Daemon {
     myself: Weak<Daemon>,
     nodes: Mutex<Nodes>,
     throttle_groups: Mutex<ThrottleGroups>,
+    objects: Arc<Objects>,
     pokes: Arc<Pokes>,
     jobs: Mutex<Jobs>,
     lanes: LaneThreads,
@@ -113,6 +117,7 @@ impl Daemon {
             changes: Mutex::default(),
             nodes: Mutex::default(),
             throttle_groups: Mutex::default(),
+            objects: Arc::default(),
             pokes: Arc::default(),
             jobs: Mutex::default(),
             lanes: LaneThreads::default(),
@@ -252,7 +257,7 @@ mod tests {
         let raw = |name: &str, offset, size, read_only| {
             let driver = DriverSpec::Raw {
                 file: Child::Named("source".to_owned()),
-                offset,
+                offset: Some(offset),
                 size: Some(size),
                 is_guess: false,
             };
@@ -273,7 +278,10 @@ mod tests {
     fn a_window_of_a_window_starts_where_the_first_one_does() {
         let daemon = Daemon::new();
         let raw = |name: &str, file, offset, size| {
-            NodeSpec::new(Some(name.to_owned()), DriverSpec::Raw { file, offset, size, is_guess: false })
+            NodeSpec::new(
+                Some(name.to_owned()),
+                DriverSpec::Raw { file, offset: Some(offset), size, is_guess: false },
+            )
         };
         let below = Child::New(Box::new(null("disk", 1 << 20)));
         let node = daemon.add_node(&raw("first", below, 65536, None)).unwrap();

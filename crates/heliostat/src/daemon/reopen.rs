@@ -1,8 +1,7 @@
 //! Changing what a node was told when it was opened, while it is in use: whether it may be written, what becomes of
-//! discards and zeroes, what it stands on, whose limits it keeps.
+//! discards and zeroes, what it stands on, whose limits it keeps, whether its file is used past the page cache.
 //!
-//! All nodes of one order are checked first, then drained, then changed: all or none. What the file itself was opened
-//! with stays. Called by operators.
+//! All nodes of one order are checked first, then drained, then changed: all or none. Called by operators.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,6 +10,9 @@ use heliostat_block::graph::Role;
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
 use heliostat_block::throttle::ThrottleGroup;
+use heliostat_block::tracked::Drained;
+use heliostat_host::file::{FileStorage, Way};
+use heliostat_host::open::Cache;
 use heliostat_host::runtime;
 
 use super::{
@@ -25,6 +27,8 @@ struct Change {
     /// Another node for a filter to pass its requests on to.
     file: Option<Arc<Node>>,
     group: Option<Arc<ThrottleGroup>>,
+    /// Another way for the requests to its file.
+    way: Option<(Arc<FileStorage>, Way)>,
 }
 
 /// What a node is to stand on.
@@ -44,29 +48,33 @@ impl Daemon {
         let _change = self.begin_change()?;
         let entries = self.nodes();
         let changes = specs.iter().map(|spec| self.plan_change(spec, &entries));
-        let mut changes = changes.collect::<Result<Vec<_>, _>>()?;
+        let changes = changes.collect::<Result<Vec<_>, _>>()?;
         self.check_acyclic(&changes)?;
         self.check_files(&changes)?;
-        self.sort_from_the_top(&mut changes);
-        let done = runtime::block_on(self.change_all(&changes)).map_err(DaemonError::Engine)?;
+        let done = runtime::block_on(self.change_all(changes)).map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
         self.drop_orphans();
         done
     }
 
-    async fn change_all(&self, changes: &[Change]) -> Result<(), DaemonError> {
-        for change in changes.iter().filter(|change| !change.node.options().read_only) {
-            change.node.enter().await.flush().await.map_err(DaemonError::Unflushed)?;
+    async fn change_all(&self, changes: Vec<Change>) -> Result<(), DaemonError> {
+        let nodes = self.to_be_quiet(&changes);
+        for node in nodes.iter().filter(|node| !node.options().read_only) {
+            node.enter().await.flush().await.map_err(DaemonError::Unflushed)?;
         }
         let mut drained = Vec::new();
-        for change in changes {
-            drained.push(change.node.drain().await);
+        for node in &nodes {
+            drained.push(node.drain().await);
         }
         let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
         self.change_backings(&moves).map_err(|node| DaemonError::NodeInUse(node.name().clone()))?;
-        for (change, drained) in changes.iter().zip(&drained) {
-            if let Some(file) = &change.file {
+        for change in changes {
+            let is_it = |drained: &&Drained| Arc::ptr_eq(drained.node(), &change.node);
+            if let (Some(file), Some(drained)) = (&change.file, drained.iter().find(is_it)) {
                 self.change_child(drained, file);
+            }
+            if let Some((file, way)) = change.way {
+                file.take(way);
             }
             if let (Some(group), Some(throttle)) = (&change.group, change.node.throttle()) {
                 throttle.change_group(Arc::clone(group));
@@ -80,6 +88,22 @@ impl Daemon {
             self.keep_said(&change.node, &change.spec);
         }
         Ok(())
+    }
+
+    /// The nodes that nobody may use meanwhile: those that change, and, where requests to a file go another way, all
+    /// that may go to the file past its node. What is in flight above must find the gates below open
+    /// (docs/decisions/0015), so the upper ones come first; over the lower of two nodes are the upper one and all that
+    /// is over that.
+    fn to_be_quiet(&self, changes: &[Change]) -> Vec<Arc<Node>> {
+        let mut nodes: Vec<_> = changes.iter().map(|change| Arc::clone(&change.node)).collect();
+        for change in changes.iter().filter(|change| change.way.is_some()) {
+            let above = self.above(&change.node, &[]);
+            let above = above.iter().filter_map(|name| self.graph.node(name.as_str()).ok());
+            nodes.extend(above);
+        }
+        nodes.sort_by_cached_key(|node| (self.above(node, &[]).len(), node.name().clone()));
+        nodes.dedup_by(|one, other| Arc::ptr_eq(one, other));
+        nodes
     }
 
     fn plan_change(&self, spec: &NodeSpec, entries: &[NodeEntry]) -> Result<Change, DaemonError> {
@@ -112,7 +136,14 @@ impl Daemon {
         if !spec.read_only && !spec.auto_read_only && node.traits().read_only {
             return Err(DaemonError::OpenedReadOnly(node.name().clone()));
         }
-        Ok(Change { node, spec: spec.clone(), backing, file, group })
+        let way = match &entry.file {
+            Some(storage) if spec.cache.direct != entry.cache.direct => {
+                let cache = if spec.cache.direct { Cache::Direct } else { Cache::Page };
+                Some((Arc::clone(storage), storage.prepare(cache)?))
+            }
+            _ => None,
+        };
+        Ok(Change { node, spec: spec.clone(), backing, file, group, way })
     }
 
     /// Says whether anybody may write to the node as it is used now.
@@ -235,12 +266,6 @@ impl Daemon {
         Ok(wanted.map_or(Below::Nothing, Below::Node))
     }
 
-    /// What is in flight above must find the gates below open (docs/decisions/0015). Over the lower of two nodes are
-    /// the upper one and all that is over that.
-    fn sort_from_the_top(&self, changes: &mut [Change]) {
-        changes.sort_by_cached_key(|change| self.above(&change.node, &[]).len());
-    }
-
     /// Refuses changes after which a node would stand on itself.
     fn check_acyclic(&self, changes: &[Change]) -> Result<(), DaemonError> {
         let mut moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
@@ -323,7 +348,7 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
         (DriverSpec::Nbd(nbd), "nbd") => check_nbd(nbd, entry)?,
         (DriverSpec::Raw { file, offset, size, .. }, "raw") => {
             check_child(file)?;
-            check(*offset == entry.window_start, "offset")?;
+            check(offset.unwrap_or(0) == entry.window_start, "offset")?;
             let said = entry.is_fixed.then(|| entry.node.size());
             check(*size == said, "size")?;
         }
@@ -348,11 +373,7 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
         (DriverSpec::Preallocate { file, .. }, "preallocate") => check_child(file)?,
         _ => return Err(DaemonError::Fixed("driver")),
     }
-    // What is above a file has no cache of its own.
-    if entry.child.is_some() {
-        return Ok(());
-    }
-    check(spec.cache.direct == entry.cache.direct, "cache.direct")
+    Ok(())
 }
 
 /// Refuses another server, another export, or the same reached in another way.
@@ -382,6 +403,11 @@ fn check_nbd(wanted: &NbdClientSpec, entry: &NodeEntry) -> Result<(), DaemonErro
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    use heliostat_block::storage::Durability;
+
+    use super::super::CacheUse;
     use super::*;
 
     #[test]
@@ -394,19 +420,107 @@ mod tests {
         }
         let raw = |name: &str, below: &str| {
             let file = Child::Named(below.to_owned());
-            let driver = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+            let driver = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
             NodeSpec::new(Some(name.to_owned()), driver)
         };
         daemon.add_node(&raw("mid", "low")).unwrap();
         daemon.add_node(&raw("top", "mid")).unwrap();
         let change = |name: &str| {
             let node = daemon.node(name).unwrap();
-            Change { node, spec: raw(name, "low"), backing: Below::AsItIs, file: None, group: None }
+            Change {
+                node,
+                spec: raw(name, "low"),
+                backing: Below::AsItIs,
+                file: None,
+                group: None,
+                way: None,
+            }
         };
         for names in [["low", "mid", "top"], ["mid", "top", "low"], ["top", "low", "mid"]] {
-            let mut changes = names.map(change);
-            daemon.sort_from_the_top(&mut changes);
-            assert_eq!(changes.map(|change| change.node.name().to_string()), ["top", "mid", "low"]);
+            let nodes = daemon.to_be_quiet(&names.map(change));
+            let names: Vec<_> = nodes.iter().map(|node| node.name().to_string()).collect();
+            assert_eq!(names, ["top", "mid", "low"]);
+        }
+    }
+
+    /// A file, and a raw node over it.
+    fn with_window(folder: &std::path::Path) -> (Arc<Daemon>, NodeSpec) {
+        let daemon = Daemon::new();
+        let path = folder.join("disk");
+        std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let file = NodeSpec::file("file", path);
+        daemon.add_node(&file).unwrap();
+        let below = Child::Named("file".to_owned());
+        let driver = DriverSpec::Raw { file: below, offset: 0, size: None, is_guess: false };
+        daemon.add_node(&NodeSpec::new(Some("top".to_owned()), driver)).unwrap();
+        (daemon, file)
+    }
+
+    fn direct(file: &NodeSpec, direct: bool) -> NodeSpec {
+        NodeSpec { cache: CacheUse { direct, ..CacheUse::default() }, ..file.clone() }
+    }
+
+    #[test]
+    fn who_goes_to_a_file_past_its_node_is_quiet_while_that_goes_another_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let (daemon, file) = with_window(folder.path());
+        let quiet = |spec: NodeSpec| {
+            let change = daemon.plan_change(&spec, &daemon.nodes()).unwrap();
+            let nodes = daemon.to_be_quiet(&[change]);
+            nodes.iter().map(|node| node.name().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(quiet(direct(&file, true)), ["top", "file"]);
+        assert_eq!(quiet(direct(&file, false)), ["file"]);
+    }
+
+    #[test]
+    fn guests_that_write_while_the_page_cache_comes_and_goes_lose_nothing() {
+        const RECORD: usize = 700;
+        const RECORDS: usize = 1400;
+        let folder = tempfile::tempdir().unwrap();
+        let (daemon, file) = with_window(folder.path());
+        let storage = daemon.nodes().into_iter().find_map(|entry| entry.file).unwrap();
+        let (is_over, written) = (AtomicBool::new(false), AtomicU64::new(0));
+        let byte = |record: usize, round: usize| u8::try_from((record + round) % 251 + 1).unwrap();
+        let rounds = std::thread::scope(|scope| {
+            // Neighbours share sectors.
+            let guests = [0, 1].map(|guest| {
+                let (daemon, is_over, written) = (&daemon, &is_over, &written);
+                scope.spawn(move || {
+                    let node = daemon.node("top").unwrap();
+                    let write = async {
+                        let mut round = 0;
+                        while !is_over.load(Ordering::Relaxed) {
+                            round += 1;
+                            for record in (guest..RECORDS).step_by(2) {
+                                let data = vec![byte(record, round); RECORD].into();
+                                let at = heliostat_block::convert::u64_from(record * RECORD);
+                                node.enter().await.write(at, data, Durability::Cached).await.unwrap();
+                                written.fetch_add(1, Ordering::Relaxed);
+                            }
+                        }
+                        round
+                    };
+                    runtime::block_on(write).unwrap()
+                })
+            });
+            for step in 0..20 {
+                daemon.reopen_nodes(&[direct(&file, step % 2 == 0)]).unwrap();
+                let entry = daemon.nodes().into_iter().find(|entry| entry.file.is_some()).unwrap();
+                assert_eq!(entry.cache.direct, step % 2 == 0);
+                let seen = written.load(Ordering::Relaxed);
+                while written.load(Ordering::Relaxed) < seen + 100 {
+                    std::thread::yield_now();
+                }
+            }
+            is_over.store(true, Ordering::Relaxed);
+            guests.map(|guest| guest.join().unwrap())
+        });
+        assert!(!storage.is_direct());
+        daemon.shutdown().unwrap();
+        let bytes = std::fs::read(folder.path().join("disk")).unwrap();
+        for (record, found) in bytes.chunks(RECORD).take(RECORDS).enumerate() {
+            assert!(found.iter().all(|found| *found == byte(record, rounds[record % 2])), "record {record}");
         }
     }
 
@@ -441,7 +555,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let daemon = with_throttles(folder.path());
         let file = Child::Named("t1".to_owned());
-        let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+        let raw = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
         daemon.add_node(&NodeSpec::new(Some("above".to_owned()), raw)).unwrap();
         daemon.reopen_nodes(&[throttle("t1", "q2"), throttle("t2", "q1")]).unwrap();
         let entries = daemon.nodes();
@@ -459,7 +573,7 @@ mod tests {
         let daemon = with_throttles(folder.path());
         let reader = |read_only| {
             let file = Child::Named("q2".to_owned());
-            let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+            let raw = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
             NodeSpec { read_only, ..NodeSpec::new(Some("reader".to_owned()), raw) }
         };
         daemon.remove_node("t2").unwrap();

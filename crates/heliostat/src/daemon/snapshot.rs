@@ -400,14 +400,20 @@ impl Snapshots {
 #[cfg(test)]
 mod tests {
     use std::pin::pin;
+    use std::sync::Mutex;
+    use std::task::{Context, Wake, Waker};
 
     use futures_util::FutureExt;
     use futures_util::future::join;
     use heliostat_block::debug_event::DebugEvent;
+    use heliostat_block::dirty_bitmap::DirtyBitmap;
     use heliostat_block::driver::fault::FaultInjector;
     use heliostat_block::driver::qcow2::create::{CreateOptions, create};
     use heliostat_block::driver::qcow2::file::ImageFile;
     use heliostat_block::graph::{Claims, Place};
+    use heliostat_block::job::scan::SyncMode;
+    use heliostat_block::job::{Force, Verb};
+    use heliostat_block::named_bitmap::{Change, NamedBitmap, change};
     use heliostat_block::storage::Durability;
     use heliostat_host::file::FileStorage;
     use heliostat_host::open::{Existing, OpenOptions};
@@ -483,7 +489,7 @@ mod tests {
             claims: Claims::default(),
         };
         let file = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
-        let raw = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+        let raw = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
         daemon.add_node(&NodeSpec::new(Some("disk".to_owned()), raw)).unwrap();
         let injector = daemon.fault_injector("disk").unwrap().unwrap();
         (daemon, injector)
@@ -713,10 +719,76 @@ mod tests {
         assert_whole(&file);
     }
 
+    fn bitmap_of(daemon: &Daemon, name: &str, granularity: u32) -> NamedBitmap {
+        let size = daemon.node("disk").unwrap().size();
+        NamedBitmap::new(name.to_owned(), Arc::new(DirtyBitmap::new(size, granularity).unwrap()))
+    }
+
+    /// Looks at the bitmaps when the first guest that waits at the gate is told that it is open.
+    struct AtTheGate {
+        disk: Arc<Node>,
+        overlay: Arc<Node>,
+        seen: Mutex<Option<(bool, bool)>>,
+    }
+
+    impl Wake for AtTheGate {
+        fn wake(self: Arc<Self>) {
+            let old = self.disk.named_bitmap("old").unwrap();
+            let is_there = self.overlay.named_bitmap("new").is_some();
+            self.seen.lock().unwrap().get_or_insert((old.recording, is_there));
+        }
+    }
+
     #[test]
-    fn bitmaps_stay_where_nobody_goes_to_the_overlay() {
+    fn bitmaps_change_when_what_was_in_flight_has_ended_and_before_anybody_gets_to_the_overlay() {
         let folder = tempfile::tempdir().unwrap();
-        let daemon = with_images(folder.path(), &["a", "o"]);
+        let (daemon, _) = with_faults(folder.path());
+        let (disk, overlay) = (daemon.node("disk").unwrap(), daemon.node("overlay").unwrap());
+        let role = Role::Export { id: "guest".to_owned(), writable: true };
+        let guest = daemon.graph().attach(&disk, role).unwrap();
+        change(&[(Arc::clone(&disk), Change::Add(bitmap_of(&daemon, "old", 512)))]);
+        let changes = [
+            (Arc::clone(&disk), Change::Record("old".to_owned(), false)),
+            (Arc::clone(&overlay), Change::Add(bitmap_of(&daemon, "new", 512))),
+        ];
+        let mut snapshots = Snapshots::default();
+        snapshots.add(&daemon, "disk", "overlay").unwrap();
+        let at_the_gate = Arc::new(AtTheGate {
+            disk: Arc::clone(&disk),
+            overlay: Arc::clone(&overlay),
+            seen: Mutex::default(),
+        });
+        let waker = Waker::from(Arc::clone(&at_the_gate));
+        runtime::block_on(async {
+            let in_flight = disk.enter().await;
+            let mut waiting = pin!(write(&guest, 7));
+            let meanwhile = async {
+                while let Some(entered) = disk.enter().now_or_never() {
+                    drop(entered);
+                    runtime::yield_now().await;
+                }
+                assert!(waiting.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+                in_flight.write(1024, vec![1; 512].into(), Durability::Cached).await.unwrap();
+                drop(in_flight);
+            };
+            let mut none = [];
+            let taken = snapshots.take_within(Bounds::default(), &daemon, &changes, &mut none);
+            join(taken, meanwhile).await.0.unwrap();
+            assert_eq!(*at_the_gate.seen.lock().unwrap(), Some((false, true)), "a guest comes too early");
+            waiting.await;
+        })
+        .unwrap();
+        let count = |node: &Node, name: &str| node.named_bitmap(name).unwrap().bits.unwrap().dirty_bytes();
+        assert_eq!(count(&disk, "old"), 512, "what was in flight is before");
+        assert_eq!(count(&overlay, "new"), 512, "what came to the gate is after");
+        drop(guest);
+        daemon.shutdown().unwrap();
+    }
+
+    #[test]
+    fn bitmaps_stay_on_the_node_that_guests_leave() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = with_images(folder.path(), &["a", "u"]);
         let spec = BitmapSpec {
             node: "a".to_owned(),
             name: "x".to_owned(),
@@ -725,11 +797,33 @@ mod tests {
             disabled: false,
         };
         all(&daemon, &[Action::Bitmap(BitmapAction::Add(spec))]).unwrap();
+        let a = daemon.node("a").unwrap();
         daemon.snapshot_to_file(&to_file("a", &folder.path().join("new"), "new")).unwrap();
         assert!(daemon.node("new").is_err(), "nobody uses it");
-        let a = daemon.node("a").unwrap();
         assert!(a.named_bitmap("x").is_some());
-        daemon.snapshot("a", "o").unwrap();
-        assert!(a.named_bitmap("x").is_some() && daemon.node("o").unwrap().named_bitmaps().is_empty());
+        // A mirror's target that stands on it goes when the job is cancelled.
+        let target = folder.path().join("t");
+        let storage = FileStorage::create(&target, 0, Existing::Replace, &OpenOptions::default()).unwrap();
+        let backing_file = Some(b"a".to_vec());
+        let options = CreateOptions { size: 1 << 20, backing_file, ..CreateOptions::default() };
+        runtime::block_on(create(&ImageFile::new(Arc::new(storage)), None, &options)).unwrap().unwrap();
+        let events = daemon.subscribe();
+        let spec = DriveMirrorSpec {
+            mirror: MirrorSpec { sync: SyncMode::Top, ..MirrorSpec::new("j", "u", "") },
+            target: TargetName::Path(target),
+            format: Some("qcow2".to_owned()),
+            node_name: Some("t".to_owned()),
+            mode: TargetMode::Existing,
+        };
+        daemon.start_drive_mirror(&spec).unwrap();
+        daemon.snapshot("a", "t").unwrap();
+        assert!(Arc::ptr_eq(&daemon.node("t").unwrap().backing().unwrap(), &a));
+        let job = daemon.job("j").unwrap();
+        daemon.ask_job(&job, Verb::Cancel(Force::Hard)).unwrap();
+        while daemon.node("t").is_ok() {
+            events.next(Duration::from_secs(30)).expect("something is said until it is over");
+        }
+        assert!(a.named_bitmap("x").is_some());
+        daemon.shutdown().unwrap();
     }
 }

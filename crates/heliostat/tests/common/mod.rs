@@ -4,6 +4,7 @@
 
 #![allow(dead_code, reason = "each test file is a program of its own and uses only its part of this")]
 
+pub mod certificates;
 pub mod process;
 pub mod qcow2;
 pub mod qmp;

@@ -88,6 +88,7 @@ impl Served {
             seat: Seat::new(self.place(node)),
             access: Access::Writable,
             is_default: false,
+            clients: None,
         }
     }
 

@@ -43,7 +43,7 @@ fn options_are_answered_with_the_replies_of_the_document() {
         ("a list with data", opt::LIST, vec![0], &[rep::ERR_INVALID]),
         ("structured replies", opt::STRUCTURED_REPLY, vec![], &[rep::ACK]),
         ("structured replies with data", opt::STRUCTURED_REPLY, vec![1, 2], &[rep::ERR_INVALID]),
-        ("TLS", opt::STARTTLS, vec![], &[rep::ERR_UNSUP]),
+        ("TLS", opt::STARTTLS, vec![], &[rep::ERR_POLICY]),
         ("an option of an extension", 11, vec![], &[rep::ERR_UNSUP]),
         ("an option that nobody knows", 0xdead_beef, vec![1; 100], &[rep::ERR_UNSUP]),
         ("info", opt::INFO, query_bytes("a", &[]), &[rep::INFO, rep::ACK]),

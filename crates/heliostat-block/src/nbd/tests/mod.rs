@@ -6,6 +6,7 @@ mod handshake;
 mod replies;
 mod requests;
 mod round_trip;
+mod start_tls;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 

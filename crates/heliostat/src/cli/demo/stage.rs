@@ -126,21 +126,19 @@ impl Stage {
         daemon.add_node(&node(SOURCE, source_path(folder)))?;
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
-        let address = match daemon.start_nbd_server(&NbdSpec {
-            address: socket,
-            max_connections: 0,
-            handshake_time: None,
-        })? {
-            NbdAddress::Unix(path) => Address::Unix(path),
-            NbdAddress::Tcp(address) => Address::Tcp(address),
-        };
-        daemon.add_export(&ExportSpec {
+        let server = NbdSpec { address: socket, max_connections: 0, handshake_time: None, tls: None };
+        let export = ExportSpec {
             id: EXPORT.to_owned(),
             node: SOURCE.to_owned(),
             name: Some(EXPORT.to_owned()),
             description: Some("the demo's disk".to_owned()),
             writable: true,
-        })?;
+            clients: None,
+        };
+        let address = match daemon.serve(&server, &export)? {
+            NbdAddress::Unix(path) => Address::Unix(path),
+            NbdAddress::Tcp(address) => Address::Tcp(address),
+        };
         Ok(Self { folder: folder.to_owned(), daemon, address })
     }
 

@@ -184,8 +184,13 @@ fn object(daemon: &Arc<Daemon>, text: &str) -> Result<(), Refused> {
             .map(|(_, value)| value)
             .ok_or_else(|| Refused("Parameter 'qom-type' is missing".to_owned()))?,
     };
-    if kind == "secret" || kind == "secret_keyring" || kind.starts_with("tls-") {
-        return Err(Refused(format!("heliostat has no encryption and no TLS yet, so it takes no '{kind}'")));
+    if kind == "secret" || kind == "secret_keyring" {
+        return Err(Refused(format!("heliostat has no encryption, so it takes no '{kind}'")));
+    }
+    if matches!(kind.as_str(), "tls-creds-psk" | "tls-creds-anon" | "tls-cipher-suites") {
+        return Err(Refused(format!(
+            "heliostat's TLS knows certificates only: it takes no '{kind}', but tls-creds-x509"
+        )));
     }
     if schema::find("object-add").is_none() {
         return Err(Refused(format!("Parameter 'qom-type' does not accept value '{kind}'")));
@@ -219,6 +224,7 @@ Serves disks, takes orders over QMP, mirrors; with the options of qemu-storage-d
 
   --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]
+               [,tls-creds=<id>][,tls-authz=<id>]
                          start an NBD server for exporting nodes
 
   --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<export-name>]
@@ -226,7 +232,8 @@ Serves disks, takes orders over QMP, mirrors; with the options of qemu-storage-d
                          offer a node over NBD (requires --nbd-server)
 
   --object [qom-type=]<type>,id=<id>[,<property>=<value>...]
-                         make an object
+                         make an object: throttle-group, tls-creds-x509,
+                         authz-simple, authz-list
 
   --daemonize            go into the background once all of this is done
   --pidfile <path>       write the process id to a file once all of this is done

@@ -10,18 +10,23 @@ use serde_json::{Value, json};
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
 use super::not_there;
-use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec, Removal};
-use crate::front::nbd::CONNECTIONS_DEFAULT;
+use crate::authz::Client;
+use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec, NbdTls, Removal};
+use crate::front::nbd::{CONNECTIONS_DEFAULT, TlsPolicy};
 
 /// As good as no bound, where a client asks for none.
 const NO_BOUND: Duration = Duration::from_secs(1 << 40);
 
 pub(super) fn start_server(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
-    if let Some(id) = arguments.text("tls-creds") {
-        return Err(Refusal::new(format!("No TLS credentials with id '{id}'")));
-    }
-    if arguments.has("tls-authz") {
-        return Err(not_there("tls-authz"));
+    let authz = arguments.text("tls-authz").map(str::to_owned);
+    let tls = arguments.text("tls-creds").map(|id| NbdTls {
+        credentials: id.to_owned(),
+        authz: authz.clone(),
+        policy: TlsPolicy::Required,
+    });
+    if tls.is_none() && authz.is_some() {
+        // QEMU takes it and lets everybody in.
+        return Err(Refusal::new("'tls-authz' lets nobody in or out without 'tls-creds': give both"));
     }
     let address = arguments.object("addr").ok_or_else(|| not_there("addr"))?;
     let handshake_time = arguments.uint32("handshake-max-seconds").map(|seconds| match seconds {
@@ -33,6 +38,7 @@ pub(super) fn start_server(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Re
         address: socket_address(address)?,
         max_connections: arguments.uint32("max-connections").unwrap_or(connections_default),
         handshake_time,
+        tls,
     };
     daemon.start_nbd_server(&spec)?;
     Ok(json!({}))
@@ -99,12 +105,23 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
         name: arguments.text("name").map(str::to_owned),
         description: arguments.text("description").map(str::to_owned),
         writable: arguments.flag("writable").unwrap_or(false),
+        clients: tls_clients(arguments)?,
     };
     if let Some(bitmap) = arguments.first_of("bitmaps") {
         return Err(Refusal::new(format!("Bitmap '{bitmap}' is not found")));
     }
     daemon.add_export(&spec)?;
     Ok(json!({}))
+}
+
+/// Whom an export is for.
+fn tls_clients(arguments: Arguments<'_>) -> Result<Option<Vec<Client>>, Refusal> {
+    if !arguments.has("tls-clients") {
+        return Ok(None);
+    }
+    let clients = arguments.named("tls-clients").into_iter().map(|(_, text)| text.parse());
+    let clients: Result<Vec<_>, String> = clients.collect();
+    clients.map(Some).map_err(|text| Refusal::new(format!("Parameter 'tls-clients': {text}")))
 }
 
 pub(super) fn delete(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {

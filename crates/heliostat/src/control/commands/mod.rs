@@ -19,6 +19,7 @@ mod resize;
 #[cfg(test)]
 mod schema_tests;
 mod snapshot;
+mod tls;
 mod transaction;
 
 use std::sync::Arc;

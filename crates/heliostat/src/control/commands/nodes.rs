@@ -98,7 +98,7 @@ fn driver_spec(arguments: Arguments<'_>, own: Inherited) -> Result<DriverSpec, R
         "qcow2" => Ok(DriverSpec::Qcow2(Box::new(qcow2_spec(arguments, own)?))),
         _ => {
             let file = child(arguments, "file", own.passed_on())?;
-            let offset = bytes(arguments, "offset")?.unwrap_or(0);
+            let offset = bytes(arguments, "offset")?;
             Ok(DriverSpec::Raw {
                 file: file.ok_or_else(file_is_missing)?,
                 offset,

@@ -1,4 +1,5 @@
-//! `object-add`, `object-del`, `qom-list`, `qom-get`, `qom-set`: throttle groups and their limits, and where they stand.
+//! `object-add`, `object-del`, `qom-list`, `qom-get`, `qom-set`: throttle groups and their limits, the objects of TLS,
+//! and where they stand.
 
 use std::sync::Arc;
 
@@ -10,12 +11,18 @@ use super::super::arguments::Arguments;
 use super::super::refusal::{Class, Refusal};
 use super::super::schema::filters::LIMITS;
 use super::super::schema::{Kind, Member, Need, Origin, Record};
+use super::tls;
 use crate::daemon::{Daemon, DaemonError};
 
 pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     let id = arguments.required_text("id");
     if !is_wellformed_id(id) {
         return Err(Refusal::new("Parameter 'id' expects an identifier"));
+    }
+    let kind = arguments.required_text("qom-type");
+    if kind != "throttle-group" {
+        tls::add(daemon, kind, id, arguments)?;
+        return Ok(json!({}));
     }
     let mut limits = Limits::default();
     for (key, property) in properties() {
@@ -35,7 +42,7 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
 }
 
 pub(super) fn delete(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
-    daemon.remove_throttle_group(arguments.required_text("id"))?;
+    daemon.remove_object(arguments.required_text("id"))?;
     Ok(json!({}))
 }
 
@@ -56,6 +63,9 @@ pub(super) fn get(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
     let property = arguments.required_text("property");
     if property == "type" {
         return Ok(json!(object.kind()));
+    }
+    if let Object::Tls(_, object_of_it) = &object {
+        return tls::get(object_of_it, property).ok_or_else(|| object.lacks(property));
     }
     let Object::Group(group) = &object else {
         return match object.has(daemon, property) {
@@ -89,9 +99,14 @@ pub(super) fn set(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
         group.set_limits(limits).map_err(DaemonError::from)?;
         return Ok(json!({}));
     }
+    if let Object::Tls(id, object) = &object
+        && let Some(done) = tls::set(daemon, id, object, property, arguments.value("value"))
+    {
+        return done.map(|()| json!({}));
+    }
     Err(match (&object, property) {
         _ if !object.has(daemon, property) => object.lacks(property),
-        (Object::Group(_), limit) if limit != "type" => {
+        (Object::Group(_) | Object::Tls(..), other) if other != "type" => {
             Refusal::new("Property cannot be set after initialization")
         }
         _ => Refusal::new(format!("Property '{}.{property}' is not writable", object.kind())),
@@ -103,12 +118,15 @@ enum Object {
     Root,
     Objects,
     Group(Arc<ThrottleGroup>),
+    /// One of those that TLS needs, with its id.
+    Tls(String, crate::daemon::Object),
 }
 
 impl Object {
     /// QEMU's name of its type.
-    const fn kind(&self) -> &'static str {
+    fn kind(&self) -> &'static str {
         match self {
+            Self::Tls(_, object) => tls::kind(object),
             Self::Root | Self::Objects => "container",
             Self::Group(_) => "throttle-group",
         }
@@ -118,7 +136,7 @@ impl Object {
     const fn path(&self) -> &'static str {
         match self {
             Self::Objects => "/objects",
-            Self::Root | Self::Group(_) => "",
+            Self::Root | Self::Group(_) | Self::Tls(..) => "",
         }
     }
 
@@ -134,6 +152,12 @@ impl Object {
             Self::Objects => {
                 let groups = daemon.throttle_groups().into_iter();
                 properties.extend(groups.map(|id| (id, "child<throttle-group>")));
+                let others = daemon.objects().into_iter();
+                properties.extend(others.map(|(id, object)| (id, tls::child(&object))));
+            }
+            Self::Tls(_, object) => {
+                let own = tls::properties(object).iter();
+                properties.extend(own.map(|(name, kind)| ((*name).to_owned(), *kind)));
             }
             Self::Group(_) => properties.extend(PROPERTIES_ORDER.into_iter().map(own)),
         }
@@ -159,7 +183,10 @@ enum Lost {
 fn find(daemon: &Daemon, path: &str) -> Result<Object, Lost> {
     let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
     let is_absolute = path.starts_with('/');
-    let group = |id: &str| daemon.throttle_group(id).map(Object::Group);
+    let group = |id: &str| {
+        let group = daemon.throttle_group(id).map(Object::Group);
+        group.or_else(|| daemon.object(id).map(|object| Object::Tls(id.to_owned(), object)))
+    };
     let (container, group) = match parts[..] {
         [] if is_absolute => (Some(Object::Root), None),
         // The end of any path.

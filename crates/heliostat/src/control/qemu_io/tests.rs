@@ -13,7 +13,8 @@ fn with_a_node() -> Arc<Daemon> {
     let faults = FaultSpec { image, config: None, limits, errors: Vec::new(), states: Vec::new(), claims };
     let node = NodeSpec::new(Some("n".to_owned()), DriverSpec::Faults(Box::new(faults)));
     daemon.add_node(&node).unwrap();
-    let raw = DriverSpec::Raw { file: Child::Named("n".to_owned()), offset: 0, size: None, is_guess: false };
+    let raw =
+        DriverSpec::Raw { file: Child::Named("n".to_owned()), offset: None, size: None, is_guess: false };
     daemon.add_node(&NodeSpec::new(Some("r".to_owned()), raw)).unwrap();
     daemon
 }
@@ -88,7 +89,7 @@ fn requests_that_are_held_up_take_no_more_than_a_bounded_memory() {
         states: Vec::new(),
     };
     let faults = Child::New(Box::new(NodeSpec::new(None, DriverSpec::Faults(Box::new(faults)))));
-    let raw = DriverSpec::Raw { file: faults, offset: 0, size: None, is_guess: false };
+    let raw = DriverSpec::Raw { file: faults, offset: None, size: None, is_guess: false };
     daemon.add_node(&NodeSpec::new(Some("big".to_owned()), raw)).unwrap();
     let ask = |line: &str| run(&daemon, "big", line);
     for (tag, at) in [("A", "0"), ("B", "32M")] {
@@ -161,7 +162,7 @@ fn nodes_on_each_other_are_reopened_in_any_order_while_a_request_is_between_them
     let lower =
         DriverSpec::Faults(Box::new(FaultSpec { image, config: None, limits, errors, states, claims }));
     let file = Child::Named("n".to_owned());
-    let upper = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+    let upper = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
     let specs =
         [("n", lower), ("r", upper)].map(|(name, driver)| NodeSpec::new(Some(name.to_owned()), driver));
     let (sender, reopened) = std::sync::mpsc::channel();

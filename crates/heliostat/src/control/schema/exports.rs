@@ -1,6 +1,6 @@
 //! What NBD servers and exports are made of.
 
-use super::{Cases, Kind, Member, Record, bitmaps, optional, record, required};
+use super::{Cases, Kind, Member, Record, bitmaps, optional, record, required, tls};
 
 static UNIX: Record = record(&[
     required("path", Kind::Text, "the socket's path"),
@@ -24,8 +24,13 @@ static VSOCK: Record =
     record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
 
 // What the command and the option take alike.
-pub(super) const TLS_CREDS: Member = optional("tls-creds", Kind::Text, "not supported yet");
-pub(super) const TLS_AUTHZ: Member = optional("tls-authz", Kind::Text, "not supported yet");
+pub(super) const TLS_CREDS: Member =
+    optional("tls-creds", Kind::Text, "a server's TLS credentials; clients must use TLS then");
+pub(super) const TLS_AUTHZ: Member = optional(
+    "tls-authz",
+    Kind::Text,
+    "the object that says which certificates are let in; only with tls-creds",
+);
 pub(super) const MAX_CONNECTIONS: Member =
     optional("max-connections", Kind::Uint32, "connections at once; default 100; 0: no bound");
 
@@ -48,6 +53,7 @@ const NBD_EXPORT: &[Member] = &[
     optional("description", Kind::Text, "a text for clients"),
     optional("bitmaps", Kind::List(&bitmaps::NAMED), "not supported yet"),
     optional("allocation-depth", Kind::Flag, "only false"),
+    tls::CLIENTS,
 ];
 
 /// What `block-export-add` takes.

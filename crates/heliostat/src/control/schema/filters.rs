@@ -2,7 +2,7 @@
 
 use heliostat_block::debug_event::DebugEvent;
 
-use super::{Cases, Kind, Member, Record, optional, record, required};
+use super::{Cases, Kind, Member, Record, optional, record, required, tls};
 
 const EVENT: Kind = Kind::Word(DebugEvent::NAMES);
 const PERMISSIONS: Kind = Kind::List(&Kind::Word(&["consistent-read", "write", "write-unchanged", "resize"]));
@@ -112,10 +112,22 @@ const THROTTLE_GROUP: &[Member] = limits!("x-", optional("limits", Kind::Object(
 /// What `object-add` takes.
 pub static OBJECT: Record = Record {
     members: &[
-        required("qom-type", Kind::Word(&["throttle-group"]), "what kind of object"),
+        required(
+            "qom-type",
+            Kind::Word(&["authz-list", "authz-simple", "throttle-group", "tls-creds-x509"]),
+            "what kind of object",
+        ),
         required("id", Kind::Text, "its id"),
     ],
-    cases: Some(Cases { tag: "qom-type", by_word: &[("throttle-group", THROTTLE_GROUP)] }),
+    cases: Some(Cases {
+        tag: "qom-type",
+        by_word: &[
+            ("authz-list", tls::LIST),
+            ("authz-simple", tls::SIMPLE),
+            ("throttle-group", THROTTLE_GROUP),
+            ("tls-creds-x509", tls::X509),
+        ],
+    }),
 };
 
 /// The path of an object.
@@ -131,7 +143,7 @@ pub static PROPERTY: Record = record(&[AT, required("property", Kind::Text, "the
 /// What `qom-set` takes.
 pub static NEW_PROPERTY: Record = record(&[
     AT,
-    required("property", Kind::Text, "the property's name; only limits"),
+    required("property", Kind::Text, "the property's name; only limits, identity, policy, rules"),
     required("value", Kind::Any, "its new value"),
 ]);
 

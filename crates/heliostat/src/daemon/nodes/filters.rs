@@ -270,7 +270,7 @@ impl Daemon {
             return Err(DaemonError::TooMany { what: "objects", limit: GROUPS_MAX });
         }
         let group = ThrottleGroup::new(limits, Arc::clone(&self.clock))?;
-        if groups.contains_key(id) {
+        if groups.contains_key(id) || self.object(id).is_some() {
             return Err(DaemonError::ObjectExists(id.to_owned()));
         }
         groups.insert(id.to_owned(), group);

@@ -94,6 +94,8 @@ pub struct NodeEntry {
     pub filter: Option<FilterEntry>,
     /// Where in the node below it begins, in bytes.
     pub window_start: u64,
+    /// The operator said where it begins.
+    pub offset_is_said: bool,
 }
 
 impl NodeEntry {
@@ -116,6 +118,7 @@ impl NodeEntry {
             is_window: false,
             filter: None,
             window_start: 0,
+            offset_is_said: false,
         }
     }
 }
@@ -244,7 +247,8 @@ impl Daemon {
             DriverSpec::Preallocate { file, ahead } => self.make_ahead(name, spec, file, *ahead, making),
             DriverSpec::Raw { file, offset, size, is_guess } => {
                 let below = self.child(file, making)?;
-                let (start, raw) = window(&below, *offset, *size)?;
+                let window_start = offset.unwrap_or(0);
+                let (start, raw) = window(&below, window_start, *size)?;
                 let shown = ByteRange::from_bounds(start, start + raw.size());
                 self.check_heard(&below, false, spec.read_only)?;
                 let place = self.attach_child(&below, &name, shown, spec.read_only)?;
@@ -259,7 +263,8 @@ impl Daemon {
                     is_fixed: size.is_some(),
                     is_bounded: size.is_some() || below.entry.is_bounded,
                     is_window: start > 0,
-                    window_start: *offset,
+                    window_start,
+                    offset_is_said: offset.is_some(),
                     ..NodeEntry::new(node, "raw", path, spec.cache)
                 };
                 self.keep(Below { entry, start, identity: below.identity }, vec![place], making)

@@ -11,6 +11,7 @@ use heliostat_block::name::NodeName;
 use heliostat_block::storage::Storage;
 use heliostat_host::nbd::{ClientTls, NbdOptions, NbdStorage, OpenConnection, ServerAddress};
 use heliostat_host::socket::Address;
+use heliostat_host::tls::Endpoint;
 
 use super::super::{Daemon, DaemonError};
 use super::{Below, Making, NodeEntry, NodeSpec};
@@ -182,8 +183,9 @@ impl Daemon {
 
     fn client_tls(&self, nbd: &NbdClientSpec) -> Result<Option<ClientTls>, DaemonError> {
         let Some(id) = &nbd.credentials else { return Ok(None) };
-        let _host = nbd.tls_hostname.clone().unwrap_or_else(|| nbd.server.host());
-        Err(DaemonError::Nbd(format!("No TLS credentials with id '{id}'")))
+        let credentials = self.credentials(id, Endpoint::Client)?;
+        let host = nbd.tls_hostname.clone().unwrap_or_else(|| nbd.server.host());
+        Ok(Some(ClientTls { credentials, host }))
     }
 }
 

@@ -195,7 +195,7 @@ impl Daemon {
         let child = Child::Named(file.entry.node.name().to_string());
         match format {
             Format::Raw => {
-                let driver = DriverSpec::Raw { file: child, offset: 0, size: None, is_guess: false };
+                let driver = DriverSpec::Raw { file: child, offset: None, size: None, is_guess: false };
                 self.make_node(&NodeSpec { driver, ..below }, making)
             }
             Format::Qcow2 => {

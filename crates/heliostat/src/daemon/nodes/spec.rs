@@ -50,8 +50,8 @@ pub enum DriverSpec {
     Raw {
         /// The node below.
         file: Child,
-        /// Where the window starts, in bytes.
-        offset: u64,
+        /// Where the window starts, in bytes; at the beginning where nothing is said.
+        offset: Option<u64>,
         /// How long it is in bytes; to the end where nothing is said.
         size: Option<u64>,
         /// The operator did not say that it is raw; it looked so.

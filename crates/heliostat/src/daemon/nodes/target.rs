@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use heliostat_block::graph::{GraphError, Onto, Role};
+use heliostat_block::graph::{GraphError, NamedBitmaps, Onto, Role};
 use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
@@ -93,7 +93,7 @@ impl Daemon {
         };
         let child = Child::Named(file.entry.node.name().to_string());
         let driver = match format {
-            Format::Raw => DriverSpec::Raw { file: child, offset: 0, size: None, is_guess },
+            Format::Raw => DriverSpec::Raw { file: child, offset: None, size: None, is_guess },
             Format::Qcow2 => DriverSpec::Qcow2(Box::new(Qcow2Spec {
                 backing: BackingSpec::Nothing,
                 ..Qcow2Spec::new(child)
@@ -192,7 +192,7 @@ impl Daemon {
             self.follow_filters(source, target);
             return Ok(());
         }
-        let onto = Onto { drained, target, below: &below };
+        let onto = Onto { drained, target, below: &below, bitmaps: NamedBitmaps::Follow };
         self.put_on_top(&[onto], &[Named::ByImage], &[]).map_err(|error| error.to_string())
     }
 
@@ -315,7 +315,9 @@ impl Daemon {
                 replaces: node.name().clone(),
                 source_node: source.name().clone(),
             })?;
-            // Another's filter would move with the pivot, and with it what another mirror reads.
+            // Another's filter would move with the pivot, and a mirror of that which is to replace the node, too, would
+            // find nobody there. One that comes later may only read, finds the same bytes in the target, and cannot
+            // replace the node.
             let is_shared =
                 self.graph.roles(&at).iter().filter(|role| matches!(role, Role::Child { .. })).count() > 1;
             if is_shared {

@@ -18,7 +18,7 @@ fn null(name: &str) -> NodeSpec {
 }
 
 fn raw(name: &str, file: &str, offset: u64, size: Option<u64>) -> NodeSpec {
-    let driver = DriverSpec::Raw { file: named(file), offset, size, is_guess: false };
+    let driver = DriverSpec::Raw { file: named(file), offset: Some(offset), size, is_guess: false };
     NodeSpec::new(Some(name.to_owned()), driver)
 }
 
@@ -161,7 +161,7 @@ fn a_bitmap_is_not_on_a_node_that_writes_pass_by() {
 fn window_of_a_window() -> NodeSpec {
     let below = read_only(NodeSpec { name: None, ..raw("", "disk", 0, None) });
     let file = Child::New(Box::new(below));
-    let driver = DriverSpec::Raw { file, offset: 0, size: None, is_guess: false };
+    let driver = DriverSpec::Raw { file, offset: None, size: None, is_guess: false };
     read_only(NodeSpec::new(Some("above".to_owned()), driver))
 }
 

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use heliostat_block::graph::{GraphError, Onto};
+use heliostat_block::graph::{GraphError, NamedBitmaps, Onto};
 use heliostat_block::name::NodeName;
 use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::{Node, NodeOptions};
@@ -15,7 +15,6 @@ use heliostat_host::runtime;
 
 use super::super::flusher::Wanted;
 use super::super::flushing::{flush_until_short, until};
-use super::super::mirror_bitmap::unstorable;
 use super::super::new_file::Made;
 use super::super::{Daemon, DaemonError, NodeEntry};
 use super::{Planned, Snapshots};
@@ -99,20 +98,21 @@ impl Snapshots {
         let gate = |node: &Arc<Node>| drained.iter().find(|drained| Arc::ptr_eq(drained.node(), node));
         let onto = |planned: &'_ Planned| {
             let drained = gate(&planned.node)?;
-            Some(Onto { drained, target: gate(planned.overlay.as_ref()?)?.node(), below: drained.node() })
+            Some(Onto {
+                drained,
+                target: gate(planned.overlay.as_ref()?)?.node(),
+                below: drained.node(),
+                bitmaps: NamedBitmaps::Stay,
+            })
         };
         let moves: Vec<_> = self.list.iter().filter_map(onto).collect();
         let named: Vec<_> = self.list.iter().map(|planned| planned.named).collect();
-        let unstored = moves.iter().map(|one| (unstorable(one.below, one.target), one.target));
-        let unstored: Vec<_> = unstored.collect();
         daemon.put_on_top(&moves, &named, changes).map_err(|error| match error {
             GraphError::InUse { node, .. } => DaemonError::NodeInUse(node),
             GraphError::NotFound(name) | GraphError::Duplicate(name) => DaemonError::NodeNotFound(name),
         })?;
-        for (planned, (unstored, target)) in self.list.iter().zip(unstored) {
+        for planned in &self.list {
             daemon.keep_as_it_is(&planned.node);
-            let is_gone = |name: &String| planned.node.named_bitmap(name).is_none();
-            daemon.say_unstored(unstored.into_iter().filter(is_gone).collect(), target);
         }
         Ok(())
     }

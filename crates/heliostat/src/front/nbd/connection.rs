@@ -23,14 +23,14 @@ use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::LocalFuture;
 use heliostat_block::convert::u64_from;
 use heliostat_block::nbd::Terms;
-use heliostat_block::nbd::handshake::{Handshake, Offers, Step};
+use heliostat_block::nbd::handshake::{Handshake, Offers, Step, TlsPolicy};
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
-use heliostat_host::socket::Socket;
+use heliostat_host::stream::Stream;
 
 use super::exports::Client;
 use super::patience::Patience;
-use super::{Shared, until_stopped};
+use super::{ServerTls, Shared, until_stopped};
 use crate::serve::{Buffers, Permit, Permits, bytes_held, carry_out, detached};
 
 /// How long answers are kept for a client that does not read them when its connection is to end.
@@ -64,52 +64,68 @@ const PINNING_LEN: usize = RECEIVE_LEN / 4;
 const TURN_MAX: Duration = Duration::from_micros(50);
 
 /// Serves a client from its first byte to its last answer.
-pub(super) async fn serve(socket: Socket, shared: &Shared) {
+pub(super) async fn serve(stream: Stream, shared: &Shared) {
     let mut input = Bytes::new();
     let agreed = {
-        let handshake = until_stopped(&shared.exports, handshake(&socket, shared, &mut input));
+        let handshake = until_stopped(&shared.exports, handshake(stream, shared, &mut input));
         match select(pin!(handshake), shared.clock.sleep(shared.handshake_time)).await {
             Either::Left((agreed, _)) => agreed.flatten(),
             Either::Right(_) => None,
         }
     };
-    let Some((client, terms)) = agreed else { return };
+    let Some((stream, client, terms)) = agreed else { return };
     let start =
         |request, permit| carry_out(Arc::clone(client.seat()), shared.buffers.clone(), request, permit);
-    let mut connection = Connection::new(socket, (&client, terms), shared, input, start);
+    let mut connection = Connection::new(stream, (&client, terms), shared, input, start);
     poll_fn(|cx| connection.turn(cx)).await;
 }
 
-/// Agrees with the client on an export. `None` when the connection is to be closed.
-async fn handshake(socket: &Socket, shared: &Shared, input: &mut Bytes) -> Option<(Client, Terms)> {
+/// Agrees with the client on an export, inside TLS where one of both wants that. `None` when the connection is to be
+/// closed.
+async fn handshake(
+    mut stream: Stream,
+    shared: &Shared,
+    input: &mut Bytes,
+) -> Option<(Stream, Client, Terms)> {
     let exports = &shared.exports;
     let mut output = BytesMut::new();
-    let mut handshake = Handshake::new(&mut output);
+    let policy = shared.tls.as_ref().map_or(TlsPolicy::None, |tls| tls.policy);
+    let mut handshake = Handshake::new(&mut output).with_tls(policy);
     loop {
-        send_all(socket, &mut output).await.ok()?;
-        let (offered, offers) = exports.offers();
+        send_all(&stream, &mut output).await.ok()?;
+        let (offered, offers) = exports.offers(stream.peer());
         let offers = Offers { exports: &offers, shutting_down: exports.is_stopping() };
         match handshake.step(input, offers, &mut output).ok()? {
             Step::Answered => {}
-            Step::Incomplete => receive(socket, &shared.buffers, input).await.ok()?,
+            Step::Incomplete => receive(&stream, &shared.buffers, input).await.ok()?,
+            Step::StartTls => {
+                send_all(&stream, &mut output).await.ok()?;
+                stream = start_tls(stream, shared.tls.as_ref()?).await?;
+            }
             Step::Agreed(agreed) => {
                 let client = exports.enter(&offered[agreed.offer])?;
-                send_all(socket, &mut output).await.ok()?;
-                return Some((client, agreed.terms));
+                send_all(&stream, &mut output).await.ok()?;
+                return Some((stream, client, agreed.terms));
             }
             Step::Aborted => {
-                send_all(socket, &mut output).await.ok()?;
+                send_all(&stream, &mut output).await.ok()?;
                 return None;
             }
         }
     }
 }
 
-async fn send_all(socket: &Socket, output: &mut BytesMut) -> io::Result<()> {
+/// Goes over to TLS. `None` when that fails, or who is there is not let in.
+async fn start_tls(stream: Stream, tls: &ServerTls) -> Option<Stream> {
+    let stream = stream.accept_tls(&tls.credentials).await.ok()?;
+    tls.admits(stream.peer()).then_some(stream)
+}
+
+async fn send_all(stream: &Stream, output: &mut BytesMut) -> io::Result<()> {
     while !output.is_empty() {
-        match socket.send_now(&[IoSlice::new(output)]) {
+        match stream.send_now(&[IoSlice::new(output)]) {
             Ok(sent) => output.advance(sent),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
             Err(error) => return Err(error),
         }
     }
@@ -117,13 +133,13 @@ async fn send_all(socket: &Socket, output: &mut BytesMut) -> io::Result<()> {
 }
 
 /// Waits until something has come, and appends it to `input`. The end of the stream is an error.
-async fn receive(socket: &Socket, buffers: &Buffers, input: &mut Bytes) -> io::Result<()> {
+async fn receive(stream: &Stream, buffers: &Buffers, input: &mut Bytes) -> io::Result<()> {
     let mut buffer = None;
     loop {
-        match receive_now(socket, buffers, &mut buffer, RECEIVE_LEN, input) {
+        match receive_now(stream, buffers, &mut buffer, RECEIVE_LEN, input) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.readable().await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
             Err(error) => return Err(error),
         }
     }
@@ -132,7 +148,7 @@ async fn receive(socket: &Socket, buffers: &Buffers, input: &mut Bytes) -> io::R
 /// Appends what is there, at most `len` bytes, to `input`, which holds much less than [`RECEIVE_LEN`]. The
 /// memory is taken from `spare`, and left there when nothing came.
 fn receive_now(
-    socket: &Socket,
+    stream: &Stream,
     buffers: &Buffers,
     spare: &mut Option<Buffer>,
     len: usize,
@@ -141,7 +157,7 @@ fn receive_now(
     let mut buffer = spare.take().unwrap_or_else(|| buffers.take(RECEIVE_LEN));
     let kept = input.len();
     let end = buffer.len().min(kept + len);
-    match socket.recv_now(&mut buffer[kept..end]) {
+    match stream.recv_now(&mut buffer[kept..end]) {
         Ok(received) => {
             buffer[..kept].copy_from_slice(input);
             buffer.truncate(kept + received);
@@ -248,7 +264,7 @@ impl Stage {
 
 /// A connection in the transmission phase. `M` starts a request, `F` is a request that was started.
 struct Connection<'a, F, M> {
-    socket: Socket,
+    stream: Stream,
     client: &'a Client,
     shared: &'a Shared,
     awake: Awake,
@@ -274,7 +290,7 @@ struct Connection<'a, F, M> {
 
 impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, M> {
     fn new(
-        socket: Socket,
+        stream: Stream,
         (client, terms): (&'a Client, Terms),
         shared: &'a Shared,
         input: Bytes,
@@ -282,7 +298,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     ) -> Self {
         let replies = Replies::new(&terms);
         Self {
-            socket,
+            stream,
             client,
             shared,
             awake: Awake::new(&shared.awake),
@@ -365,17 +381,19 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         let received = match self.requests.payload_room() {
             Some(room) => {
                 is_long = true;
-                let received = self.socket.recv_now(room);
+                let received = self.stream.recv_now(room);
                 self.requests.payload_received(received.as_ref().copied().unwrap_or(0));
                 received
             }
             None => {
                 let len = if self.was_long { RECEIVE_LEN_AFTER_LONG } else { RECEIVE_LEN };
-                receive_now(&self.socket, &self.shared.buffers, &mut self.spare, len, &mut self.input)
+                receive_now(&self.stream, &self.shared.buffers, &mut self.spare, len, &mut self.input)
             }
         };
         match received {
             Ok(0) => self.stage = Stage::Ending,
+            // Many clients leave TLS without a word. What was cut off is no whole request, and is not carried out.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => self.stage = Stage::Ending,
             Ok(_) => {
                 self.was_long = is_long;
                 self.patience.learn(self.last_answer.elapsed());
@@ -440,7 +458,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         }
         let mut has_sent = false;
         while !self.replies.is_empty() {
-            match self.replies.show(|slices| self.socket.send_now(slices)) {
+            match self.replies.show(|slices| self.stream.send_now(slices)) {
                 Ok(sent) => self.replies.sent(sent),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => {
@@ -479,7 +497,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         let mut has_news = false;
         if self.stage.listens() {
             if !self.is_full {
-                has_news |= pin!(self.socket.readable()).poll(cx).is_ready();
+                has_news |= pin!(self.stream.readable()).poll(cx).is_ready();
             }
             if Pin::new(&mut self.changed).poll(cx).is_ready() {
                 self.changed = self.shared.exports.listen();
@@ -487,7 +505,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             }
         }
         if !self.replies.is_empty() {
-            has_news |= pin!(self.socket.writable()).poll(cx).is_ready();
+            has_news |= pin!(self.stream.writable()).poll(cx).is_ready();
         }
         has_news
     }

@@ -10,7 +10,9 @@ use event_listener::{Event, EventListener, Listener};
 use heliostat_block::limits::NBD_PAYLOAD_MAX;
 use heliostat_block::nbd::wire::STRING_MAX;
 use heliostat_block::nbd::{Access, BlockSizes, Offer};
+use heliostat_host::tls::Peer;
 
+use crate::authz;
 use crate::serve::Seat;
 
 /// The most exports of one server: a listing of them stays below what a client will read.
@@ -28,6 +30,8 @@ pub struct ExportSettings {
     pub access: Access,
     /// Whether clients that ask for no name get it. A server's only export is that anyway.
     pub is_default: bool,
+    /// Whom it is for, by the certificates that they show; for others it is not there. `None`: for everybody.
+    pub clients: Option<Vec<authz::Client>>,
 }
 
 /// Why an export was not added or removed.
@@ -179,9 +183,12 @@ impl Exports {
             .collect()
     }
 
-    /// What a handshake may offer now. In the order of their names.
-    pub(super) fn offers(&self) -> (Vec<Arc<Export>>, Vec<Offer>) {
-        let exports: Vec<_> = self.by_name().values().cloned().collect();
+    /// What a handshake with this peer may offer now. In the order of their names.
+    pub(super) fn offers(&self, peer: Option<&Peer>) -> (Vec<Arc<Export>>, Vec<Offer>) {
+        let is_for = |export: &&Arc<Export>| {
+            export.settings.clients.as_ref().is_none_or(|clients| authz::is_among(clients, peer))
+        };
+        let exports: Vec<_> = self.by_name().values().filter(is_for).cloned().collect();
         let offers = exports.iter().map(|export| export.offer()).collect();
         (exports, offers)
     }

@@ -9,6 +9,7 @@ mod exports;
 mod patience;
 
 use std::cell::Cell;
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
@@ -17,9 +18,11 @@ use std::time::Duration;
 
 use event_listener::Event;
 use futures_util::future::{Either, select};
+pub use heliostat_block::nbd::handshake::TlsPolicy;
 use heliostat_host::clock::RealClock;
 use heliostat_host::runtime::{Thread, spawn_local};
 use heliostat_host::socket::{Address, Listener, Socket};
+use heliostat_host::tls::{Credentials, Peer};
 
 use crate::serve::Buffers;
 use exports::Exports;
@@ -40,15 +43,48 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Reach {
     /// This host: a Unix socket, or TCP on a loopback address.
     Local,
-    /// Whoever can reach the address. NBD has no password, and this server no encryption.
+    /// Whoever can reach the address. NBD has no password.
     Anywhere,
 }
 
+/// TLS as a server has it.
+#[derive(Clone)]
+pub struct ServerTls {
+    /// A server's certificates.
+    pub credentials: Arc<Credentials>,
+    /// Whether clients must, or may.
+    pub policy: TlsPolicy,
+    /// Decides who is let in, by the certificate that was shown. Asked on the server's thread, once for each
+    /// connection that has set up TLS. `None` lets everybody in whom the credentials let in.
+    pub admits: Option<Admits>,
+}
+
+/// A rule of who is let in.
+pub type Admits = Arc<dyn Fn(&Peer) -> bool + Send + Sync>;
+
+impl ServerTls {
+    /// Says whether whoever has set up TLS is let in. Nobody is who has shown no certificate where there is a rule.
+    fn admits(&self, peer: Option<&Peer>) -> bool {
+        self.admits.as_ref().is_none_or(|admits| peer.is_some_and(|peer| admits(peer)))
+    }
+}
+
+impl fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerTls")
+            .field("credentials", &self.credentials)
+            .field("policy", &self.policy)
+            .finish_non_exhaustive()
+    }
+}
+
 /// How a server is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ServerSettings {
-    /// Who may reach it.
+    /// Who may reach it. Where TLS is required, anybody may.
     pub reach: Reach,
+    /// Whether clients may speak to it inside TLS, or must.
+    pub tls: Option<ServerTls>,
     /// The most connections at once; further ones wait. 0 means no bound.
     pub connections_max: usize,
     /// How long a client may take until it has chosen its export. After that it may be silent for ever.
@@ -70,6 +106,7 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             reach: Reach::Local,
+            tls: None,
             connections_max: CONNECTIONS_DEFAULT,
             handshake_time: HANDSHAKE_TIME_DEFAULT,
             doors: Doors::Open,
@@ -96,6 +133,7 @@ impl NbdServer {
     pub fn start(address: &Address, settings: ServerSettings) -> io::Result<Self> {
         if let (Address::Tcp(socket), Reach::Local) = (address, settings.reach)
             && !socket.ip().is_loopback()
+            && settings.tls.as_ref().is_none_or(|tls| tls.policy != TlsPolicy::Required)
         {
             let message = format!("{address} can be reached from other hosts, which was not asked for");
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
@@ -173,6 +211,7 @@ struct Shared {
     buffers: Buffers,
     clock: RealClock,
     handshake_time: Duration,
+    tls: Option<ServerTls>,
     /// Connections that have something to do.
     awake: Rc<Cell<usize>>,
 }
@@ -215,6 +254,7 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
         buffers: Buffers::new(),
         clock: RealClock::new(),
         handshake_time: settings.handshake_time,
+        tls: settings.tls,
         awake: Rc::default(),
     };
     let shared = Rc::new(shared);
@@ -241,7 +281,7 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
 }
 
 async fn serve(socket: Socket, shared: Rc<Shared>, counted: Counted) {
-    connection::serve(socket, &shared).await;
+    connection::serve(socket.into(), &shared).await;
     drop(counted);
 }
 

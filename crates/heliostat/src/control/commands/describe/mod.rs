@@ -311,6 +311,7 @@ fn filename(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
 fn needs_definition(nodes: &[NodeEntry], entry: &NodeEntry) -> bool {
     entry.backing_is_given
         || entry.nbd.as_ref().is_some_and(|nbd| nbd.spec.name().is_none())
+        || (entry.driver == "raw" && (entry.offset_is_said || entry.is_fixed))
         || entry.filter.as_ref().is_some_and(filters::needs_definition)
         || child(nodes, entry).is_some_and(|child| needs_definition(nodes, child))
 }
@@ -348,7 +349,13 @@ fn definition(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
             };
             format!("{{{backing}\"driver\": \"qcow2\", \"file\": {}}}", child())
         }
-        "raw" => format!("{{\"driver\": \"raw\", \"file\": {}}}", child()),
+        "raw" => {
+            let said = |key: &str, value: Option<u64>| value.map(|value| format!("\"{key}\": {value}, "));
+            let offset =
+                said("offset", entry.offset_is_said.then_some(entry.window_start)).unwrap_or_default();
+            let size = said("size", entry.is_fixed.then(|| entry.node.size())).unwrap_or_default();
+            format!("{{{offset}\"driver\": \"raw\", {size}\"file\": {}}}", child())
+        }
         driver => format!("{{\"driver\": \"{driver}\", \"filename\": {}}}", text(&entry.path)),
     }
 }
