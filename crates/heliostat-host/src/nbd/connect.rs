@@ -11,12 +11,10 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use futures_util::future::{Either, select};
 use heliostat_block::nbd::ReplyStyle;
-use heliostat_block::nbd::wire::rep;
 use heliostat_block::nbd::client::{Allocation, Found, Negotiation, NegotiationError, Wish};
+use heliostat_block::nbd::wire::rep;
 
-use rustix::process::{
-    PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open,
-};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use crate::blocking;
 use crate::clock::RealClock;
@@ -169,10 +167,12 @@ async fn connect(address: &ServerAddress) -> Result<Socket, String> {
     }
 }
 
-/// The host's words, without the number that the standard library adds.
+/// The host's words alone.
 fn plain(error: &io::Error) -> String {
     let text = error.to_string();
-    text.rfind(" (os error ").map_or(text.clone(), |end| text[..end].to_owned())
+    let text = text.rsplit_once(" (os error ").map_or(text.as_str(), |(text, _)| text);
+    // Where to is said already.
+    text.rsplit_once(": ").map_or(text, |(_, text)| text).to_owned()
 }
 
 /// What the resolver said, without what the standard library puts before it.

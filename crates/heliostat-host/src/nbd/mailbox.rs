@@ -59,7 +59,13 @@ struct Waiting {
 
 impl Mailbox {
     pub(super) fn new() -> Arc<Self> {
-        let mail = Mail { letters: Vec::new(), waker: None, is_shut: false, is_abandoned: false, is_given_up: false };
+        let mail = Mail {
+            letters: Vec::new(),
+            waker: None,
+            is_shut: false,
+            is_abandoned: false,
+            is_given_up: false,
+        };
         Arc::new(Self { mail: Mutex::new(mail), permits: Arc::new(Semaphore::new(REQUESTS_MAX)) })
     }
 

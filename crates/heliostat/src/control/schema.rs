@@ -435,7 +435,10 @@ pub static COMMANDS: &[Command] = &[
             ],
             cases: Some(Cases {
                 tag: "type",
-                by_word: &[("mirror", &[required("copy-mode", COPY_MODE, "the new copy mode")])],
+                by_word: &[(
+                    "mirror",
+                    &[required("copy-mode", COPY_MODE, "the new copy mode"), mirror::TARGET_DEADLINE],
+                )],
             }),
         },
     ),

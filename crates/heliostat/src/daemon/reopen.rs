@@ -16,7 +16,8 @@ use heliostat_host::open::Cache;
 use heliostat_host::runtime;
 
 use super::{
-    BackingSpec, Child, Daemon, DaemonError, DriverSpec, NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry, NodeSpec,
+    BackingSpec, Child, Daemon, DaemonError, DriverSpec, NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry,
+    NodeSpec,
 };
 
 /// What becomes of one node.

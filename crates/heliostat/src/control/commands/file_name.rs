@@ -12,9 +12,7 @@ use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
 use super::super::schema::NODE;
 use super::nodes::{Inherited, NULL_SIZE_DEFAULT, node_spec};
-use crate::daemon::{
-    Child, DriverSpec, FaultLimits, FaultSpec, NodeSpec, Sharing, TargetName, nbd_name,
-};
+use crate::daemon::{Child, DriverSpec, FaultLimits, FaultSpec, NodeSpec, Sharing, TargetName, nbd_name};
 
 /// What `name` means for a node that takes over `above`. One that cannot be used is refused later, by who knows what
 /// comes before.

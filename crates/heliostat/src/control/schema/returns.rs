@@ -272,6 +272,8 @@ pub(super) static JOBS: Kind = Kind::List(&Kind::Object(&record(&[
     optional("error", Kind::Text, ""),
 ])));
 
+static DEGRADED: Record = record(&[text("reason"), int("for-ms")]);
+
 const MIRROR: &[Member] = &[
     flag("actively-synced"),
     ours_always("source", Kind::Text, "the node that is mirrored"),
@@ -290,6 +292,7 @@ const MIRROR: &[Member] = &[
     ours_always("data-copied", Kind::Int, "bytes of data"),
     ours_always("zeroes-skipped", Kind::Int, "bytes of zeroes that were not copied as data"),
     ours_always("errors-ignored", Kind::Int, "errors that the policy ignored"),
+    ours("degraded", Kind::Object(&DEGRADED), "that the target does not answer: guests do not wait for it"),
 ];
 
 /// `query-block-jobs`.
@@ -408,6 +411,14 @@ pub static EVENTS: &[EventType] = &[
             ours("offset", Kind::Int, "where, in bytes"),
             ours("length", Kind::Int, "how much"),
             ours("errno", Kind::Int, "the host's number of the error"),
+        ]),
+    },
+    EventType {
+        name: "BLOCK_JOB_DEGRADED",
+        says: &record(&[
+            text("device"),
+            flag("degraded"),
+            optional("reason", Kind::Text, "why the target is thought not to answer"),
         ]),
     },
     EventType { name: "BLOCK_DIRTY_BITMAP_NOT_STORED", says: &record(&[text("node-name"), text("name")]) },

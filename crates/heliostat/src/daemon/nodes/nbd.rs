@@ -134,7 +134,8 @@ impl NbdServerAt {
                 let refused = |why: String| DaemonError::Nbd(format!("file descriptor '{number}': {why}"));
                 let number =
                     number.parse().map_err(|_| refused("only the number of one is understood".to_owned()))?;
-                let connection = OpenConnection::inherited(number).map_err(|error| refused(error.to_string()))?;
+                let connection =
+                    OpenConnection::inherited(number).map_err(|error| refused(error.to_string()))?;
                 Ok(ServerAddress::Connected(connection))
             }
         }

@@ -78,8 +78,7 @@ fn inet(host: &str, port: &str, export: String) -> Result<NbdClientSpec, String>
     if port.is_empty() || host.is_empty() {
         return Err(no_url());
     }
-    let server =
-        NbdServerAt::Inet { host: host.to_owned(), port: port.to_owned(), others: Vec::new() };
+    let server = NbdServerAt::Inet { host: host.to_owned(), port: port.to_owned(), others: Vec::new() };
     Ok(NbdClientSpec::new(server, export))
 }
 
