@@ -7,6 +7,7 @@ use heliostat_block::buffer::{Buffer, BufferPool};
 use heliostat_block::nbd::client::{Allocation, Found, Negotiation, Wish};
 use heliostat_block::nbd::client_reply::Conversation;
 use heliostat_block::nbd::client_request::Ask;
+use heliostat_block::nbd::context::{Context, Described};
 use heliostat_block::nbd::handshake::{Handshake, Offers, Step, TlsPolicy};
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, ExtentsWanted, INPUT_MAX, Parsed, Request, Requests};
@@ -24,6 +25,7 @@ fn offer(name: &str, access: Access) -> Offer {
         access,
         block_sizes: BlockSizes::DEFAULT,
         is_default: name == "b",
+        contexts: vec![Context::Allocation, Context::Depth, Context::Bitmap("m".to_owned())],
     }
 }
 
@@ -66,9 +68,8 @@ fn serve_handshake(step: u8, data: &[u8]) {
                 Ok(Step::Incomplete) => break,
                 Ok(Step::Agreed(agreed)) => {
                     assert_eq!(agreed.terms.size, SIZE);
-                    assert!(
-                        agreed.terms.allocation.is_none() || agreed.terms.replies == ReplyStyle::Structured
-                    );
+                    assert!(agreed.contexts.is_empty() || agreed.terms.replies.has_chunks());
+                    assert_eq!(agreed.terms.allocation.is_some(), agreed.contexts.contains(&1));
                     return;
                 }
                 Ok(Step::Aborted) => return,
@@ -85,21 +86,29 @@ fn serve_handshake(step: u8, data: &[u8]) {
 /// arrives, the second under which terms.
 pub fn request(data: &[u8]) {
     let Some((&[step, style], data)) = data.split_first_chunk() else { return };
-    let replies = if style & 1 == 0 { ReplyStyle::Simple } else { ReplyStyle::Structured };
+    let replies = match style & 9 {
+        0 => ReplyStyle::Simple,
+        1 => ReplyStyle::Structured,
+        _ => ReplyStyle::Extended,
+    };
     let terms = Terms {
         size: SIZE,
         access: if style & 2 == 0 { Access::Writable } else { Access::ReadOnly },
         block_sizes: if style & 4 == 0 { BlockSizes::DEFAULT } else { BlockSizes::new(512, 4096, 1 << 20) },
         replies,
-        allocation: (replies == ReplyStyle::Structured).then_some(1),
+        allocation: replies.has_chunks().then_some(1),
     };
     serve_requests(step, data, terms);
-    converse(step, data, terms);
+    // A client here asks for structured replies at most.
+    if replies != ReplyStyle::Extended {
+        converse(step, data, terms);
+    }
 }
 
 fn serve_requests(step: u8, data: &[u8], terms: Terms) {
     let replies = Replies::new(&terms);
-    let mut requests = Requests::new(terms, BufferPool::new(1 << 20, 4), replies.clone());
+    let contexts: &[u32] = if terms.allocation.is_some() { &[1, 2, 3] } else { &[] };
+    let mut requests = Requests::new(terms, contexts, BufferPool::new(1 << 20, 4), replies.clone());
     let mut input = Bytes::new();
     for mut piece in pieces(step, data) {
         while input.is_empty() && !piece.is_empty() {
@@ -150,9 +159,12 @@ fn carry_out(request: Request, terms: Terms) {
             check(range);
             reply.done();
         }
-        Command::BlockStatus { range, extents } => {
+        Command::BlockStatus { range, extents, contexts } => {
             check(range);
-            reply.extents(range, &[Extent { range, status: ExtentStatus::Hole }], extents);
+            assert!(!contexts.is_empty() && contexts.len() <= 3);
+            let hole = Described::allocation(Extent { range, status: ExtentStatus::Hole });
+            let said: Vec<_> = contexts.iter().map(|id| (*id, vec![hole])).collect();
+            reply.status(range, extents, &said);
         }
     }
 }

@@ -33,7 +33,12 @@ pub const NBD_SKIP_MAX: u32 = 64 << 20;
 /// which the rest is received into. Shorter ones are cut out of the receive buffer.
 pub const NBD_OWN_BUFFER_MIN: usize = 32 << 10;
 
-/// The most extents in one answer to NBD's block status (32 KiB of reply); clients ask on from where it ends.
+/// The most contexts that an NBD export offers: all bitmaps that a node may have, and as many again of other
+/// nodes.
+pub const NBD_CONTEXTS_MAX: usize = 258;
+
+/// The most extents in one answer to NBD's block status, of all its contexts together but for one each (32 or
+/// 64 KiB of reply); clients ask on from where it ends.
 pub const NBD_EXTENTS_MAX: usize = 4096;
 
 /// The most chunks of one NBD reply, or distinct filled ranges of one read, that a client puts up with. A

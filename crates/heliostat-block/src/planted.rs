@@ -31,6 +31,8 @@ pub enum Bug {
     DoubledBesideCopy,
     /// A flush that fails takes no notice of copies on their way.
     FlushForgetsCopies,
+    /// Nobody heeds that the target may have lost what was not flushed.
+    LossNotHeeded,
     /// A named bitmap is cleared a while after the gate has opened again, not behind it.
     BitmapClearedLate,
     /// A named bitmap is cleared although the copy was not completed.

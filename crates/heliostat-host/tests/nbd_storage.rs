@@ -13,11 +13,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::{DRIVERS, pattern};
 use heliostat_block::buffer::Buffer;
+use heliostat_block::nbd::ReplyStyle;
 use heliostat_block::nbd::link::LinkState;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, ExtentStatus, Storage, ZeroEffort, ZeroSpace};
-use heliostat_host::nbd::{NbdOptions, NbdStorage};
+use heliostat_host::nbd::{NbdOptions, NbdStorage, Tls};
 use heliostat_host::runtime::{Driver, block_on_with};
+use heliostat_host::tls::{Credentials, CredentialsSettings, Endpoint, PeerCheck};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
+};
 use server::{PATIENCE, Server, options};
 
 const MIB: u64 = 1 << 20;
@@ -74,7 +80,29 @@ fn all_kinds_of_requests_work_with_qemu() {
         run(driver, exercise(&storage));
         let status = storage.status();
         assert_eq!(status.state, LinkState::Up);
+        assert_eq!(status.found.unwrap().terms.replies, ReplyStyle::Extended);
     }
+}
+
+#[test]
+fn a_dirty_bitmap_shows_as_extents() {
+    let directory = common::disk_directory();
+    let [image, socket] = ["disk", "socket"].map(|name| directory.path().join(name));
+    let path = image.to_str().unwrap();
+    common::run("qemu-img", &["create", "-q", "-f", "qcow2", path, "1M"]).unwrap();
+    common::run("qemu-img", &["bitmap", "--add", "-g", "64k", path, "b0"]).unwrap();
+    common::run("qemu-io", &["-c", "write -P 7 128k 64k", path]).unwrap();
+    let server = Server::qemu_of("qcow2", &socket, &image, &["--bitmap=b0"]);
+    let options = |bitmap: &str| NbdOptions { bitmap: Some(bitmap.to_owned()), ..server.options() };
+    let storage = NbdStorage::open(options("qemu:dirty-bitmap:b0")).unwrap();
+    let extents = run(Driver::Auto, storage.extents(range(0, MIB))).unwrap();
+    let extents: Vec<_> = extents.iter().map(|extent| (extent.range, extent.status)).collect();
+    let (clean, dirty) = (ExtentStatus::Hole, ExtentStatus::Data);
+    let rest = range(192 << 10, MIB - (192 << 10));
+    assert_eq!(extents, [(range(0, 128 << 10), clean), (range(128 << 10, 64 << 10), dirty), (rest, clean)]);
+    let once = NbdOptions { open_timeout: Duration::ZERO, ..options("qemu:dirty-bitmap:b1") };
+    let error = NbdStorage::open(once).unwrap_err();
+    assert!(error.to_string().contains("qemu:dirty-bitmap:b1"), "{error}");
 }
 
 #[test]
@@ -176,6 +204,59 @@ fn an_export_of_another_size_is_not_taken_for_the_same() {
     let error = run(Driver::Auto, storage.read(0, Buffer::zeroed(512))).unwrap_err();
     assert!(error.to_string().contains("2097152 bytes now, not 1048576"), "{error}");
     assert_eq!(storage.status().state, LinkState::Changed);
+}
+
+/// A folder with certificates for both sides, in QEMU's layout.
+fn certificates() -> tempfile::TempDir {
+    let directory = common::disk_directory();
+    let path = |name: &str| directory.path().join(name);
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, "authority");
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    std::fs::write(path("ca-cert.pem"), authority.pem()).unwrap();
+    let usages =
+        [("server", ExtendedKeyUsagePurpose::ServerAuth), ("client", ExtendedKeyUsagePurpose::ClientAuth)];
+    for (side, usage) in usages {
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        params.extended_key_usages = vec![usage];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &authority).unwrap();
+        std::fs::write(path(&format!("{side}-cert.pem")), certificate.pem()).unwrap();
+        std::fs::write(path(&format!("{side}-key.pem")), key.serialize_pem()).unwrap();
+    }
+    directory
+}
+
+#[test]
+fn connections_are_private_where_that_is_asked_for() {
+    for driver in DRIVERS {
+        let folder = certificates();
+        let load = |peers| {
+            let (dir, endpoint) = (folder.path().to_owned(), Endpoint::Client);
+            Credentials::load(CredentialsSettings { dir, endpoint, peers }).unwrap()
+        };
+        let socket = folder.path().join("socket");
+        let file = folder.path().join("disk");
+        std::fs::File::create(&file).unwrap().set_len(8 * MIB).unwrap();
+        let object =
+            format!("tls-creds-x509,id=tls0,endpoint=server,verify-peer=yes,dir={}", folder.path().display());
+        let server = Server::qemu(&socket, &file, &["--object", &object, "--tls-creds=tls0"]);
+        let tls = Tls { credentials: load(PeerCheck::Required), host: "localhost".to_owned() };
+        let options = NbdOptions { tls: Some(tls.clone()), reconnect_delay: PATIENCE, ..server.options() };
+        let storage = NbdStorage::open_with(driver, options.clone()).unwrap();
+        run(driver, exercise(&storage));
+        server.kill();
+        let _server = Server::qemu(&socket, &file, &["--object", &object, "--tls-creds=tls0"]);
+        assert!(run(driver, read(&storage, MIB, 512)).iter().all(|byte| *byte == 0));
+        let once = NbdOptions { open_timeout: Duration::ZERO, ..options };
+        let elsewhere = Tls { host: "example.org".to_owned(), ..tls };
+        let error = NbdStorage::open(NbdOptions { tls: Some(elsewhere), ..once.clone() }).unwrap_err();
+        assert!(error.to_string().contains("example.org"), "{error}");
+        let error = NbdStorage::open(NbdOptions { tls: None, ..once }).unwrap_err();
+        assert!(error.to_string().to_lowercase().contains("tls"), "{error}");
+    }
 }
 
 #[test]

@@ -64,6 +64,8 @@ pub struct Seen {
     pub errors: u64,
     /// Requests that lanes made to storages.
     pub on_lanes: u64,
+    /// Times that a target was cut off from its medium.
+    pub cuts: u64,
 }
 
 impl Seen {
@@ -78,6 +80,7 @@ impl Seen {
         self.stood += other.stood;
         self.errors += other.errors;
         self.on_lanes += other.on_lanes;
+        self.cuts += other.cuts;
     }
 }
 

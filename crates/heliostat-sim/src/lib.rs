@@ -29,6 +29,8 @@ pub use bench::Seen;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use scenario::Targets;
+
 /// Whether a run tells what happens in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trace {
@@ -43,7 +45,15 @@ pub enum Trace {
 /// # Errors
 /// What went wrong first, in words.
 pub fn run(seed: u64, trace: Trace) -> Result<Seen, String> {
-    caught(|| scenario::run(random::mix(seed), trace == Trace::On))
+    caught(|| scenario::run(random::mix(seed), Targets::Stay, trace == Trace::On))
+}
+
+/// The same with targets that are cut off from their medium now and then, and may lose what was not flushed.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with_cuts(seed: u64, trace: Trace) -> Result<Seen, String> {
+    caught(|| scenario::run(random::mix(seed), Targets::CutOff, trace == Trace::On))
 }
 
 /// Makes a panic an error.

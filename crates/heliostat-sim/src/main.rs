@@ -32,6 +32,9 @@ struct Options {
     /// Mirror several disks that end together.
     #[arg(long, conflicts_with = "image")]
     group: bool,
+    /// Cut targets off from their medium now and then.
+    #[arg(long, conflicts_with_all = ["image", "group"])]
+    cuts: bool,
     /// Stop after so many failures.
     #[arg(long, default_value_t = 20)]
     failures: u64,
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         seen: Mutex::default(),
         image: options.image.then(Mutex::default),
         group: options.group.then(Mutex::default),
+        cuts: options.cuts,
         trace,
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -68,9 +72,10 @@ fn main() -> ExitCode {
     let passed = search.passed.load(Ordering::Relaxed);
     for (seed, what) in &failed {
         println!("seed {seed}: {what}");
-        let kind = match (options.image, options.group) {
-            (true, _) => " --image",
-            (_, true) => " --group",
+        let kind = match (options.image, options.group, options.cuts) {
+            (true, ..) => " --image",
+            (_, true, _) => " --group",
+            (.., true) => " --cuts",
             _ => "",
         };
         println!("  again: cargo run --profile sim -p heliostat-sim --{kind} --seed {seed} --trace");
@@ -93,6 +98,8 @@ struct Search {
     image: Option<Mutex<image::Seen>>,
     /// Where groups are.
     group: Option<Mutex<group::Seen>>,
+    /// Whether targets are cut off.
+    cuts: bool,
     trace: Trace,
 }
 
@@ -116,7 +123,8 @@ impl Search {
             let seen = group::run(seed, self.trace)?;
             all.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
         } else {
-            let seen = heliostat_sim::run(seed, self.trace)?;
+            let run = if self.cuts { heliostat_sim::run_with_cuts } else { heliostat_sim::run };
+            let seen = run(seed, self.trace)?;
             self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(&seen);
         }
         Ok(())
@@ -152,7 +160,7 @@ impl Search {
         let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!(
             "{} guests' requests; {} pivots, {} of them onto the source, {} copies left, {} jobs cancelled, {} failed, {} refused at the pivot; {} \
-             errors met; {} requests by lanes",
+             errors met; {} requests by lanes; {} cuts",
             seen.requests,
             seen.pivots,
             seen.stood,
@@ -161,7 +169,8 @@ impl Search {
             seen.failed,
             seen.refused,
             seen.errors,
-            seen.on_lanes
+            seen.on_lanes,
+            seen.cuts
         );
     }
 

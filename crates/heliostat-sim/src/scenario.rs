@@ -93,17 +93,31 @@ impl LaneSettings {
     }
 }
 
+/// Whether targets stay where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Targets {
+    /// They do.
+    Stay,
+    /// Each is cut off now and then, and may lose what was not flushed.
+    CutOff,
+}
+
 /// Carries out what `seed` stands for.
 ///
 /// # Errors
 /// What went wrong first.
-pub(crate) fn run(seed: u64, tracing: bool) -> Result<Seen, String> {
+pub(crate) fn run(seed: u64, targets: Targets, tracing: bool) -> Result<Seen, String> {
     let mut apart = Random::new(!seed).fork();
     let running = Running { world: World::new(tracing), executor: Executor::new(apart.fork()) };
-    run_in(&running, Random::new(seed), apart)
+    run_in(&running, targets, Random::new(seed), apart)
 }
 
-fn run_in(running: &Running, mut random: Random, mut apart: Random) -> Result<Seen, String> {
+fn run_in(
+    running: &Running,
+    targets: Targets,
+    mut random: Random,
+    mut apart: Random,
+) -> Result<Seen, String> {
     let Running { world, executor } = running;
     let settings = Settings::draw(&mut random, &mut apart);
     let graph = Arc::new(Graph::default());
@@ -136,6 +150,9 @@ fn run_in(running: &Running, mut random: Random, mut apart: Random) -> Result<Se
         if errand.stands {
             errand.mirror.sync = SyncMode::None;
         }
+    }
+    if targets == Targets::CutOff {
+        cut_targets_off(&bench, &settings, &mut apart);
     }
     let operator = Operator {
         bench: Arc::clone(&bench),
@@ -345,6 +362,26 @@ fn watch_for_crashes(bench: &Arc<Bench>, executor: &Executor, settings: &Setting
     });
 }
 
+/// Cuts each disk that no guest uses off from its medium now and then.
+fn cut_targets_off(bench: &Arc<Bench>, settings: &Settings, random: &mut Random) {
+    for number in 0..bench.disks.len() {
+        let gap = settings.delay_max * random.pick(&[3, 20, 200]);
+        let mut at = Duration::ZERO;
+        for _ in 0..random.pick(&[1, 4, 40]) {
+            at += random.time(gap);
+            let (bench_then, mut random) = (Arc::downgrade(bench), random.fork());
+            if at >= settings.faults_until {
+                break;
+            }
+            bench.world.at(at, move || {
+                let Some(bench) = bench_then.upgrade() else { return };
+                let was_cut = bench.disks[number].storage.cut_off(&mut random);
+                bench.seen().cuts += u64::from(was_cut);
+            });
+        }
+    }
+}
+
 // -------------------------------------------------------------------------- jobs
 
 fn errand(settings: &Settings, random: &mut Random) -> Errand {
@@ -414,7 +451,7 @@ mod tests {
             let mut apart = Random::new(!seed);
             let running = Running { world: World::new(false), executor: Executor::new(apart.fork()) };
             let world = Arc::downgrade(&running.world);
-            run_in(&running, Random::new(seed), apart).expect("an honest run passes");
+            run_in(&running, Targets::Stay, Random::new(seed), apart).expect("an honest run passes");
             drop(running);
             assert!(world.upgrade().is_none(), "seed {seed}: something still holds the world");
         }

@@ -5,6 +5,8 @@
 //! waits for it: dropping its future does not stop it, as a kernel may not either. Two that overlap and are in flight at
 //! once therefore land in either order, piece by piece.
 
+mod cuts;
+
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -62,6 +64,10 @@ struct State {
     writeback_failed: bool,
     /// Draws what the host does with a hint.
     hints: Random,
+    /// Guests' data is here.
+    is_guests: bool,
+    /// How often it was cut off from its medium.
+    losses: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -90,6 +96,8 @@ impl SimStorage {
             on_lanes: 0,
             flush_failures: 0,
             forgets,
+            is_guests: false,
+            losses: 0,
         };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)) })
     }
@@ -156,12 +164,16 @@ impl SimStorage {
 
     /// From now on reads show what was written, whatever a flush says: guests' data is here.
     pub(crate) fn forgets_no_more(&self) {
-        lock(&self.state).forgets = false;
+        let mut state = lock(&self.state);
+        state.forgets = false;
+        state.is_guests = true;
     }
 
     /// The same again: no guest reads here any more.
     pub(crate) fn may_forget(&self) {
-        lock(&self.state).forgets = self.profile.forgets;
+        let mut state = lock(&self.state);
+        state.forgets = self.profile.forgets;
+        state.is_guests = false;
     }
 
     /// What a crash at this moment would leave.
@@ -422,6 +434,10 @@ impl Storage for SimStorage {
             )
         };
         self.answer(begin)
+    }
+
+    fn losses(&self) -> u64 {
+        lock(&self.state).losses
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {

@@ -4,7 +4,7 @@
 #![expect(clippy::print_stdout, reason = "says which seed found it")]
 
 use heliostat_block::planted::{Bug, plant};
-use heliostat_sim::{Trace, group, run};
+use heliostat_sim::{Seen, Trace, group, run, run_with_cuts};
 
 /// How many seeds may be needed.
 const SEEDS: u64 = 400;
@@ -14,6 +14,10 @@ fn is_found(bug: Bug) {
 }
 
 fn is_found_within(bug: Bug, seeds: u64) {
+    is_found_by(run, bug, seeds);
+}
+
+fn is_found_by(run: fn(u64, Trace) -> Result<Seen, String>, bug: Bug, seeds: u64) {
     std::panic::set_hook(Box::new(|_| {}));
     let found = (0..seeds).find_map(|seed| {
         plant(Some(bug));
@@ -59,6 +63,11 @@ fn a_late_target_write_over_a_newer_copy_is_found() {
 #[test]
 fn a_failed_flush_that_is_simply_tried_again_is_found() {
     is_found(Bug::FlushTriedAgain);
+}
+
+#[test]
+fn a_loss_that_nobody_heeds_is_found() {
+    is_found_by(run_with_cuts, Bug::LossNotHeeded, SEEDS);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Every seed that failed once passes, and a seed does the same in every run.
 
-use heliostat_sim::{Seen, Trace, group, run};
+use heliostat_sim::{Seen, Trace, group, run, run_with_cuts};
 
 #[test]
 fn every_seed_that_failed_once_passes() {
@@ -25,9 +25,24 @@ fn the_first_seeds_pass_and_come_across_what_they_are_for() {
             Err(what) => panic!("seed {seed}: {what}"),
         }
     }
-    let Seen { requests, pivots, copies, cancelled, failed, stood, refused, errors, on_lanes } = sum;
+    let Seen { requests, pivots, copies, cancelled, failed, stood, refused, errors, on_lanes, cuts: _ } = sum;
     let all = [requests, pivots, copies, cancelled, failed, stood, refused, errors, on_lanes];
     assert!(all.iter().all(|count| *count > 0), "{sum:?}");
+}
+
+#[test]
+fn targets_that_are_cut_off_are_copied_again() {
+    let mut sum = Seen::default();
+    for seed in 0..100 {
+        match run_with_cuts(seed, Trace::Off) {
+            Ok(seen) => sum.add(&seen),
+            Err(what) => panic!("seed {seed}: {what}"),
+        }
+    }
+    assert!([sum.pivots, sum.copies, sum.cuts].iter().all(|count| *count > 0), "{sum:?}");
+    for seed in 0..10 {
+        assert_eq!(run_with_cuts(seed, Trace::Off), run_with_cuts(seed, Trace::Off), "seed {seed}");
+    }
 }
 
 #[test]

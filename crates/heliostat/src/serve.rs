@@ -4,6 +4,9 @@
 //! its share; it is answered once. It must not be dropped once it was polled: what entered a node runs to its
 //! end (ARCHITECTURE.md, invariant 2). Called by the front ends.
 
+pub mod sparse;
+pub mod status;
+
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,11 +17,15 @@ use heliostat_block::convert::{u64_from, usize_from};
 use heliostat_block::error::BlockError;
 use heliostat_block::graph::Place;
 use heliostat_block::nbd::Errno;
-use heliostat_block::nbd::reply::Reply;
-use heliostat_block::nbd::request::{Command, Request};
+use heliostat_block::nbd::reply::{Part, Reply};
+use heliostat_block::nbd::request::{Command, Fragments, Request};
+use heliostat_block::range::ByteRange;
 use heliostat_block::statistics::Statistics;
 use heliostat_block::storage::Durability;
 use heliostat_block::tracked::Tracked;
+
+use sparse::{Scout, Step};
+use status::Contexts;
 
 /// What one client may have in flight. Clones count together; they stay on their thread.
 #[derive(Clone, Debug)]
@@ -28,6 +35,8 @@ pub struct Permits(Rc<Left>);
 struct Left {
     requests: Cell<usize>,
     bytes: Cell<u64>,
+    /// What there was at first.
+    of: (usize, u64),
 }
 
 /// The right to have one request in flight; given back when dropped.
@@ -42,13 +51,20 @@ impl Permits {
     /// Makes permits for so many requests, with so many bytes of data in all.
     #[must_use]
     pub fn new(requests: usize, bytes: u64) -> Self {
-        Self(Rc::new(Left { requests: Cell::new(requests), bytes: Cell::new(bytes) }))
+        Self(Rc::new(Left { requests: Cell::new(requests), bytes: Cell::new(bytes), of: (requests, bytes) }))
     }
 
     /// How many bytes one more request may hold; `None` when there may be no more request.
     #[must_use]
     pub fn room(&self) -> Option<u64> {
         (self.0.requests.get() > 0).then(|| self.0.bytes.get())
+    }
+
+    /// How many requests are in flight, and how many bytes they hold.
+    #[must_use]
+    pub fn held(&self) -> (usize, u64) {
+        let (requests, bytes) = self.0.of;
+        (requests - self.0.requests.get(), bytes - self.0.bytes.get())
     }
 
     /// Takes the permit for one request that holds so many bytes: no more than [`Permits::room`] said.
@@ -122,13 +138,23 @@ pub struct Seat {
     pub place: Arc<Place>,
     /// What was counted.
     pub statistics: Statistics,
+    /// What clients may ask of its ranges.
+    pub contexts: Contexts,
+    /// What is known of its holes.
+    scout: Scout,
 }
 
 impl Seat {
     /// A seat at `place` with nothing counted yet.
     #[must_use]
     pub fn new(place: Arc<Place>) -> Arc<Self> {
-        Arc::new(Self { place, statistics: Statistics::default() })
+        Self::with_contexts(place, Contexts::default())
+    }
+
+    /// The same, with `contexts` for clients to ask for.
+    #[must_use]
+    pub fn with_contexts(place: Arc<Place>, contexts: Contexts) -> Arc<Self> {
+        Arc::new(Self { place, statistics: Statistics::default(), contexts, scout: Scout::default() })
     }
 
     fn count(&self, tracked: &Tracked) {
@@ -160,25 +186,72 @@ pub async fn carry_out(seat: Arc<Seat>, buffers: Buffers, request: Request, perm
     }
     let tracked = seat.place.enter().await;
     match command {
-        Command::Read { range, .. } => {
-            let buffer = buffers.take(usize_from(range.len()));
-            let read = tracked.read(range.offset(), buffer).await;
-            seat.count(&tracked);
-            match read {
-                Ok(buffer) => reply.data(range.offset(), buffer),
+        Command::Read { range, fragments } => {
+            let steps = match fragments {
+                Fragments::Allowed if reply.takes_parts() => steps(&seat, &tracked, range).await,
+                _ => None,
+            };
+            match steps {
+                Some(steps) => read_parts(&seat, &tracked, &buffers, &steps, reply).await,
+                None => match read(&seat, &tracked, &buffers, range).await {
+                    Ok(buffer) => reply.data(range.offset(), buffer),
+                    Err(error) => fail(reply, &error),
+                },
+            }
+        }
+        Command::BlockStatus { range, extents, contexts } => {
+            match seat.contexts.describe(&tracked, range, &contexts).await {
+                Ok(said) => reply.status(range, extents, &said),
                 Err(error) => fail(reply, &error),
             }
         }
-        Command::BlockStatus { range, extents } => match tracked.extents(range).await {
-            Ok(found) => reply.extents(range, &found, extents),
-            Err(error) => fail(reply, &error),
-        },
         command => match change(&seat, &tracked, command).await {
             Ok(()) => reply.done(),
             Err(error) => fail(reply, &error),
         },
     }
     drop(permit);
+}
+
+async fn read(
+    seat: &Seat,
+    tracked: &Tracked,
+    buffers: &Buffers,
+    range: ByteRange,
+) -> Result<Buffer, BlockError> {
+    let read = tracked.read(range.offset(), buffers.take(usize_from(range.len()))).await;
+    seat.count(tracked);
+    read
+}
+
+/// What a read is to be made of, where there are holes that it is worth to leave out.
+async fn steps(seat: &Seat, tracked: &Tracked, range: ByteRange) -> Option<Vec<Step>> {
+    if range.len() < sparse::LEN_MIN || !seat.scout.looks() {
+        return None;
+    }
+    // Who cannot say it can still be read.
+    let extents = tracked.extents(range).await.unwrap_or_default();
+    let steps = sparse::plan(range, &extents);
+    let has_holes = steps.iter().any(|step| matches!(step, Step::Hole(_)));
+    seat.scout.learn(has_holes);
+    has_holes.then_some(steps)
+}
+
+async fn read_parts(seat: &Seat, tracked: &Tracked, buffers: &Buffers, steps: &[Step], reply: Reply) {
+    let mut parts = Vec::with_capacity(steps.len());
+    for step in steps {
+        match *step {
+            Step::Hole(range) => parts.push(Part::Hole(range)),
+            Step::Read(range) => match read(seat, tracked, buffers, range).await {
+                Ok(buffer) => parts.push(Part::Data(range.offset(), buffer)),
+                Err(error) => {
+                    let errno = Errno::from(error.kind());
+                    return reply.failed_at(parts, errno, &error.to_string(), range.offset());
+                }
+            },
+        }
+    }
+    reply.parts(parts);
 }
 
 async fn change(seat: &Seat, tracked: &Tracked, command: Command) -> Result<(), BlockError> {

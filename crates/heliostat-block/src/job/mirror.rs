@@ -6,10 +6,10 @@
 
 mod degraded;
 mod end;
+mod trust;
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use event_listener::EventListener;
@@ -49,11 +49,15 @@ pub struct Mirror {
     route: Arc<Route>,
     doubling: Arc<Doubling>,
     unflushed: Unflushed,
+    /// What the target's count of losses was when it was last looked at.
+    losses: u64,
     options: MirrorOptions,
     clock: Arc<dyn Clock>,
     underway: Underway,
     scan: Scan,
     scanned_to: u64,
+    /// The look ahead that is on its way believes what is believed no more.
+    scans_in_vain: bool,
     /// Where the next copy looks first.
     cursor: u64,
     /// Everything that the scan has marked has been copied once; what is left is the guests' doing.
@@ -100,6 +104,7 @@ impl Mirror {
         let route = Arc::new(Route::new(source_node, target_node, &options));
         Self {
             underway: Underway::new(Arc::clone(&route)),
+            losses: route.target.losses(),
             route,
             job,
             graph,
@@ -109,6 +114,7 @@ impl Mirror {
             scan: if options.sync.scans() { Scan::Ahead } else { Scan::Over },
             options,
             scanned_to: 0,
+            scans_in_vain: false,
             cursor: 0,
             first_pass_over: options.sync == SyncMode::None,
             blocked: false,
@@ -169,6 +175,7 @@ impl Mirror {
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
+            self.heed_losses();
             let view = self.view();
             let step = next_step(view);
             self.tell_figures(step.is_said());
@@ -323,6 +330,8 @@ impl Mirror {
         let Some(done) = done else { return };
         self.hear_answer();
         self.blocked = false;
+        // Before anything that has ended counts as done.
+        self.heed_losses();
         match done {
             Done::Copied(begun, copying, copied) => self.take_in_copy(begun, copying, copied),
             Done::Half(begun, half, written) => {
@@ -339,19 +348,7 @@ impl Mirror {
                 self.attempt.flush_ended(true);
             }
             Done::Flushed(Err(error)) => self.take_in_failed_flush(&error),
-            Done::Scanned(Ok(scanned)) => {
-                for range in &scanned.dirty {
-                    self.doubling.bitmap().mark(*range);
-                }
-                self.scanned_to = scanned.range.end();
-                let over = self.scanned_to >= self.route.source.size();
-                self.scan = if over { Scan::Over } else { Scan::Ahead };
-                if over {
-                    self.cursor = 0;
-                    self.attempt.restart(self.clock.now());
-                    self.tally.phase_begins();
-                }
-            }
+            Done::Scanned(Ok(scanned)) => self.take_in_scan(&scanned),
             Done::Scanned(Err(error)) => {
                 self.scan = Scan::Ahead;
                 self.meet_error(Operation::Read, &error);
@@ -380,19 +377,6 @@ impl Mirror {
         if self.underway.copies() == 0 {
             self.tally.copies_end(self.clock.now());
         }
-    }
-
-    fn take_in_failed_flush(&mut self, error: &BlockError) {
-        self.unflushed.flush_failed(self.doubling.bitmap());
-        self.route.trust_target.store(false, Ordering::Relaxed);
-        self.attempt.flush_ended(false);
-        if !self.unflushed.has_succeeded() && self.options.sync.scans() {
-            // What the target showed as zero was perhaps never durable: looks again, and believes nothing.
-            self.scan = Scan::Ahead;
-            self.scanned_to = 0;
-            self.first_pass_over = false;
-        }
-        self.meet_error(Operation::Write, error);
     }
 
     /// Does what the policy says about an error. The range is dirty again already.

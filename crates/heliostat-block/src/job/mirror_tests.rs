@@ -241,6 +241,69 @@ fn a_copy_of_which_a_part_had_landed_when_a_flush_failed_is_copied_again() {
     assert_eq!(target.durable(), source.shown());
 }
 
+// ---------------------------------------------------------------------- losses that no error tells of
+
+#[test]
+fn what_the_target_lost_before_a_flush_is_copied_again() {
+    for at in 0..40 {
+        let (source, target) = (disk(7), disk(0xff));
+        let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+        let mut steps = 0;
+        let end = complete(&bench, options(), || {
+            if steps == at {
+                target.lose();
+            }
+            steps += 1;
+        });
+        assert_eq!(end, JobEvent::Completed(None), "lost before step {at}");
+        assert_eq!(target.durable(), source.shown(), "lost before step {at}");
+    }
+}
+
+#[test]
+fn zeroes_that_the_target_only_showed_are_written_when_it_lost_them() {
+    for at in 0..40 {
+        let (source, target) = (disk(0), disk(0xff));
+        target.fill_cache(0);
+        let bench = Bench::new(source, Arc::clone(&target));
+        let mut steps = 0;
+        let end = complete(&bench, options(), || {
+            if steps == at {
+                target.lose();
+            }
+            steps += 1;
+        });
+        assert_eq!(end, JobEvent::Completed(None));
+        assert!(target.durable().iter().all(|byte| *byte == 0), "lost before step {at}");
+    }
+}
+
+#[test]
+fn a_copy_of_which_a_part_had_landed_at_a_loss_is_copied_again() {
+    let (source, target) = (disk(1), disk(0));
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let (mut lost, mut held) = (false, false);
+    bench.run(mirror.run(), || match (job.status(), held) {
+        (JobStatus::Ready, false) => {
+            target.hold_writes();
+            let tracked = bench.export.enter().now_or_never().expect("the gate is open");
+            let data = Bytes::from(vec![2; 4 * SECTOR]);
+            tracked.write(0, data, Durability::Cached).now_or_never().expect("at once").unwrap();
+            held = true;
+        }
+        (JobStatus::Ready, true) if target.held() > 0 && !lost => {
+            target.lose();
+            job.ask(Verb::Complete).unwrap();
+            lost = true;
+            target.release();
+        }
+        _ => {}
+    });
+    assert_eq!(job.status(), JobStatus::Null);
+    assert_eq!(target.durable(), source.shown());
+}
+
 // ---------------------------------------------------------------------- answers that make no sense
 
 #[test]

@@ -66,6 +66,7 @@ struct State {
     /// Sectors that a flush makes durable, and a failed one loses.
     cached: BTreeSet<usize>,
     flushes_to_fail: u32,
+    losses: u64,
     flushes: u32,
     holds_writes: bool,
     /// Writes that a test holds up.
@@ -81,6 +82,7 @@ impl Disk {
             shown: bytes,
             cached: BTreeSet::new(),
             flushes_to_fail: 0,
+            losses: 0,
             flushes: 0,
             holds_writes: false,
             held: 0,
@@ -113,6 +115,17 @@ impl Disk {
     /// The next `count` flushes fail, and lose what they were to make durable.
     pub(crate) fn fail_flushes(&self, count: u32) {
         self.state().flushes_to_fail = count;
+    }
+
+    /// It loses what was not flushed, and says by its count that it may have.
+    pub(crate) fn lose(&self) {
+        let mut state = self.state();
+        for sector in std::mem::take(&mut state.cached) {
+            let bytes = sector * SECTOR..((sector + 1) * SECTOR).min(state.shown.len());
+            let State { shown, durable, .. } = &mut *state;
+            shown[bytes.clone()].copy_from_slice(&durable[bytes]);
+        }
+        state.losses += 1;
     }
 
     /// Its extents are what `says` says.
@@ -235,6 +248,10 @@ impl Storage for Disk {
             durable[bytes.clone()].copy_from_slice(&shown[bytes]);
         }
         IoFuture::ready(Ok(()))
+    }
+
+    fn losses(&self) -> u64 {
+        self.state().losses
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {

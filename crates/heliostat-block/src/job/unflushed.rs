@@ -1,7 +1,8 @@
 //! [`Unflushed`]: what was written to the target since its last good flush.
 //!
 //! A flush that fails may have lost all of it, and a second flush that succeeds does not bring it back; so
-//! all of it is dirty again (MIRROR.md section 4, rule 5). Called by `mirror`.
+//! all of it is dirty again (MIRROR.md section 4, rule 5). So it is when the target says that it may have lost
+//! something. Called by `mirror`.
 
 use super::mirror_step::TargetFlush;
 use crate::dirty_bitmap::DirtyBitmap;
@@ -19,7 +20,7 @@ pub(crate) struct Unflushed {
     succeeded: bool,
 }
 
-/// The moment at which a write to the target began, told in flushes that had failed by then.
+/// The moment at which a write to the target began, told in flushes that had failed by then, and losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Begun(u64);
 
@@ -34,7 +35,7 @@ impl Unflushed {
         Begun(self.failures)
     }
 
-    /// Whether a flush has failed while a write was on its way: what had landed of it then may be gone.
+    /// Whether a flush has failed, or the target has lost something, while a write was on its way: what had landed of it then may be gone.
     pub(crate) fn is_lost(&self, begun: Begun) -> bool {
         begun.0 != self.failures && !is_planted(Bug::FlushForgetsCopies)
     }
@@ -72,6 +73,12 @@ impl Unflushed {
             wipe(&self.flushing);
             return;
         }
+        self.lose(dirty);
+    }
+
+    /// What was written since the last good flush may be gone, what is being written too: it goes into `dirty`. A flush
+    /// on its way goes on.
+    pub(crate) fn lose(&mut self, dirty: &DirtyBitmap) {
         self.failures += 1;
         for lost in [&self.flushing, &self.written] {
             dirty.merge(lost);
@@ -129,6 +136,21 @@ mod tests {
         unflushed.flush_begins();
         unflushed.flush_failed(&dirty);
         assert!(dirty.is_clean(), "what one failed flush has lost is not lost by the next one again");
+    }
+
+    #[test]
+    fn a_loss_beside_a_flush_makes_what_that_covers_dirty_although_it_succeeds() {
+        let range = |offset| ByteRange::new(offset, 512).unwrap();
+        let dirty = bitmap();
+        let mut unflushed = Unflushed::new([bitmap(), bitmap()]);
+        unflushed.wrote(range(0));
+        unflushed.flush_begins();
+        unflushed.wrote(range(512));
+        let begun = unflushed.write_begins();
+        unflushed.lose(&dirty);
+        unflushed.flush_succeeded();
+        assert!(dirty.is_dirty(range(0)) && dirty.is_dirty(range(512)));
+        assert!(unflushed.is_lost(begun));
     }
 
     #[test]

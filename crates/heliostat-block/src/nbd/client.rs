@@ -1,6 +1,6 @@
 //! [`Negotiation`]: a client's side of the NBD handshake.
 //!
-//! Asks for structured replies and `base:allocation`, puts up with their refusal, then for the export with
+//! Asks for extended headers or structured replies, and `base:allocation`, puts up with their refusal, then for the export with
 //! `GO`, and by `EXPORT_NAME` from a server that knows no `GO`. Where TLS is wanted that comes first, and without it
 //! nothing is said. Called by the demo's guest, by tests, and by the NBD storage; what follows is [`super::client_reply::Conversation`].
 
@@ -240,7 +240,8 @@ impl Negotiation {
 
     fn ask_first(&mut self, output: &mut BytesMut) {
         match self.wish.replies {
-            ReplyStyle::Structured | ReplyStyle::Extended => self.ask(opt::STRUCTURED_REPLY, &[], output),
+            ReplyStyle::Extended => self.ask(opt::EXTENDED_HEADERS, &[], output),
+            ReplyStyle::Structured => self.ask(opt::STRUCTURED_REPLY, &[], output),
             ReplyStyle::Simple => self.ask_go(output),
         }
     }
@@ -307,8 +308,11 @@ impl Negotiation {
                     _ => NegotiationError::Refused { reply: kind, message },
                 });
             }
-            (opt::STRUCTURED_REPLY, rep::ACK) => {
-                self.replies = ReplyStyle::Structured;
+            (opt::EXTENDED_HEADERS | opt::STRUCTURED_REPLY, rep::ACK) => {
+                self.replies = match option {
+                    opt::EXTENDED_HEADERS => ReplyStyle::Extended,
+                    _ => ReplyStyle::Structured,
+                };
                 self.ask_context(output);
             }
             (opt::STARTTLS, rep::ACK) => self.stage = Stage::Tls,
@@ -319,6 +323,7 @@ impl Negotiation {
                 }
             }
             (opt::SET_META_CONTEXT, rep::ACK) => self.ask_go(output),
+            (opt::EXTENDED_HEADERS, rep::ERROR_BIT..) => self.ask(opt::STRUCTURED_REPLY, &[], output),
             (_, rep::ERROR_BIT..) => {
                 self.allocation = None;
                 self.ask_go(output);

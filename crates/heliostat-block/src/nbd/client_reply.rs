@@ -11,7 +11,8 @@ use bytes::{Buf, BytesMut};
 use super::client::Found;
 use super::client_request::{Ask, AskError, Line};
 use super::wire::{
-    CHUNK_LEN, REPLY_FLAG_DONE, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, state,
+    CHUNK_LEN, EXTENDED_CHUNK_LEN, EXTENDED_REPLY_MAGIC, REPLY_FLAG_DONE, SIMPLE_REPLY_LEN,
+    SIMPLE_REPLY_MAGIC, STATE_DIRTY, STRUCTURED_REPLY_MAGIC, chunk, state,
 };
 use super::{Cookie, Errno, ReplyStyle, Terms, Violation};
 use crate::buffer::Buffer;
@@ -156,7 +157,7 @@ impl Conversation {
 
     /// Appends the goodbye. The server answers what is in flight and closes.
     pub fn disconnect(&mut self, output: &mut BytesMut) {
-        Line::DISCONNECT.put(Cookie(self.next_cookie), output);
+        Line::disconnect(&self.terms).put(Cookie(self.next_cookie), output);
     }
 
     /// Takes the next answer off the front of `input`; `None` when more bytes are needed.
@@ -224,11 +225,15 @@ impl Conversation {
     fn header(&mut self, input: &mut &[u8]) -> Result<Eaten, Violation> {
         let Some(mut magic) = input.get(..4) else { return Ok(Eaten::Nothing) };
         match magic.get_u32() {
-            SIMPLE_REPLY_MAGIC => self.simple(input),
+            SIMPLE_REPLY_MAGIC if self.terms.replies != ReplyStyle::Extended => self.simple(input),
             STRUCTURED_REPLY_MAGIC if self.terms.replies == ReplyStyle::Structured => self.chunk(input),
+            EXTENDED_REPLY_MAGIC if self.terms.replies == ReplyStyle::Extended => self.chunk(input),
             found => {
-                let expected = u64::from(SIMPLE_REPLY_MAGIC);
-                Err(Violation::Magic { expected, found: u64::from(found) })
+                let expected = match self.terms.replies {
+                    ReplyStyle::Extended => EXTENDED_REPLY_MAGIC,
+                    _ => SIMPLE_REPLY_MAGIC,
+                };
+                Err(Violation::Magic { expected: u64::from(expected), found: u64::from(found) })
             }
         }
     }
@@ -244,7 +249,7 @@ impl Conversation {
         input.advance(4);
         let error = input.get_u32();
         let cookie = Cookie(input.get_u64());
-        let structured = self.terms.replies == ReplyStyle::Structured;
+        let structured = self.terms.replies.has_chunks();
         let waiting = self.waiting(cookie)?;
         if error != 0 {
             waiting.fail(error, String::new());
@@ -262,23 +267,32 @@ impl Conversation {
     }
 
     fn chunk(&mut self, input: &mut &[u8]) -> Result<Eaten, Violation> {
-        let Some(mut header) = input.get(4..CHUNK_LEN) else { return Ok(Eaten::Nothing) };
+        let is_extended = self.terms.replies == ReplyStyle::Extended;
+        let header_len = if is_extended { EXTENDED_CHUNK_LEN } else { CHUNK_LEN };
+        let Some(mut header) = input.get(4..header_len) else { return Ok(Eaten::Nothing) };
         let is_last = header.get_u16() & REPLY_FLAG_DONE != 0;
         let kind = header.get_u16();
         let cookie = Cookie(header.get_u64());
-        let len = usize_from(u64::from(header.get_u32()));
+        let len = if is_extended {
+            // Where the request begins, which the cookie says already.
+            header.advance(8);
+            usize_from(header.get_u64())
+        } else {
+            usize_from(u64::from(header.get_u32()))
+        };
         let whole = match kind {
             chunk::NONE if len == 0 && is_last => 0,
             chunk::OFFSET_DATA if len > 8 => 8,
             chunk::OFFSET_HOLE if len == 12 => 12,
-            chunk::BLOCK_STATUS if len >= 12 && len % 8 == 4 => 4,
+            chunk::BLOCK_STATUS if !is_extended && len >= 12 && len % 8 == 4 => 4,
+            chunk::BLOCK_STATUS_EXT if is_extended && len >= 24 && len % 16 == 8 => 8,
             chunk::ERROR_BIT.. if (6..=NBD_OPTION_LEN_MAX).contains(&len) => len,
             _ => return Err(Violation::Server("a malformed chunk")),
         };
-        if input.len() < CHUNK_LEN + whole {
+        if input.len() < header_len + whole {
             return Ok(Eaten::Nothing);
         }
-        input.advance(CHUNK_LEN);
+        input.advance(header_len);
         let (mut head, rest) = input.split_at(whole);
         *input = rest;
         match kind {
@@ -295,9 +309,12 @@ impl Conversation {
                 let range = self.fill(cookie, head.get_u64(), u64::from(head.get_u32()))?;
                 self.zero(cookie, range)?;
             }
-            chunk::BLOCK_STATUS => {
+            chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT => {
                 let at = self.start_extents(cookie, head.get_u32())?;
-                self.stage = Stage::Extents { cookie, at, left: len - 4, is_last };
+                if is_extended && usize_from(u64::from(head.get_u32())) != (len - 8) / 16 {
+                    return Err(Violation::Server("another number of extents than it says"));
+                }
+                self.stage = Stage::Extents { cookie, at, left: len - whole, is_last };
                 return Ok(Eaten::Part);
             }
             _ => self.error(cookie, &mut head)?,
@@ -347,12 +364,16 @@ impl Conversation {
         is_last: bool,
     ) -> Result<Eaten, Violation> {
         let reads_bitmap = self.reads_bitmap;
+        let unit = if self.terms.replies == ReplyStyle::Extended { 16 } else { 8 };
         let Expects::Extents { range, extents } = &mut self.waiting(cookie)?.expects else {
             return Err(Violation::Server("extents that were not asked for"));
         };
-        while left > 0 && input.len() >= 8 {
-            let (len, flags) = (u64::from(input.get_u32()), input.get_u32());
-            left -= 8;
+        while left >= unit && input.len() >= unit {
+            let (len, flags) = match unit {
+                16 => (input.get_u64(), input.get_u64()),
+                _ => (u64::from(input.get_u32()), u64::from(input.get_u32())),
+            };
+            left -= unit;
             if len == 0 {
                 return Err(Violation::Server("an empty extent"));
             }
@@ -435,13 +456,14 @@ fn fill(filled: &mut Vec<ByteRange>, range: ByteRange) -> Result<(), Violation> 
 }
 
 /// What a dirty bitmap says.
-const fn dirt(flags: u32) -> ExtentStatus {
-    if flags & state::DIRTY != 0 { ExtentStatus::Data } else { ExtentStatus::Hole }
+fn dirt(flags: u64) -> ExtentStatus {
+    if flags & u64::from(STATE_DIRTY) != 0 { ExtentStatus::Data } else { ExtentStatus::Hole }
 }
 
 /// What `base:allocation` says. A hole that is not known to read as zeroes counts as data.
-const fn status(flags: u32) -> ExtentStatus {
-    match (flags & state::HOLE != 0, flags & state::ZERO != 0) {
+fn status(flags: u64) -> ExtentStatus {
+    let has = |flag: u32| flags & u64::from(flag) != 0;
+    match (has(state::HOLE), has(state::ZERO)) {
         (true, true) => ExtentStatus::Hole,
         (false, true) => ExtentStatus::Zero,
         (_, false) => ExtentStatus::Data,

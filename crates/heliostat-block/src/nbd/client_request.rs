@@ -5,8 +5,8 @@
 use bytes::{BufMut, BytesMut};
 
 use super::request::ExtentsWanted;
-use super::wire::{REQUEST_MAGIC, cmd, cmd_flag, transmission_flag};
-use super::{Access, Cookie, Terms};
+use super::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, cmd, cmd_flag, transmission_flag};
+use super::{Access, Cookie, ReplyStyle, Terms};
 use crate::buffer::Buffer;
 use crate::convert::u64_from;
 use crate::range::ByteRange;
@@ -73,7 +73,8 @@ pub(super) struct Line {
     flags: u16,
     kind: u16,
     offset: u64,
-    len: u32,
+    len: u64,
+    is_extended: bool,
 }
 
 impl Ask {
@@ -120,8 +121,14 @@ impl Ask {
         if !fits(range, has_payload, terms) {
             return Err(AskError::OutsideTerms);
         }
-        let len = u32::try_from(range.len()).map_err(|_| AskError::OutsideTerms)?;
-        Ok(Line { flags, kind, offset: range.offset(), len })
+        let is_extended = terms.replies == ReplyStyle::Extended;
+        if !is_extended && u32::try_from(range.len()).is_err() {
+            return Err(AskError::OutsideTerms);
+        }
+        if is_extended && kind == cmd::WRITE {
+            flags |= cmd_flag::PAYLOAD_LEN;
+        }
+        Ok(Line { flags, kind, offset: range.offset(), len: range.len(), is_extended })
     }
 }
 
@@ -136,15 +143,22 @@ fn fits(range: ByteRange, has_payload: bool, terms: &Terms) -> bool {
 
 impl Line {
     /// The goodbye.
-    pub(super) const DISCONNECT: Self = Self { flags: 0, kind: cmd::DISC, offset: 0, len: 0 };
+    pub(super) fn disconnect(terms: &Terms) -> Self {
+        let is_extended = terms.replies == ReplyStyle::Extended;
+        Self { flags: 0, kind: cmd::DISC, offset: 0, len: 0, is_extended }
+    }
 
     /// Appends it to `output`.
     pub(super) fn put(self, cookie: Cookie, output: &mut BytesMut) {
-        output.put_u32(REQUEST_MAGIC);
+        output.put_u32(if self.is_extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC });
         output.put_u16(self.flags);
         output.put_u16(self.kind);
         output.put_u64(cookie.0);
         output.put_u64(self.offset);
-        output.put_u32(self.len);
+        if self.is_extended {
+            output.put_u64(self.len);
+        } else {
+            output.put_u32(u32::try_from(self.len).expect("checked where the line was made"));
+        }
     }
 }

@@ -6,19 +6,15 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use super::context::Context;
 use super::option::{self, ContextQuery, ExportQuery, put_error, put_reply};
-use super::wire::{
-    BASE_ALLOCATION, EXPORT_NAME_ZEROES, INIT_PASSWD, OPTION_LEN, OPTION_MAGIC, handshake_flag, opt, rep,
-};
+use super::wire::{EXPORT_NAME_ZEROES, INIT_PASSWD, OPTION_LEN, OPTION_MAGIC, handshake_flag, opt, rep};
 use super::{Offer, ReplyStyle, Terms, Violation};
 use crate::convert::usize_from;
 use crate::limits::{NBD_HANDSHAKE_BYTES_MAX, NBD_OPTION_LEN_MAX, NBD_OPTIONS_MAX};
 
-/// The id under which `base:allocation` is served. Any number would do; clients must not rely on it.
-const ALLOCATION_ID: u32 = 1;
-
 /// What came of one step of the handshake. Whatever it is, the output must be sent first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// More bytes are needed.
     Incomplete,
@@ -34,12 +30,14 @@ pub enum Step {
 }
 
 /// What was agreed on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreed {
     /// Which of the offers the client chose.
     pub offer: usize,
     /// The rules of this connection.
     pub terms: Terms,
+    /// The ids of the contexts that the client selected; see [`Context::index_of`].
+    pub contexts: Vec<u32>,
 }
 
 /// What the server offers at the moment.
@@ -90,10 +88,17 @@ pub struct Handshake {
     /// Whether the answer to `EXPORT_NAME` is followed by zeroes.
     zeroes: bool,
     replies: ReplyStyle,
-    /// The name of the export for which `base:allocation` was selected last.
-    allocation_of: Option<String>,
+    /// What was selected last.
+    selected: Selected,
     options: usize,
     bytes: usize,
+}
+
+/// The contexts that a client has selected, and of which export.
+#[derive(Debug, Default)]
+struct Selected {
+    export: String,
+    contexts: Vec<(u32, Context)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,7 +125,7 @@ impl Handshake {
             tls: Tls::Plain(TlsPolicy::None),
             zeroes: true,
             replies: ReplyStyle::Simple,
-            allocation_of: None,
+            selected: Selected::default(),
             options: 0,
             bytes: 0,
         }
@@ -264,7 +269,7 @@ impl Handshake {
     /// Forgets what was agreed on in plain text, as the document says: it may have been somebody else.
     fn forget(&mut self) {
         self.replies = ReplyStyle::Simple;
-        self.allocation_of = None;
+        self.selected = Selected::default();
     }
 
     fn answer(
@@ -304,11 +309,19 @@ impl Handshake {
                 }
                 put_reply(output, option, rep::ACK, &[]);
             }
+            opt::STRUCTURED_REPLY if data.is_empty() && self.replies == ReplyStyle::Extended => {
+                let message = "extended headers were negotiated, which take precedence";
+                put_error(output, option, rep::ERR_EXT_HEADER_REQD, message);
+            }
             opt::STRUCTURED_REPLY if data.is_empty() => {
                 self.replies = ReplyStyle::Structured;
                 put_reply(output, option, rep::ACK, &[]);
             }
-            opt::LIST | opt::STRUCTURED_REPLY => {
+            opt::EXTENDED_HEADERS if data.is_empty() => {
+                self.replies = ReplyStyle::Extended;
+                put_reply(output, option, rep::ACK, &[]);
+            }
+            opt::LIST | opt::STRUCTURED_REPLY | opt::EXTENDED_HEADERS => {
                 put_error(output, option, rep::ERR_INVALID, "the option takes no data");
             }
             opt::LIST_META_CONTEXT | opt::SET_META_CONTEXT => self.context(option, data, offers, output),
@@ -324,17 +337,22 @@ impl Handshake {
         offers: Offers<'_>,
         output: &mut BytesMut,
     ) -> Result<Step, Violation> {
+        if self.replies == ReplyStyle::Extended {
+            return self.give_up(Violation::OldExportName);
+        }
         let found = option::string(data).ok().and_then(|name| offers.find(&name));
         let Some(index) = found.filter(|_| !offers.shutting_down) else {
             return self.give_up(Violation::UnknownExport);
         };
         let offer = &offers.exports[index];
         output.put_u64(offer.size);
-        output.put_u16(option::transmission_flags(offer.access, self.replies));
+        output.put_u16(option::transmission_flags(offer.access, self.replies, &[]));
         if self.zeroes {
             output.put_bytes(0, EXPORT_NAME_ZEROES);
         }
-        Ok(self.agree(index, offer))
+        // What was selected of it may have been another export of that name.
+        let contexts = self.selected_of(offer).unwrap_or_default();
+        Ok(self.agree(index, offer, contexts))
     }
 
     fn info_or_go(&mut self, option: u32, data: &[u8], offers: Offers<'_>, output: &mut BytesMut) -> Step {
@@ -347,30 +365,50 @@ impl Handshake {
             return Step::Answered;
         };
         let offer = &offers.exports[index];
-        option::put_export(output, option, offer, self.replies, &query);
+        let Some(contexts) = self.selected_of(offer) else {
+            let message = "the export has no longer the contexts that were selected";
+            put_error(output, option, rep::ERR_UNKNOWN, message);
+            return Step::Answered;
+        };
+        let flags = option::transmission_flags(offer.access, self.replies, &contexts);
+        option::put_export(output, option, offer, flags, &query);
         put_reply(output, option, rep::ACK, &[]);
-        if option == opt::GO { self.agree(index, offer) } else { Step::Answered }
+        if option == opt::GO { self.agree(index, offer, contexts) } else { Step::Answered }
     }
 
-    fn agree(&mut self, index: usize, offer: &Offer) -> Step {
+    /// The ids of the contexts that were selected of this export. `None` when it is another one by now.
+    fn selected_of(&self, offer: &Offer) -> Option<Vec<u32>> {
+        if self.selected.export != offer.name {
+            return Some(Vec::new());
+        }
+        let is_there = |(id, context): &(u32, Context)| {
+            Context::index_of(*id).and_then(|index| offer.contexts.get(index)) == Some(context)
+        };
+        let contexts = &self.selected.contexts;
+        contexts.iter().all(is_there).then(|| contexts.iter().map(|(id, _)| *id).collect())
+    }
+
+    fn agree(&mut self, index: usize, offer: &Offer, contexts: Vec<u32>) -> Step {
         self.stage = Stage::Over;
-        let selected = self.allocation_of.as_ref().is_some_and(|name| *name == offer.name);
+        let is_allocation = |id: &u32| {
+            Context::index_of(*id).and_then(|index| offer.contexts.get(index)) == Some(&Context::Allocation)
+        };
         let terms = Terms {
             size: offer.size,
             access: offer.access,
             block_sizes: offer.block_sizes,
             replies: self.replies,
-            allocation: selected.then_some(ALLOCATION_ID),
+            allocation: contexts.iter().copied().find(is_allocation),
         };
-        Step::Agreed(Agreed { offer: index, terms })
+        Step::Agreed(Agreed { offer: index, terms, contexts })
     }
 
     fn context(&mut self, option: u32, data: &[u8], offers: Offers<'_>, output: &mut BytesMut) {
         let setting = option == opt::SET_META_CONTEXT;
         if setting {
             // What was selected before is forgotten even when this one fails.
-            self.allocation_of = None;
-            if self.replies == ReplyStyle::Simple {
+            self.selected = Selected::default();
+            if !self.replies.has_chunks() {
                 let message = "structured replies must be negotiated first";
                 return put_error(output, option, rep::ERR_INVALID, message);
             }
@@ -381,15 +419,19 @@ impl Handshake {
         let Some(index) = offers.find(&query.name) else {
             return put_error(output, option, rep::ERR_UNKNOWN, "there is no such export");
         };
-        let listed = !setting && (query.is_empty || query.names_base);
-        if query.names_allocation || listed {
-            // The id in a listing is reserved and zero.
-            let id = if setting { ALLOCATION_ID } else { 0 };
-            let parts = [&id.to_be_bytes()[..], BASE_ALLOCATION.as_bytes()];
-            put_reply(output, option, rep::META_CONTEXT, &parts);
-            if setting {
-                self.allocation_of = Some(offers.exports[index].name.clone());
+        let offer = &offers.exports[index];
+        for (index, context) in offer.contexts.iter().enumerate() {
+            let id = Context::id_at(index);
+            if setting && context.is_selected(&query.queries) {
+                option::put_context(output, option, id, context);
+                self.selected.contexts.push((id, context.clone()));
+            } else if !setting && context.is_listed(&query.queries) {
+                // The id in a listing is reserved and zero.
+                option::put_context(output, option, 0, context);
             }
+        }
+        if setting {
+            self.selected.export.clone_from(&offer.name);
         }
         put_reply(output, option, rep::ACK, &[]);
     }

@@ -60,8 +60,6 @@ struct Talk {
     conversation: Conversation,
     tickets: BTreeMap<Cookie, Ticket>,
     outbox: Outbox,
-    /// Whether the server has answered a request on it.
-    has_answered: bool,
 }
 
 /// How the link as a whole is.
@@ -94,8 +92,8 @@ pub struct Link {
     queue: BTreeSet<Ticket>,
     next_ticket: u64,
     ended: VecDeque<(Ticket, Result<Answered, LinkError>)>,
-    /// Attempts to connect since the server last answered a request.
-    attempts: u32,
+    /// For each line, the attempts since the server last answered a request on it.
+    attempts: Vec<u32>,
     reconnects: u64,
     losses: u64,
     /// Changes that were answered and that only a flush makes durable.
@@ -114,6 +112,7 @@ impl Link {
     pub fn new(settings: LinkSettings, now: Moment) -> Self {
         let lines = (0..settings.connections.max(1)).map(|_| Line::Resting(now)).collect();
         Self {
+            attempts: vec![0; settings.connections.max(1)],
             settings,
             phase: Phase::Opening,
             since: now,
@@ -123,7 +122,6 @@ impl Link {
             queue: BTreeSet::new(),
             next_ticket: 0,
             ended: VecDeque::new(),
-            attempts: 0,
             reconnects: 0,
             losses: 0,
             changes: 0,
@@ -339,8 +337,7 @@ impl Link {
         }
         let conversation = Conversation::new(&found);
         let conversation = if self.settings.reads_bitmap { conversation.with_bitmap() } else { conversation };
-        let talk =
-            Talk { conversation, tickets: BTreeMap::new(), outbox: Outbox::default(), has_answered: false };
+        let talk = Talk { conversation, tickets: BTreeMap::new(), outbox: Outbox::default() };
         self.lines[line] = Line::Up(Box::new(talk));
         // With answers still owed on another connection it is not well.
         self.is_impatient &= self.given_up.is_some();
@@ -367,7 +364,7 @@ impl Link {
     /// A connection was lost. What was in flight on it is sent again. `jitter` as for [`Link::connected`].
     pub fn cut(&mut self, line: usize, reason: &str, now: Moment, jitter: u32) {
         let Line::Up(talk) = std::mem::replace(&mut self.lines[line], Line::Resting(now)) else { return };
-        let Talk { conversation, tickets, has_answered, .. } = *talk;
+        let Talk { conversation, tickets, .. } = *talk;
         let mut buffers: BTreeMap<Cookie, _> = conversation.abandon().collect();
         let mut may_be_lost = self.changes > self.settled;
         for (cookie, ticket) in tickets {
@@ -383,9 +380,7 @@ impl Link {
             self.losses += 1;
             self.settled = self.changes;
         }
-        if !has_answered {
-            self.rest(line, now, jitter);
-        }
+        self.rest(line, now, jitter);
         if matches!(self.phase, Phase::Up) && self.up().next().is_none() {
             self.enter(Phase::Down(reason.to_owned()), now);
         }
@@ -409,8 +404,8 @@ impl Link {
 
     /// Puts a connection off by a pause that is longer the more attempts there were.
     fn rest(&mut self, line: usize, now: Moment, jitter: u32) {
-        self.lines[line] = Line::Resting(now + pause(self.attempts, jitter));
-        self.attempts = self.attempts.saturating_add(1);
+        self.lines[line] = Line::Resting(now + pause(self.attempts[line], jitter));
+        self.attempts[line] = self.attempts[line].saturating_add(1);
     }
 
     fn up(&self) -> impl Iterator<Item = &Talk> {
@@ -434,9 +429,8 @@ impl Link {
     pub fn receive(&mut self, line: usize, input: &mut &[u8]) -> Result<(), Violation> {
         while let Some(talk) = self.lines.get_mut(line).and_then(Line::talk) {
             let Some(answer) = talk.conversation.next_of(input)? else { return Ok(()) };
-            talk.has_answered = true;
             let ticket = talk.tickets.remove(&answer.cookie);
-            self.attempts = 0;
+            self.attempts[line] = 0;
             if let Some(ticket) = ticket {
                 self.end(ticket, answer.outcome.map_err(LinkError::Server));
             }
@@ -479,10 +473,12 @@ impl Talk {
     }
 }
 
-/// How long to wait before the next attempt, when there were `attempts` in vain: twice as long each time, up to a
-/// bound; a part of it is chance, so that the clients of a server that is back do not come all at once.
+/// How long to wait before the next attempt, when there were `attempts` in vain: not at all at first, then twice as long
+/// each time, up to a bound; a part of it is chance, so that the clients of a server that is back do not come all at
+/// once.
 fn pause(attempts: u32, jitter: u32) -> Duration {
-    let longest = RECONNECT_PAUSE_FIRST.saturating_mul(1 << attempts.min(16)).min(RECONNECT_PAUSE_LAST);
+    let Some(doublings) = attempts.checked_sub(1) else { return Duration::ZERO };
+    let longest = RECONNECT_PAUSE_FIRST.saturating_mul(1 << doublings.min(16)).min(RECONNECT_PAUSE_LAST);
     let half = longest / 2;
     half + half.mul_f64(f64::from(jitter) / f64::from(u32::MAX))
 }

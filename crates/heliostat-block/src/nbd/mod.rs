@@ -16,7 +16,9 @@
 pub mod client;
 pub mod client_reply;
 pub mod client_request;
+pub mod context;
 pub mod handshake;
+mod header;
 pub mod link;
 mod option;
 pub mod outbox;
@@ -62,6 +64,9 @@ pub enum Violation {
     /// this is somebody else's.
     #[error("plain text after TLS was agreed on")]
     PlainAfterStartTls,
+    /// The client asked for extended headers, and then for an export by the message that cannot have them.
+    #[error("the client chose its export by EXPORT_NAME after EXTENDED_HEADERS")]
+    OldExportName,
     /// A payload is too long to be skipped.
     #[error("a payload of {0} bytes is too long")]
     PayloadTooLong(u64),
@@ -220,6 +225,9 @@ pub struct Offer {
     pub block_sizes: BlockSizes,
     /// Whether it is what a client gets that asks for the empty name. A single export is that anyway.
     pub is_default: bool,
+    /// What clients may ask of its ranges. At most [`crate::limits::NBD_CONTEXTS_MAX`]; the place of one in
+    /// this list is its id, see [`context::Context::id_at`].
+    pub contexts: Vec<context::Context>,
 }
 
 /// What both sides know of an export once they are through with the handshake.
@@ -231,7 +239,7 @@ pub struct Terms {
     pub access: Access,
     /// Its size constraints.
     pub block_sizes: BlockSizes,
-    /// Whether reads are answered in chunks.
+    /// How requests are answered.
     pub replies: ReplyStyle,
     /// The id of `base:allocation`, where the client selected it.
     pub allocation: Option<u32>,

@@ -1,8 +1,11 @@
 //! What a client's options hold, and how replies to options look. Called by the handshake only; keeps nothing.
 
+use std::collections::BTreeSet;
+
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::wire::{BASE_ALLOCATION, OPTION_REPLY_MAGIC, STRING_MAX, info, rep, transmission_flag};
+use super::context::Context;
+use super::wire::{OPTION_REPLY_MAGIC, STRING_MAX, info, rep, transmission_flag};
 use super::{Access, BlockSizes, Offer, ReplyStyle};
 
 /// The data of an option do not have the form that the document gives it. Answered with `ERR_INVALID`.
@@ -39,25 +42,19 @@ impl ExportQuery {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ContextQuery {
     pub(super) name: String,
-    /// Whether there was no query at all.
-    pub(super) is_empty: bool,
-    /// Whether a query was `base:allocation`.
-    pub(super) names_allocation: bool,
-    /// Whether a query was `base:`, the wildcard of the listing.
-    pub(super) names_base: bool,
+    /// Each once: a client may repeat one as often as an option is long.
+    pub(super) queries: BTreeSet<String>,
 }
 
 impl ContextQuery {
     pub(super) fn parse(mut data: &[u8]) -> Result<Self, Malformed> {
         let name = take_string(&mut data)?;
         let count = data.try_get_u32().map_err(|_| Malformed)?;
-        let mut query = Self { name, is_empty: count == 0, names_allocation: false, names_base: false };
+        let mut queries = BTreeSet::new();
         for _ in 0..count {
-            let text = take_string(&mut data)?;
-            query.names_allocation |= text == BASE_ALLOCATION;
-            query.names_base |= text == "base:";
+            queries.insert(take_string(&mut data)?);
         }
-        if data.is_empty() { Ok(query) } else { Err(Malformed) }
+        if data.is_empty() { Ok(Self { name, queries }) } else { Err(Malformed) }
     }
 }
 
@@ -103,15 +100,8 @@ pub(super) fn put_server(output: &mut BytesMut, option: u32, offer: &Offer) {
 }
 
 /// Writes the information about an export that `query` asks for, and what the document wants said unasked.
-pub(super) fn put_export(
-    output: &mut BytesMut,
-    option: u32,
-    offer: &Offer,
-    replies: ReplyStyle,
-    query: &ExportQuery,
-) {
-    let size = offer.size.to_be_bytes();
-    let flags = transmission_flags(offer.access, replies).to_be_bytes();
+pub(super) fn put_export(output: &mut BytesMut, option: u32, offer: &Offer, flags: u16, query: &ExportQuery) {
+    let (size, flags) = (offer.size.to_be_bytes(), flags.to_be_bytes());
     put_reply(output, option, rep::INFO, &[&info::EXPORT.to_be_bytes(), &size, &flags]);
     if query.wants_name {
         put_reply(output, option, rep::INFO, &[&info::NAME.to_be_bytes(), offer.name.as_bytes()]);
@@ -134,8 +124,13 @@ fn put_block_sizes(output: &mut BytesMut, option: u32, sizes: BlockSizes) {
     put_reply(output, option, rep::INFO, &[&kind, &minimum, &preferred, &payload_max]);
 }
 
-/// What this server can do with an export of that kind.
-pub(super) fn transmission_flags(access: Access, replies: ReplyStyle) -> u16 {
+/// Writes one context of a listing, or one that was selected.
+pub(super) fn put_context(output: &mut BytesMut, option: u32, id: u32, context: &Context) {
+    put_reply(output, option, rep::META_CONTEXT, &[&id.to_be_bytes(), context.name().as_bytes()]);
+}
+
+/// What this server can do with an export of that kind, of which these contexts were selected.
+pub(super) fn transmission_flags(access: Access, replies: ReplyStyle, contexts: &[u32]) -> u16 {
     use transmission_flag as flag;
     // One node stands behind all connections, so a flush on one covers what was answered on any.
     let mut flags =
@@ -144,8 +139,11 @@ pub(super) fn transmission_flags(access: Access, replies: ReplyStyle) -> u16 {
         Access::ReadOnly => flag::READ_ONLY,
         Access::Writable => flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO,
     };
-    if replies == ReplyStyle::Structured {
+    if replies.has_chunks() {
         flags |= flag::SEND_DF;
+    }
+    if replies == ReplyStyle::Extended && !contexts.is_empty() {
+        flags |= flag::BLOCK_STATUS_PAYLOAD;
     }
     flags
 }

@@ -11,16 +11,17 @@ use std::fmt;
 use std::io::IoSlice;
 use std::rc::Rc;
 
+use super::context::{Described, statuses};
 use super::request::ExtentsWanted;
 use super::wire::{
-    CHUNK_LEN, REPLY_FLAG_DONE, SIMPLE_REPLY_MAGIC, STRING_MAX, STRUCTURED_REPLY_MAGIC, chunk, state,
+    CHUNK_LEN, EXTENDED_CHUNK_LEN, EXTENDED_REPLY_MAGIC, REPLY_FLAG_DONE, SIMPLE_REPLY_MAGIC, STRING_MAX,
+    STRUCTURED_REPLY_MAGIC, chunk,
 };
 use super::{Cookie, Errno, ReplyStyle, Terms};
 use crate::buffer::Buffer;
-use crate::convert::usize_from;
+use crate::convert::{u64_from, usize_from};
 use crate::limits::NBD_EXTENTS_MAX;
 use crate::range::ByteRange;
-use crate::storage::{Extent, ExtentStatus};
 
 /// The most slices handed to one send. Linux takes 1024; by 64 the cost of the call no longer shows.
 const SLICES_MAX: usize = 64;
@@ -31,7 +32,6 @@ pub struct Replies(Rc<RefCell<Queue>>);
 
 struct Queue {
     style: ReplyStyle,
-    allocation: u32,
     /// Headers and other small things, in order; those before `sent` are gone.
     heads: Vec<u8>,
     sent: usize,
@@ -50,9 +50,33 @@ enum Piece {
 /// The answer to one request. Must be given: see the module.
 #[must_use = "a request that is not answered leaves its client waiting"]
 pub struct Reply {
-    cookie: Cookie,
+    to: To,
     /// `None` once it has been given.
     replies: Option<Replies>,
+}
+
+/// Whom an answer is for.
+#[derive(Clone, Copy)]
+struct To {
+    cookie: Cookie,
+    /// Where the request begins, which extended headers say again.
+    offset: u64,
+}
+
+/// A part of what was read.
+#[derive(Debug)]
+pub enum Part {
+    /// Bytes, which start there. Not empty.
+    Data(u64, Buffer),
+    /// Zeroes; at most 4 GiB, not empty.
+    Hole(ByteRange),
+}
+
+/// Whether more chunks of a reply follow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum More {
+    Follow,
+    No,
 }
 
 impl Replies {
@@ -61,7 +85,6 @@ impl Replies {
     pub fn new(terms: &Terms) -> Self {
         Self(Rc::new(RefCell::new(Queue {
             style: terms.replies,
-            allocation: terms.allocation.unwrap_or(0),
             heads: Vec::new(),
             sent: 0,
             pieces: VecDeque::new(),
@@ -69,9 +92,9 @@ impl Replies {
         })))
     }
 
-    /// Takes on the debt of an answer.
-    pub(super) fn owe(&self, cookie: Cookie) -> Reply {
-        Reply { cookie, replies: Some(self.clone()) }
+    /// Takes on the debt of an answer to a request that begins at `offset`.
+    pub(super) fn owe(&self, cookie: Cookie, offset: u64) -> Reply {
+        Reply { to: To { cookie, offset }, replies: Some(self.clone()) }
     }
 
     /// How many bytes wait.
@@ -155,16 +178,82 @@ impl Queue {
         self.head(&head);
     }
 
-    /// The header of a chunk after which none follows; `len` is that of its payload.
-    fn chunk(&mut self, cookie: Cookie, kind: u16, len: usize) {
+    /// The header of a chunk; `len` is that of its payload.
+    fn chunk(&mut self, to: To, kind: u16, len: usize, more: More) {
+        let flags = if more == More::No { REPLY_FLAG_DONE } else { 0 };
+        if self.style == ReplyStyle::Extended {
+            let mut head = [0; EXTENDED_CHUNK_LEN];
+            head[..4].copy_from_slice(&EXTENDED_REPLY_MAGIC.to_be_bytes());
+            head[4..6].copy_from_slice(&flags.to_be_bytes());
+            head[6..8].copy_from_slice(&kind.to_be_bytes());
+            head[8..16].copy_from_slice(&to.cookie.0.to_be_bytes());
+            head[16..24].copy_from_slice(&to.offset.to_be_bytes());
+            head[24..].copy_from_slice(&u64_from(len).to_be_bytes());
+            return self.head(&head);
+        }
         let len = u32::try_from(len).expect("payloads are bounded by limits.rs, far below 32 bits");
         let mut head = [0; CHUNK_LEN];
         head[..4].copy_from_slice(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
-        head[4..6].copy_from_slice(&REPLY_FLAG_DONE.to_be_bytes());
+        head[4..6].copy_from_slice(&flags.to_be_bytes());
         head[6..8].copy_from_slice(&kind.to_be_bytes());
-        head[8..16].copy_from_slice(&cookie.0.to_be_bytes());
+        head[8..16].copy_from_slice(&to.cookie.0.to_be_bytes());
         head[16..].copy_from_slice(&len.to_be_bytes());
         self.head(&head);
+    }
+
+    /// One chunk of a read.
+    fn part(&mut self, to: To, part: Part, more: More) {
+        match part {
+            Part::Data(offset, buffer) => {
+                self.chunk(to, chunk::OFFSET_DATA, 8 + buffer.len(), more);
+                self.head(&offset.to_be_bytes());
+                self.data(buffer);
+            }
+            Part::Hole(range) => {
+                self.chunk(to, chunk::OFFSET_HOLE, 12, more);
+                self.head(&range.offset().to_be_bytes());
+                // Reads are bounded by limits.rs, far below 32 bits.
+                self.head(&u32::try_from(range.len()).unwrap_or(u32::MAX).to_be_bytes());
+            }
+        }
+    }
+
+    /// What one context says.
+    fn status(&mut self, to: To, id: u32, statuses: &[(u64, u32)], more: More) {
+        if self.style == ReplyStyle::Extended {
+            self.chunk(to, chunk::BLOCK_STATUS_EXT, 8 + 16 * statuses.len(), more);
+            self.head(&id.to_be_bytes());
+            self.head(&u32::try_from(statuses.len()).unwrap_or(u32::MAX).to_be_bytes());
+            for (len, flags) in statuses {
+                self.head(&len.to_be_bytes());
+                self.head(&u64::from(*flags).to_be_bytes());
+            }
+            return;
+        }
+        self.chunk(to, chunk::BLOCK_STATUS, 4 + 8 * statuses.len(), more);
+        self.head(&id.to_be_bytes());
+        for (len, flags) in statuses {
+            // A request of 32 bits has no longer extents: they were cut to it.
+            self.head(&u32::try_from(*len).unwrap_or(u32::MAX).to_be_bytes());
+            self.head(&flags.to_be_bytes());
+        }
+    }
+
+    /// The last chunk, or the only message: that it failed, and where if that is known.
+    fn error(&mut self, to: To, errno: Errno, message: &str, at: Option<u64>) {
+        if self.style == ReplyStyle::Simple {
+            return self.simple(to.cookie, errno.code());
+        }
+        let message = &message[..message.floor_char_boundary(STRING_MAX)];
+        let len = u16::try_from(message.len()).expect("cut to 4096 bytes just above");
+        let (kind, more) = if at.is_some() { (chunk::ERROR_OFFSET, 8) } else { (chunk::ERROR, 0) };
+        self.chunk(to, kind, 6 + message.len() + more, More::No);
+        self.head(&errno.code().to_be_bytes());
+        self.head(&len.to_be_bytes());
+        self.head(message.as_bytes());
+        if let Some(at) = at {
+            self.head(&at.to_be_bytes());
+        }
     }
 
     fn sent(&mut self, count: usize) {
@@ -204,127 +293,108 @@ impl Reply {
     /// The id of the request.
     #[must_use]
     pub const fn cookie(&self) -> Cookie {
-        self.cookie
+        self.to.cookie
+    }
+
+    /// Says whether a read may be answered with [`Reply::parts`].
+    #[must_use]
+    pub fn takes_parts(&self) -> bool {
+        self.replies.as_ref().is_some_and(|replies| replies.0.borrow().style.has_chunks())
     }
 
     /// Answers that it is done. Not for reads and block status.
     pub fn done(mut self) {
-        self.pay(|queue, cookie| queue.simple(cookie, 0));
+        self.pay(|queue, to| match queue.style {
+            ReplyStyle::Extended => queue.chunk(to, chunk::NONE, 0, More::No),
+            ReplyStyle::Simple | ReplyStyle::Structured => queue.simple(to.cookie, 0),
+        });
     }
 
     /// Answers a read at `offset` with what was read.
     pub fn data(mut self, offset: u64, buffer: Buffer) {
-        self.pay(|queue, cookie| {
-            match queue.style {
-                ReplyStyle::Simple => queue.simple(cookie, 0),
-                // A chunk of data may not be empty.
-                _ if buffer.is_empty() => queue.chunk(cookie, chunk::NONE, 0),
-                _ => {
-                    queue.chunk(cookie, chunk::OFFSET_DATA, 8 + buffer.len());
-                    queue.head(&offset.to_be_bytes());
-                }
+        self.pay(|queue, to| match queue.style {
+            ReplyStyle::Simple => {
+                queue.simple(to.cookie, 0);
+                queue.data(buffer);
             }
-            queue.data(buffer);
+            // A chunk of data may not be empty.
+            _ if buffer.is_empty() => queue.chunk(to, chunk::NONE, 0, More::No),
+            _ => queue.part(to, Part::Data(offset, buffer), More::No),
+        });
+    }
+
+    /// Answers a read with its parts, which cover all of it and do not overlap. Only where
+    /// [`Reply::takes_parts`].
+    pub fn parts(mut self, parts: Vec<Part>) {
+        self.pay(|queue, to| {
+            let mut parts = parts.into_iter().peekable();
+            if parts.peek().is_none() {
+                queue.chunk(to, chunk::NONE, 0, More::No);
+            }
+            while let Some(part) = parts.next() {
+                let more = if parts.peek().is_some() { More::Follow } else { More::No };
+                queue.part(to, part, more);
+            }
         });
     }
 
     /// Answers a read of `range` (at most 4 GiB) by saying that it is all zeroes: as a few bytes where the
     /// client takes that, else as a buffer of zeroes.
-    pub fn zeroes(mut self, range: ByteRange) {
-        let structured =
-            self.replies.as_ref().is_some_and(|replies| replies.0.borrow().style == ReplyStyle::Structured);
-        match u32::try_from(range.len()) {
-            Ok(len) if structured && len > 0 => self.pay(|queue, cookie| {
-                queue.chunk(cookie, chunk::OFFSET_HOLE, 12);
-                queue.head(&range.offset().to_be_bytes());
-                queue.head(&len.to_be_bytes());
-            }),
-            _ => self.data(range.offset(), Buffer::zeroed(usize_from(range.len()))),
+    pub fn zeroes(self, range: ByteRange) {
+        if self.takes_parts() && !range.is_empty() {
+            self.parts(vec![Part::Hole(range)]);
+        } else {
+            self.data(range.offset(), Buffer::zeroed(usize_from(range.len())));
         }
     }
 
-    /// Answers a block status of `range` with `extents`, which start where it starts and follow on each
-    /// other. What lies outside the range is left out. None at all counts as data.
-    pub fn extents(mut self, range: ByteRange, extents: &[Extent], wanted: ExtentsWanted) {
-        let statuses = statuses(range, extents, wanted);
-        self.pay(|queue, cookie| {
-            queue.chunk(cookie, chunk::BLOCK_STATUS, 4 + 8 * statuses.len());
-            queue.head(&queue.allocation.to_be_bytes());
-            for (len, status) in statuses {
-                queue.head(&len.to_be_bytes());
-                queue.head(&status.to_be_bytes());
+    /// Answers a block status of `range` with what each context says, by its id: ranges that start where it
+    /// starts and follow on each other. What lies outside the range is left out. What is not said has no flags.
+    pub fn status(mut self, range: ByteRange, wanted: ExtentsWanted, said: &[(u32, Vec<Described>)]) {
+        debug_assert!(!said.is_empty(), "a block status of no context");
+        let max = NBD_EXTENTS_MAX / said.len().max(1);
+        self.pay(|queue, to| {
+            for (index, (id, described)) in said.iter().enumerate() {
+                let more = if index + 1 < said.len() { More::Follow } else { More::No };
+                queue.status(to, *id, &statuses(range, described, wanted, max), more);
             }
         });
     }
 
     /// Answers that it failed. The message, for people, reaches clients that take structured replies.
     pub fn failed(mut self, errno: Errno, message: &str) {
-        self.pay(|queue, cookie| queue.error(cookie, errno, message));
+        self.pay(|queue, to| queue.error(to, errno, message, None));
     }
 
-    fn pay(&mut self, write: impl FnOnce(&mut Queue, Cookie)) {
+    /// Answers that a request of several bytes failed at `offset`, which lies within it. What was read of
+    /// other places may be sent before, where [`Reply::takes_parts`]; the client may use that.
+    pub fn failed_at(mut self, parts: Vec<Part>, errno: Errno, message: &str, offset: u64) {
+        self.pay(|queue, to| {
+            if queue.style.has_chunks() {
+                parts.into_iter().for_each(|part| queue.part(to, part, More::Follow));
+            }
+            queue.error(to, errno, message, Some(offset));
+        });
+    }
+
+    fn pay(&mut self, write: impl FnOnce(&mut Queue, To)) {
         if let Some(replies) = self.replies.take() {
-            write(&mut replies.0.borrow_mut(), self.cookie);
+            write(&mut replies.0.borrow_mut(), self.to);
         }
-    }
-}
-
-impl Queue {
-    fn error(&mut self, cookie: Cookie, errno: Errno, message: &str) {
-        if self.style == ReplyStyle::Simple {
-            return self.simple(cookie, errno.code());
-        }
-        let message = &message[..message.floor_char_boundary(STRING_MAX)];
-        let len = u16::try_from(message.len()).expect("cut to 4096 bytes just above");
-        self.chunk(cookie, chunk::ERROR, 6 + message.len());
-        self.head(&errno.code().to_be_bytes());
-        self.head(&len.to_be_bytes());
-        self.head(message.as_bytes());
     }
 }
 
 impl Drop for Reply {
     fn drop(&mut self) {
         if self.replies.is_some() {
-            self.pay(|queue, cookie| queue.error(cookie, Errno::Io, "the server lost the request"));
-            debug_assert!(std::thread::panicking(), "request {:#x} was dropped unanswered", self.cookie.0);
+            self.pay(|queue, to| queue.error(to, Errno::Io, "the server lost the request", None));
+            debug_assert!(std::thread::panicking(), "request {:#x} was dropped unanswered", self.to.cookie.0);
         }
     }
 }
 
 impl fmt::Debug for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Reply({:#x})", self.cookie.0)
+        write!(f, "Reply({:#x})", self.to.cookie.0)
     }
-}
-
-/// What the wire says of `extents` within `range`: lengths and status flags; neighbours of one status are
-/// one. Never empty unless the range is.
-fn statuses(range: ByteRange, extents: &[Extent], wanted: ExtentsWanted) -> Vec<(u32, u32)> {
-    let max = if wanted == ExtentsWanted::One { 1 } else { NBD_EXTENTS_MAX };
-    let mut statuses: Vec<(u32, u32)> = Vec::new();
-    let mut at = range.offset();
-    for extent in extents {
-        let end = extent.range.end().min(range.end());
-        if extent.range.offset() > at || end <= at {
-            break;
-        }
-        let len = u32::try_from(end - at).expect("a request's length has 32 bits");
-        let status = match extent.status {
-            ExtentStatus::Data => 0,
-            ExtentStatus::Zero => state::ZERO,
-            ExtentStatus::Hole => state::HOLE | state::ZERO,
-        };
-        let is_full = statuses.len() == max;
-        match statuses.last_mut() {
-            Some((last, same)) if *same == status => *last += len,
-            _ if is_full => break,
-            _ => statuses.push((len, status)),
-        }
-        at = end;
-    }
-    if statuses.is_empty() && !range.is_empty() {
-        statuses.push((u32::try_from(range.len()).unwrap_or(u32::MAX), 0));
-    }
-    statuses
 }

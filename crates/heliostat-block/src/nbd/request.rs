@@ -5,10 +5,13 @@
 //! gets an aligned buffer of its own, into which the socket loop receives directly. Never executes anything,
 //! never waits. Called by the NBD front end's socket loop.
 
+use std::rc::Rc;
+
 use bytes::{Buf, Bytes};
 
+use super::header::Header;
 use super::reply::{Replies, Reply};
-use super::wire::{REQUEST_LEN, REQUEST_MAGIC, cmd, cmd_flag};
+use super::wire::{EXTENDED_REQUEST_LEN, cmd, cmd_flag};
 use super::{Access, Cookie, Errno, ReplyStyle, Terms, Violation};
 use crate::buffer::{Buffer, BufferPool};
 use crate::convert::{u64_from, usize_from};
@@ -17,7 +20,7 @@ use crate::range::ByteRange;
 use crate::storage::{Durability, ZeroEffort, ZeroSpace};
 
 /// What must fit into the input at once: a header and a payload that gets no buffer of its own.
-pub const INPUT_MAX: usize = REQUEST_LEN + NBD_OWN_BUFFER_MIN;
+pub const INPUT_MAX: usize = EXTENDED_REQUEST_LEN + NBD_OWN_BUFFER_MIN;
 
 /// What a client wants done. Ranges lie within the export and are aligned to its block size.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +72,8 @@ pub enum Command {
         range: ByteRange,
         /// How much of it the client wants to hear of.
         extents: ExtentsWanted,
+        /// The ids of the contexts that it wants to hear from; never none, each once.
+        contexts: Rc<[u32]>,
     },
 }
 
@@ -118,6 +123,8 @@ pub enum Parsed {
 /// Finds the requests in what a client sends.
 pub struct Requests {
     terms: Terms,
+    /// The ids of the contexts that were selected.
+    contexts: Rc<[u32]>,
     state: State,
     pool: BufferPool,
     replies: Replies,
@@ -144,14 +151,10 @@ struct Payload {
     filled: usize,
 }
 
-/// A request as it stands on the wire.
-#[derive(Clone, Copy, Debug)]
-struct Header {
-    flags: u16,
-    kind: u16,
-    cookie: Cookie,
-    offset: u64,
-    len: u32,
+/// What a request is about.
+struct Subject {
+    range: ByteRange,
+    contexts: Rc<[u32]>,
 }
 
 /// Why a request is refused, and in which words.
@@ -160,20 +163,20 @@ type Refusal = (Errno, &'static str);
 const GOING_AWAY: Refusal = (Errno::Shutdown, "the server is going away");
 
 impl Requests {
-    /// Makes the parser of one connection. Long payloads take their buffers from `pool`; refusals go to
-    /// `replies`.
+    /// Makes the parser of one connection, on which the contexts with these ids were selected. Long payloads take
+    /// their buffers from `pool`; refusals go to `replies`.
     #[must_use]
-    pub const fn new(terms: Terms, pool: BufferPool, replies: Replies) -> Self {
-        Self { terms, state: State::Header, pool, replies, shutting_down: false }
+    pub fn new(terms: Terms, contexts: &[u32], pool: BufferPool, replies: Replies) -> Self {
+        Self { terms, contexts: contexts.into(), state: State::Header, pool, replies, shutting_down: false }
     }
 
     /// Refuses every request from now on, as the server is going away; one whose payload is on its way too.
     /// A client that reads that is to end the connection (the document, "Terminating the transmission phase").
     pub fn shut_down(&mut self) {
         self.shutting_down = true;
-        if let State::Payload(Payload { cookie, buffer, filled, .. }) = &self.state {
+        if let State::Payload(Payload { cookie, offset, buffer, filled, .. }) = &self.state {
             let (errno, message) = GOING_AWAY;
-            self.replies.owe(*cookie).failed(errno, message);
+            self.replies.owe(*cookie, *offset).failed(errno, message);
             self.state = State::Skip(u64_from(buffer.len() - filled));
         }
     }
@@ -202,7 +205,7 @@ impl Requests {
             }
             State::Header => {}
         }
-        let header = match Header::peek(input) {
+        let header = match Header::peek(input, self.terms.replies) {
             Ok(Some(header)) => header,
             Ok(None) => return Ok(Parsed::Incomplete),
             Err(violation) => {
@@ -212,12 +215,13 @@ impl Requests {
         };
         if header.kind == cmd::DISC {
             self.state = State::Over;
-            input.advance(REQUEST_LEN);
+            input.advance(header.header_len);
             return Ok(Parsed::Disconnect);
         }
-        match self.check(header) {
-            Ok(range) => Ok(self.take(header, range, input, room)),
-            Err(refusal) => self.refuse(header, refusal, input),
+        match self.subject(header, input) {
+            None => Ok(Parsed::Incomplete),
+            Some(Ok(subject)) => Ok(self.take(header, subject, input, room)),
+            Some(Err(refusal)) => self.refuse(header, refusal, input),
         }
     }
 
@@ -228,6 +232,15 @@ impl Requests {
                 payload.buffer.get_mut(payload.filled..).filter(|room| !room.is_empty())
             }
             _ => None,
+        }
+    }
+
+    /// How long the payload is that is being received into a buffer of its own; 0 when there is none.
+    #[must_use]
+    pub fn receiving(&self) -> usize {
+        match &self.state {
+            State::Payload(payload) => payload.buffer.len(),
+            State::Header | State::Skip(_) | State::Over => 0,
         }
     }
 
@@ -244,19 +257,38 @@ impl Requests {
         !input.is_empty() || matches!(self.state, State::Payload(_) | State::Skip(_))
     }
 
-    /// Decides whether a request may be carried out, and on which range. Changes nothing.
-    fn check(&self, header: Header) -> Result<ByteRange, Refusal> {
+    /// Decides whether a request may be carried out, and on what. Changes nothing. `None` when its payload must
+    /// be there to tell.
+    fn subject(&self, header: Header, input: &Bytes) -> Option<Result<Subject, Refusal>> {
+        if let Err(refusal) = self.check_kind(header) {
+            return Some(Err(refusal));
+        }
+        let all = || Rc::clone(&self.contexts);
+        if header.kind != cmd::BLOCK_STATUS || header.payload == 0 {
+            return Some(self.check_range(header).map(|range| Subject { range, contexts: all() }));
+        }
+        if !self.may_be_filter(header.payload) {
+            return Some(Err((Errno::Invalid, "the payload has no length that a list of contexts has")));
+        }
+        let payload = header.payload_in(input)?;
+        Some(self.filtered(header, payload))
+    }
+
+    /// Decides whether the client may ask for this at all.
+    fn check_kind(&self, header: Header) -> Result<(), Refusal> {
         if self.shutting_down {
             return Err(GOING_AWAY);
         }
-        let Terms { size, access, block_sizes, replies, allocation } = self.terms;
-        let structured = replies == ReplyStyle::Structured;
+        let Terms { access, replies, .. } = self.terms;
+        // With extended headers a write is to say that it has a payload; see `Header::peek` for those that do not.
+        let payload = if replies == ReplyStyle::Extended { cmd_flag::PAYLOAD_LEN } else { 0 };
         let (allowed, writes) = match header.kind {
-            cmd::READ => (if structured { cmd_flag::DF } else { 0 }, false),
-            cmd::WRITE | cmd::TRIM => (0, true),
+            cmd::READ => (if replies.has_chunks() { cmd_flag::DF } else { 0 }, false),
+            cmd::WRITE => (payload, true),
+            cmd::TRIM => (0, true),
             cmd::WRITE_ZEROES => (cmd_flag::NO_HOLE | cmd_flag::FAST_ZERO, true),
             cmd::FLUSH | cmd::CACHE => (0, false),
-            cmd::BLOCK_STATUS if allocation.is_some() => (cmd_flag::REQ_ONE, false),
+            cmd::BLOCK_STATUS if !self.contexts.is_empty() => (cmd_flag::REQ_ONE | payload, false),
             cmd::BLOCK_STATUS => return Err((Errno::Invalid, "no metadata context was selected")),
             _ => return Err((Errno::Invalid, "the command is unknown")),
         };
@@ -267,19 +299,26 @@ impl Requests {
         if writes && access == Access::ReadOnly {
             return Err((Errno::Permission, "the export is read-only"));
         }
+        Ok(())
+    }
+
+    /// Decides whether the client may ask for it there.
+    fn check_range(&self, header: Header) -> Result<ByteRange, Refusal> {
+        let Terms { size, block_sizes, replies, .. } = self.terms;
         if header.kind == cmd::FLUSH {
             let empty = header.offset == 0 && header.len == 0;
             let refusal = (Errno::Invalid, "a flush has neither offset nor length");
             return if empty { Ok(ByteRange::from_bounds(0, 0)) } else { Err(refusal) };
         }
-        if header.len > block_sizes.payload_max() && header.kind == cmd::WRITE {
+        let payload_max = u64::from(block_sizes.payload_max());
+        if header.len > payload_max && header.kind == cmd::WRITE {
             return Err((Errno::Invalid, "the payload is too long"));
         }
-        if header.len > block_sizes.payload_max() && header.kind == cmd::READ {
-            let errno = if structured { Errno::Overflow } else { Errno::Invalid };
+        if header.len > payload_max && header.kind == cmd::READ {
+            let errno = if replies.has_chunks() { Errno::Overflow } else { Errno::Invalid };
             return Err((errno, "the read is too long"));
         }
-        let inside = ByteRange::new(header.offset, u64::from(header.len)).ok();
+        let inside = ByteRange::new(header.offset, header.len).ok();
         let Some(range) = inside.filter(|range| range.end() <= size) else {
             let takes_space = matches!(header.kind, cmd::WRITE | cmd::WRITE_ZEROES);
             let errno = if takes_space { Errno::NoSpace } else { Errno::Invalid };
@@ -296,15 +335,38 @@ impl Requests {
         Ok(range)
     }
 
+    /// Says whether a block status may have a payload of that length: a length, and a list that is not empty and
+    /// not longer than that of the contexts that were selected.
+    fn may_be_filter(&self, payload: u64) -> bool {
+        let ids = payload.checked_sub(8).filter(|list| list.is_multiple_of(4)).map(|list| list / 4);
+        ids.is_some_and(|ids| (1..=u64_from(self.contexts.len())).contains(&ids))
+    }
+
+    /// What a block status is about whose payload says it.
+    fn filtered(&self, header: Header, mut payload: Bytes) -> Result<Subject, Refusal> {
+        let len = payload.try_get_u64().unwrap_or(0);
+        let mut ids = Vec::new();
+        while let Ok(id) = payload.try_get_u32() {
+            if !self.contexts.contains(&id) || ids.contains(&id) {
+                return Err((Errno::Invalid, "a context was not selected, or is named twice"));
+            }
+            ids.push(id);
+        }
+        let range = self.check_range(Header { len, ..header })?;
+        Ok(Subject { range, contexts: ids.into() })
+    }
+
     /// Takes a request that passed the check off the input, if all of it is there.
-    fn take(&mut self, header: Header, range: ByteRange, input: &mut Bytes, room: u64) -> Parsed {
+    fn take(&mut self, header: Header, subject: Subject, input: &mut Bytes, room: u64) -> Parsed {
+        let Subject { range, contexts } = subject;
         if matches!(header.kind, cmd::READ | cmd::WRITE) && range.len() > room {
             return Parsed::NoRoom;
         }
         if header.kind == cmd::WRITE {
             return self.take_write(header, range, input);
         }
-        input.advance(REQUEST_LEN);
+        // The payload of a block status is there, see `subject`.
+        input.advance(header.header_len + usize_from(header.payload));
         let durability = header.durability();
         let command = match header.kind {
             cmd::READ if header.has(cmd_flag::DF) => Command::Read { range, fragments: Fragments::Forbidden },
@@ -318,24 +380,24 @@ impl Requests {
             },
             cmd::CACHE => Command::Cache { range },
             cmd::BLOCK_STATUS if header.has(cmd_flag::REQ_ONE) => {
-                Command::BlockStatus { range, extents: ExtentsWanted::One }
+                Command::BlockStatus { range, extents: ExtentsWanted::One, contexts }
             }
-            cmd::BLOCK_STATUS => Command::BlockStatus { range, extents: ExtentsWanted::Many },
+            cmd::BLOCK_STATUS => Command::BlockStatus { range, extents: ExtentsWanted::Many, contexts },
             _ => Command::Flush,
         };
-        Parsed::Request(Request { command, reply: self.replies.owe(header.cookie) })
+        Parsed::Request(Request { command, reply: self.replies.owe(header.cookie, header.offset) })
     }
 
     fn take_write(&mut self, header: Header, range: ByteRange, input: &mut Bytes) -> Parsed {
         let len = usize_from(range.len());
         let (cookie, durability) = (header.cookie, header.durability());
-        if input.len() >= REQUEST_LEN + len {
-            input.advance(REQUEST_LEN);
+        if input.len() >= header.header_len + len {
+            input.advance(header.header_len);
             let command = Command::Write { offset: range.offset(), data: input.split_to(len), durability };
-            return Parsed::Request(Request { command, reply: self.replies.owe(cookie) });
+            return Parsed::Request(Request { command, reply: self.replies.owe(cookie, range.offset()) });
         }
         if len >= NBD_OWN_BUFFER_MIN {
-            input.advance(REQUEST_LEN);
+            input.advance(header.header_len);
             let buffer = self.pool.take(len);
             let mut payload = Payload { cookie, offset: range.offset(), durability, buffer, filled: 0 };
             payload.take_from(input);
@@ -350,7 +412,7 @@ impl Requests {
             State::Payload(payload) if payload.filled == payload.buffer.len() => {
                 let Payload { cookie, offset, durability, buffer, .. } = payload;
                 let command = Command::Write { offset, data: buffer.freeze(), durability };
-                Parsed::Request(Request { command, reply: self.replies.owe(cookie) })
+                Parsed::Request(Request { command, reply: self.replies.owe(cookie, offset) })
             }
             unfinished => {
                 self.state = unfinished;
@@ -361,15 +423,19 @@ impl Requests {
 
     fn refuse(&mut self, header: Header, refusal: Refusal, input: &mut Bytes) -> Result<Parsed, Violation> {
         let (errno, message) = refusal;
-        if header.kind == cmd::WRITE {
-            if header.len > NBD_SKIP_MAX {
-                self.state = State::Over;
-                return Err(Violation::PayloadTooLong(u64::from(header.len)));
-            }
-            self.state = State::Skip(u64::from(header.len));
+        let skipped_max = match self.terms.replies {
+            ReplyStyle::Extended => self.terms.block_sizes.payload_max(),
+            ReplyStyle::Simple | ReplyStyle::Structured => NBD_SKIP_MAX,
+        };
+        if header.payload > u64::from(skipped_max) {
+            self.state = State::Over;
+            return Err(Violation::PayloadTooLong(header.payload));
         }
-        input.advance(REQUEST_LEN);
-        self.replies.owe(header.cookie).failed(errno, message);
+        if header.payload > 0 {
+            self.state = State::Skip(header.payload);
+        }
+        input.advance(header.header_len);
+        self.replies.owe(header.cookie, header.offset).failed(errno, message);
         Ok(Parsed::Refused(errno))
     }
 }
@@ -381,28 +447,5 @@ impl Payload {
         self.buffer[self.filled..self.filled + now].copy_from_slice(&input[..now]);
         input.advance(now);
         self.filled += now;
-    }
-}
-
-impl Header {
-    /// Reads the header at the front of `input`, once it is all there. Consumes nothing.
-    fn peek(input: &Bytes) -> Result<Option<Self>, Violation> {
-        let Some(mut header) = input.get(..REQUEST_LEN) else { return Ok(None) };
-        let found = header.get_u32();
-        if found != REQUEST_MAGIC {
-            return Err(Violation::Magic { expected: u64::from(REQUEST_MAGIC), found: u64::from(found) });
-        }
-        let flags = header.get_u16();
-        let kind = header.get_u16();
-        let cookie = Cookie(header.get_u64());
-        Ok(Some(Self { flags, kind, cookie, offset: header.get_u64(), len: header.get_u32() }))
-    }
-
-    const fn has(self, flag: u16) -> bool {
-        self.flags & flag != 0
-    }
-
-    const fn durability(self) -> Durability {
-        if self.has(cmd_flag::FUA) { Durability::Fua } else { Durability::Cached }
     }
 }

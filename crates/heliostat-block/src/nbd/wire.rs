@@ -159,8 +159,6 @@ pub const QEMU_DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 pub mod state {
     pub const HOLE: u32 = 1 << 0;
     pub const ZERO: u32 = 1 << 1;
-    /// Of `qemu:dirty-bitmap:`, not of `base:allocation`.
-    pub const DIRTY: u32 = 1 << 0;
 }
 
 /// The status flag of `qemu:dirty-bitmap:`: the range is dirty.

@@ -52,15 +52,6 @@ impl fmt::Display for ServerAddress {
     }
 }
 
-/// How connections are made private.
-#[derive(Clone, Debug)]
-pub struct ClientTls {
-    /// A client's.
-    pub credentials: Arc<Credentials>,
-    /// The name or address that the server's certificate must be for.
-    pub host: String,
-}
-
 /// A connection that somebody has made, until it is used.
 #[derive(Debug)]
 pub struct OpenConnection(Mutex<Option<OwnedFd>>);
@@ -94,7 +85,16 @@ pub(super) struct Destination {
     pub(super) address: ServerAddress,
     pub(super) export: String,
     pub(super) context: Option<String>,
-    pub(super) tls: Option<ClientTls>,
+    pub(super) tls: Option<Tls>,
+}
+
+/// With what connections are encrypted.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// What is shown to the server, and whom to trust.
+    pub credentials: Arc<Credentials>,
+    /// What the server's certificate must be for.
+    pub host: String,
 }
 
 /// A connection in the transmission phase.
@@ -129,6 +129,11 @@ async fn attempt(destination: &Destination) -> Result<Reached, String> {
         send_all(&stream, &mut talk.output).await?;
     }
     match talk.go_on(&stream).await? {
+        // What was asked for by name is not done without.
+        Some(found) if found.terms.allocation.is_none() && destination.context.is_some() => {
+            let name = destination.context.as_deref().unwrap_or_default();
+            Err(format!("requested x-dirty-bitmap {name} not found"))
+        }
         Some(found) => Ok(Reached { stream, found, rest: talk.input }),
         None => Err("the server wants to be private twice".to_owned()),
     }
@@ -136,7 +141,7 @@ async fn attempt(destination: &Destination) -> Result<Reached, String> {
 
 fn negotiation(destination: &Destination) -> Negotiation {
     let allocation = destination.context.clone().map_or(Allocation::Wanted, Allocation::Context);
-    let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Structured, allocation };
+    let wish = Wish { export: destination.export.clone(), replies: ReplyStyle::Extended, allocation };
     match destination.tls {
         None => Negotiation::new(wish),
         Some(_) => Negotiation::new(wish).with_tls(),

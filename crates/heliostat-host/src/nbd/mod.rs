@@ -22,14 +22,14 @@ use heliostat_block::nbd::client::Found;
 use heliostat_block::nbd::client_reply::{Answered, Failure};
 use heliostat_block::nbd::link::{LinkError, LinkSettings, LinkState, LinkStatus, Wanted};
 use heliostat_block::nbd::wire::transmission_flag;
-use heliostat_block::nbd::{Access, Errno};
+use heliostat_block::nbd::{Access, Errno, ReplyStyle};
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
 
 use self::connect::Destination;
-pub use self::connect::{ClientTls, OpenConnection, ServerAddress};
+pub use self::connect::{OpenConnection, ServerAddress, Tls};
 use self::engine::{Board, Engine, TellOpened};
 use self::mailbox::Mailbox;
 use crate::clock::RealClock;
@@ -50,6 +50,9 @@ const PIECES_IN_FLIGHT: usize = 8;
 /// delays all others.
 const PLAIN_LEN_MAX: u64 = 1 << 30;
 
+/// The longest range that is asked about at once, where lengths have 64 bits: the answer has a bound of its own.
+const STATUS_LEN_MAX: u64 = 1 << 50;
+
 /// Zeroes that are written where the server has no request for that.
 const ZEROES: usize = 1 << 20;
 
@@ -60,8 +63,8 @@ pub struct NbdOptions {
     pub address: ServerAddress,
     /// The export's name; empty for the server's default.
     pub export: String,
-    /// What makes the connections private; plain text without.
-    pub tls: Option<ClientTls>,
+    /// With what connections are encrypted; plain text without.
+    pub tls: Option<Tls>,
     /// How long requests wait for a server that was lost, before they fail. Attempts go on after that.
     pub reconnect_delay: Duration,
     /// How long to try for the first connection. Zero means one attempt.
@@ -181,6 +184,12 @@ impl NbdStorage {
         self.found.flags & flag != 0
     }
 
+    /// Whether lengths have 64 bits. A connection that comes later may have shorter ones; what is too long then is
+    /// refused.
+    fn is_extended(&self) -> bool {
+        self.found.terms.replies == ReplyStyle::Extended
+    }
+
     /// Refuses what the server could only refuse, or what may not be changed.
     fn check(&self, range: ByteRange, is_change: bool) -> io::Result<()> {
         if is_change && self.traits.read_only {
@@ -291,10 +300,10 @@ impl NbdStorage {
         effort: ZeroEffort,
         durability: Durability,
     ) -> Result<(), LinkError> {
-        // Servers that bound requests by their length bound these by it too.
-        let zeroed = self
-            .each(range, self.payload_max(), |range| Wanted::WriteZeroes { range, space, effort, durability })
-            .await;
+        // Servers that know no long requests may bound these as if they had a payload.
+        let longest = if self.is_extended() { self.piece_max(PLAIN_LEN_MAX) } else { self.payload_max() };
+        let zeroed =
+            self.each(range, longest, |range| Wanted::WriteZeroes { range, space, effort, durability }).await;
         if zeroed != Err(LinkError::NotOffered) || effort == ZeroEffort::FastOnly {
             return zeroed;
         }
@@ -434,13 +443,15 @@ impl Storage for NbdStorage {
         if range.is_empty() || self.found.terms.allocation.is_none() {
             return IoFuture::ready(all_data());
         }
-        let end = range.end().min(range.offset() + self.piece_max(PLAIN_LEN_MAX));
+        let longest = if self.is_extended() { STATUS_LEN_MAX } else { PLAIN_LEN_MAX };
+        let end = range.end().min(range.offset().saturating_add(self.piece_max(longest)));
         let asked = ByteRange::from_bounds(range.offset(), end);
         IoFuture::pending(async move {
             match self.ask(Wanted::BlockStatus { range: asked }).await {
                 Ok(Answered::Extents(extents)) => Ok(extents),
                 Ok(_) => Err(unexpected()),
-                Err(LinkError::NotOffered) => all_data(),
+                // Another connection than the first may not have the context, or only shorter lengths.
+                Err(LinkError::NotOffered | LinkError::OutsideTerms) => all_data(),
                 Err(error) => Err(io_error(error)),
             }
         })

@@ -27,8 +27,13 @@ impl Server {
 
     /// `qemu-nbd` that serves a raw file.
     pub fn qemu(socket: &Path, file: &Path, arguments: &[&str]) -> Self {
+        Self::qemu_of("raw", socket, file, arguments)
+    }
+
+    /// `qemu-nbd` that serves an image.
+    pub fn qemu_of(format: &str, socket: &Path, file: &Path, arguments: &[&str]) -> Self {
         let mut command = Command::new("qemu-nbd");
-        command.args(["--format=raw", "--persistent", "--shared=0", "--discard=unmap"]);
+        command.args(["--persistent", "--shared=0", "--discard=unmap"]).arg(format!("--format={format}"));
         command.arg(format!("--socket={}", socket.display())).args(arguments).arg(file);
         Self::start(command, socket)
     }

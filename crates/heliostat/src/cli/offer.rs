@@ -10,8 +10,10 @@ use serde_json::{Value, json};
 
 use super::address::{Endpoint, Reach, Scheme, nbd_uri};
 use super::tls::Tls;
+use super::units;
 use crate::control::{ControlServer, ControlSettings, Peer, Peers};
 use crate::daemon::{Daemon, DaemonError, ExportSpec, NbdAddress, NbdSpec};
+use crate::serve::status::Depth;
 
 /// The name of the node that clients see, and of the export unless another was given.
 pub const NODE: &str = "disk";
@@ -32,6 +34,13 @@ pub struct Offer {
     /// The name that NBD clients ask for; they get it for the empty name too
     #[arg(long, value_name = "EXPORT", default_value = NODE)]
     name: String,
+    /// Serve at most so many NBD connections at once; others wait. 0: no bound
+    #[arg(long, value_name = "COUNT", default_value_t = 0, requires = "nbd")]
+    nbd_connections: u32,
+    /// Let all NBD connections together hold at most so much memory for requests and for answers that are not read
+    /// yet; default 512M
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size, requires = "nbd")]
+    nbd_memory: Option<u64>,
     /// Let other hosts reach a TCP address without TLS. NBD asks nobody for a password
     #[arg(long)]
     allow_remote: bool,
@@ -115,9 +124,10 @@ impl Offer {
                 Address::Unix(path) => NbdAddress::Unix(path),
                 Address::Tcp(address) => NbdAddress::Tcp(address),
             },
-            max_connections: 0,
+            max_connections: self.nbd_connections,
             handshake_time: None,
             tls: self.tls.prepare(daemon)?,
+            memory_max: self.nbd_memory,
         };
         let export = ExportSpec {
             id: NODE.to_owned(),
@@ -125,6 +135,8 @@ impl Offer {
             name: Some(self.name.clone()),
             description: None,
             writable,
+            depth: Depth::Untold,
+            bitmaps: Vec::new(),
             clients: self.tls.clients(),
         };
         let bound = daemon.serve(&spec, &export).map_err(|error| match error {

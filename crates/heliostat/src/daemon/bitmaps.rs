@@ -93,7 +93,13 @@ pub enum BitmapError {
     /// No such bitmap.
     #[error("Dirty bitmap '{0}' not found")]
     NotFound(String),
-    /// A job uses it.
+    /// No such bitmap in a chain of nodes.
+    #[error("Bitmap '{0}' is not found")]
+    NotInChain(String),
+    /// It hears of writes to a node that an export says nobody writes.
+    #[error("Enabled bitmap '{0}' incompatible with readonly export")]
+    Changing(String),
+    /// A job uses it, or an export.
     #[error("Bitmap '{0}' is currently in use by another operation and cannot be used")]
     Busy(String),
     /// Its bits were not saved.

@@ -18,12 +18,14 @@ use heliostat_host::runtime::STACK;
 use heliostat_host::socket::Address;
 
 use super::events::Happening;
+use super::export_bitmaps::set_busy;
 use super::{Daemon, DaemonError};
 use crate::authz::Client;
 use crate::front::nbd::{
     self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings, TlsPolicy,
 };
 use crate::serve::Seat;
+use crate::serve::status::{Contexts, Depth};
 
 /// Where an NBD server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +47,8 @@ pub struct NbdSpec {
     pub handshake_time: Option<Duration>,
     /// TLS, where there is any.
     pub tls: Option<NbdTls>,
+    /// The most bytes that its connections hold together; where nothing is said, some hundred MiB.
+    pub memory_max: Option<u64>,
 }
 
 /// TLS as an NBD server is to have it.
@@ -73,6 +77,10 @@ pub struct ExportSpec {
     pub writable: bool,
     /// Whom it is for, by the certificates that they show. `None`: for everybody.
     pub clients: Option<Vec<Client>>,
+    /// Whether clients may ask in which layer a range is.
+    pub depth: Depth,
+    /// Bitmaps that clients may ask for; each with its node, or the nearest of the chain.
+    pub bitmaps: Vec<(Option<String>, String)>,
 }
 
 /// How an export is removed.
@@ -135,7 +143,16 @@ impl Daemon {
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
         let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
         let tls = spec.tls.as_ref().map(|tls| self.server_tls(tls)).transpose()?;
-        let settings = ServerSettings { reach: Reach::Anywhere, tls, connections_max, handshake_time, doors };
+        let memory_max = spec.memory_max.unwrap_or(nbd::MEMORY_DEFAULT);
+        let settings = ServerSettings {
+            reach: Reach::Anywhere,
+            tls,
+            connections_max,
+            handshake_time,
+            doors,
+            memory_max,
+            ..ServerSettings::default()
+        };
         let server = NbdServer::start(&address, settings)
             .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
         let bound = match server.address().clone() {
@@ -214,23 +231,27 @@ impl Daemon {
             _ => DaemonError::NodeNotFound(spec.node.clone()),
         })?;
         let name = spec.name.clone().unwrap_or_else(|| spec.node.clone());
+        let description = spec.description.clone().unwrap_or_default();
+        let mut serving = self.lock_serving();
+        let server = serving.server.as_ref().ok_or(DaemonError::NbdNotRunning)?;
+        server.check_export(&name, &description)?;
+        let bitmaps = self.bitmaps_to_offer(&node, spec)?;
         let export = Export {
             id: spec.id.clone(),
             name,
-            seat: Seat::new(Arc::clone(&place)),
+            seat: Seat::with_contexts(Arc::clone(&place), Contexts::new(spec.depth, bitmaps)),
             place,
             is_leaving: false,
         };
-        let mut serving = self.lock_serving();
-        let server = serving.server.as_ref().ok_or(DaemonError::NbdNotRunning)?;
         server.add_export(ExportSettings {
             name: export.name.clone(),
-            description: spec.description.clone().unwrap_or_default(),
+            description,
             seat: Arc::clone(&export.seat),
             access: if spec.writable { Access::Writable } else { Access::ReadOnly },
             is_default: false,
             clients: spec.clients.clone(),
         })?;
+        set_busy(&export, true);
         serving.exports.push(export.clone());
         Ok(export)
     }
@@ -322,6 +343,7 @@ impl Daemon {
             found.map(|index| serving.exports.remove(index))
         };
         if let Some(export) = export {
+            set_busy(&export, false);
             // A client may still be letting go of it; who hears of the end may remove the node at once.
             self.graph.detach(&export.place);
             // Or open its file again.
@@ -368,13 +390,16 @@ mod tests {
         let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
         daemon.add_node(&NodeSpec::new(Some("n".to_owned()), null)).unwrap();
         let address = NbdAddress::Unix(path.clone());
-        let spec = NbdSpec { address, max_connections: 0, handshake_time: None };
+        let spec = NbdSpec { address, max_connections: 0, handshake_time: None, memory_max: None, tls: None };
         let export = |node: &str| ExportSpec {
             id: "e".to_owned(),
             node: node.to_owned(),
             name: None,
             description: None,
             writable: false,
+            depth: Depth::Untold,
+            bitmaps: Vec::new(),
+            clients: None,
         };
         // The moment between the server and its export, which an export that is refused makes last.
         assert!(daemon.serve(&spec, &export("missing")).is_err());

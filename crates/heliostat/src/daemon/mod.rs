@@ -10,6 +10,7 @@ mod create;
 mod drive_mirror;
 mod error;
 mod events;
+mod export_bitmaps;
 mod exports;
 mod flusher;
 mod flushing;

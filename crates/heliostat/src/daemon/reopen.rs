@@ -452,7 +452,7 @@ mod tests {
         let file = NodeSpec::file("file", path);
         daemon.add_node(&file).unwrap();
         let below = Child::Named("file".to_owned());
-        let driver = DriverSpec::Raw { file: below, offset: 0, size: None, is_guess: false };
+        let driver = DriverSpec::Raw { file: below, offset: None, size: None, is_guess: false };
         daemon.add_node(&NodeSpec::new(Some("top".to_owned()), driver)).unwrap();
         (daemon, file)
     }

@@ -155,6 +155,7 @@ const HANDSHAKE_WORDS: &[&[u8]] = &[
     b"IHAVEOPT\0\0\0\x07",
     b"IHAVEOPT\0\0\0\x08\0\0\0\0",
     b"IHAVEOPT\0\0\0\x0a\0\0\0\x1c\0\0\0\x01a\0\0\0\x01\0\0\0\x0fbase:allocation",
+    b"IHAVEOPT\0\0\0\x0b\0\0\0\0",
     b"IHAVEOPT\0\0\0\x63\0\x01\0\x01",
 ];
 
@@ -166,7 +167,23 @@ const REQUEST_WORDS: &[&[u8]] = &[
     &[0x25, 0x60, 0x95, 0x13, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 9, 0],
     &[0x25, 0x60, 0x95, 0x13, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0],
     &[0x25, 0x60, 0x95, 0x13],
+    &extended(0, 0, 64),
+    &extended(0x20, 1, 8),
+    &extended(0, 1, 8),
+    &extended(0x20, 7, 12),
+    &extended(0, 7, 12),
+    &extended(0x20, 6, 40),
+    &[0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1],
+    &[0x21, 0xe4, 0x1c, 0x71],
 ];
+
+/// The header of an extended request for a little at 512.
+const fn extended(flags: u8, kind: u8, len: u8) -> [u8; 32] {
+    [
+        0x21, 0xe4, 0x1c, 0x71, 0, flags, 0, kind, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0,
+        0, 0, 0, 0, len,
+    ]
+}
 
 const ANSWER_WORDS: &[&[u8]] = &[
     &[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
@@ -208,11 +225,11 @@ proptest! {
     #[test]
     fn no_bytes_bring_the_transmission_down(
         bytes in likely(REQUEST_WORDS),
-        structured in any::<bool>(),
+        style in 0..3_usize,
         direct in any::<bool>(),
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
     ) {
-        let style = if structured { ReplyStyle::Structured } else { ReplyStyle::Simple };
+        let style = [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended][style];
         let small = Terms { size: 1 << 16, ..terms(style) };
         let whole = transmission_of(small, &[&bytes], false);
         let pieces = transmission_of(small, &cut(&bytes, &cuts), direct);

@@ -2,14 +2,18 @@
 //! server, and any bytes cut at any place.
 
 mod cuts;
+mod extended;
 mod handshake;
 mod replies;
 mod requests;
 mod round_trip;
 mod start_tls;
 
+pub(in crate::nbd) use round_trip::Disk;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use super::context::Context;
 use super::handshake::{Agreed, Handshake, Offers, Step};
 use super::reply::Replies;
 use super::request::{Command, Parsed, Requests};
@@ -19,7 +23,7 @@ use crate::buffer::BufferPool;
 
 pub(super) const SIZE: u64 = 64 << 20;
 
-pub(super) fn offer(name: &str) -> Offer {
+pub(in crate::nbd) fn offer(name: &str) -> Offer {
     Offer {
         name: name.to_owned(),
         description: format!("disk {name}"),
@@ -27,21 +31,22 @@ pub(super) fn offer(name: &str) -> Offer {
         access: Access::Writable,
         block_sizes: BlockSizes::DEFAULT,
         is_default: false,
+        contexts: vec![Context::Allocation, Context::Depth, Context::Bitmap("b0".to_owned())],
     }
 }
 
-pub(super) fn terms(replies: ReplyStyle) -> Terms {
+pub(in crate::nbd) fn terms(replies: ReplyStyle) -> Terms {
     Terms {
         size: SIZE,
         access: Access::Writable,
         block_sizes: BlockSizes::DEFAULT,
         replies,
-        allocation: (replies == ReplyStyle::Structured).then_some(1),
+        allocation: replies.has_chunks().then_some(1),
     }
 }
 
 /// The bytes of an option.
-pub(super) fn option_bytes(option: u32, data: &[u8]) -> BytesMut {
+pub(in crate::nbd) fn option_bytes(option: u32, data: &[u8]) -> BytesMut {
     let mut bytes = BytesMut::new();
     bytes.put_u64(OPTION_MAGIC);
     bytes.put_u32(option);
@@ -51,14 +56,14 @@ pub(super) fn option_bytes(option: u32, data: &[u8]) -> BytesMut {
 }
 
 /// A length and a string.
-pub(super) fn string_bytes(text: &str) -> Vec<u8> {
+pub(in crate::nbd) fn string_bytes(text: &str) -> Vec<u8> {
     let mut bytes = u32::try_from(text.len()).unwrap().to_be_bytes().to_vec();
     bytes.extend_from_slice(text.as_bytes());
     bytes
 }
 
 /// The data of `INFO` and `GO`.
-pub(super) fn query_bytes(name: &str, infos: &[u16]) -> Vec<u8> {
+pub(in crate::nbd) fn query_bytes(name: &str, infos: &[u16]) -> Vec<u8> {
     let mut bytes = string_bytes(name);
     bytes.put_u16(infos.len().try_into().unwrap());
     infos.iter().for_each(|info| bytes.put_u16(*info));
@@ -66,7 +71,7 @@ pub(super) fn query_bytes(name: &str, infos: &[u16]) -> Vec<u8> {
 }
 
 /// The data of the context options.
-pub(super) fn context_bytes(name: &str, queries: &[&str]) -> Vec<u8> {
+pub(in crate::nbd) fn context_bytes(name: &str, queries: &[&str]) -> Vec<u8> {
     let mut bytes = string_bytes(name);
     bytes.put_u32(queries.len().try_into().unwrap());
     queries.iter().for_each(|query| bytes.extend(string_bytes(query)));
@@ -74,7 +79,7 @@ pub(super) fn context_bytes(name: &str, queries: &[&str]) -> Vec<u8> {
 }
 
 /// The bytes of a request; a payload is the caller's.
-pub(super) fn request_bytes(kind: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> BytesMut {
+pub(in crate::nbd) fn request_bytes(kind: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> BytesMut {
     let mut bytes = BytesMut::new();
     bytes.put_u32(REQUEST_MAGIC);
     bytes.put_u16(flags);
@@ -93,7 +98,7 @@ pub(super) struct Server<'a> {
 }
 
 impl<'a> Server<'a> {
-    pub(super) fn new(exports: &'a [Offer]) -> Self {
+    pub(in crate::nbd) fn new(exports: &'a [Offer]) -> Self {
         let mut output = BytesMut::new();
         let mut handshake = Handshake::new(&mut output);
         output.clear();
@@ -103,17 +108,17 @@ impl<'a> Server<'a> {
         Self { handshake, offers, output }
     }
 
-    pub(super) fn send(&mut self, option: u32, data: &[u8]) -> Result<Step, Violation> {
+    pub(in crate::nbd) fn send(&mut self, option: u32, data: &[u8]) -> Result<Step, Violation> {
         self.handshake.step(&mut option_bytes(option, data).freeze(), self.offers, &mut self.output)
     }
 
     /// Sends an option; answers the types and data of the replies.
-    pub(super) fn ask(&mut self, option: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
+    pub(in crate::nbd) fn ask(&mut self, option: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
         self.send(option, data).unwrap();
         self.replies(option)
     }
 
-    pub(super) fn replies(&mut self, option: u32) -> Vec<(u32, Vec<u8>)> {
+    pub(in crate::nbd) fn replies(&mut self, option: u32) -> Vec<(u32, Vec<u8>)> {
         let mut replies = Vec::new();
         while !self.output.is_empty() {
             assert_eq!(self.output.get_u64(), OPTION_REPLY_MAGIC);
@@ -125,7 +130,7 @@ impl<'a> Server<'a> {
         replies
     }
 
-    pub(super) fn go(&mut self, name: &str) -> Agreed {
+    pub(in crate::nbd) fn go(&mut self, name: &str) -> Agreed {
         match self.send(super::wire::opt::GO, &query_bytes(name, &[])) {
             Ok(Step::Agreed(agreed)) => agreed,
             other => panic!("no agreement but {other:?}"),
@@ -134,13 +139,14 @@ impl<'a> Server<'a> {
 }
 
 /// A parser and its replies.
-pub(super) fn requests(terms: Terms) -> (Requests, Replies) {
+pub(in crate::nbd) fn requests(terms: Terms) -> (Requests, Replies) {
     let replies = Replies::new(&terms);
-    (Requests::new(terms, BufferPool::new(1 << 20, 2), replies.clone()), replies)
+    let contexts = terms.allocation.as_slice();
+    (Requests::new(terms, contexts, BufferPool::new(1 << 20, 2), replies.clone()), replies)
 }
 
 /// All that waits to be sent.
-pub(super) fn drain(replies: &Replies) -> Vec<u8> {
+pub(in crate::nbd) fn drain(replies: &Replies) -> Vec<u8> {
     let mut bytes = Vec::new();
     while !replies.is_empty() {
         let count = replies.show(|slices| {
@@ -153,12 +159,12 @@ pub(super) fn drain(replies: &Replies) -> Vec<u8> {
 }
 
 /// Appends what was received.
-pub(super) fn receive(input: &mut Bytes, piece: &[u8]) {
+pub(in crate::nbd) fn receive(input: &mut Bytes, piece: &[u8]) {
     *input = [&input[..], piece].concat().into();
 }
 
 /// The one request in `bytes`, paid with success.
-pub(super) fn parse_one(terms: Terms, bytes: &[u8]) -> Command {
+pub(in crate::nbd) fn parse_one(terms: Terms, bytes: &[u8]) -> Command {
     let (mut requests, replies) = requests(terms);
     let mut input = Bytes::copy_from_slice(bytes);
     match requests.next(&mut input, u64::MAX) {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::buffer::Buffer;
 use crate::error::ErrorKind;
+use crate::nbd::context::Described;
 use crate::nbd::request::ExtentsWanted;
 use crate::nbd::wire::{SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC};
 use crate::nbd::{Cookie, Errno};
@@ -30,10 +31,10 @@ fn chunk(kind: u16, payload: &[u8]) -> Vec<u8> {
 #[test]
 fn simple_replies_look_as_the_document_says() {
     let replies = Replies::new(&terms(ReplyStyle::Simple));
-    replies.owe(COOKIE).done();
-    replies.owe(COOKIE).data(4096, Buffer::copy_of(b"data"));
-    replies.owe(COOKIE).zeroes(range(0, 3));
-    replies.owe(COOKIE).failed(Errno::NoSpace, "not sent");
+    replies.owe(COOKIE, 0).done();
+    replies.owe(COOKIE, 0).data(4096, Buffer::copy_of(b"data"));
+    replies.owe(COOKIE, 0).zeroes(range(0, 3));
+    replies.owe(COOKIE, 0).failed(Errno::NoSpace, "not sent");
     let expected = [simple(0, b""), simple(0, b"data"), simple(0, &[0; 3]), simple(28, b"")].concat();
     assert_eq!(drain(&replies), expected);
 }
@@ -41,11 +42,11 @@ fn simple_replies_look_as_the_document_says() {
 #[test]
 fn structured_replies_look_as_the_document_says() {
     let replies = Replies::new(&terms(ReplyStyle::Structured));
-    replies.owe(COOKIE).done();
-    replies.owe(COOKIE).data(4096, Buffer::copy_of(b"data"));
-    replies.owe(COOKIE).data(4096, Buffer::zeroed(0));
-    replies.owe(COOKIE).zeroes(range(512, 1024));
-    replies.owe(COOKIE).failed(Errno::NoSpace, "full");
+    replies.owe(COOKIE, 0).done();
+    replies.owe(COOKIE, 0).data(4096, Buffer::copy_of(b"data"));
+    replies.owe(COOKIE, 0).data(4096, Buffer::zeroed(0));
+    replies.owe(COOKIE, 0).zeroes(range(512, 1024));
+    replies.owe(COOKIE, 0).failed(Errno::NoSpace, "full");
     let offset = 4096_u64.to_be_bytes();
     let hole = [512_u64.to_be_bytes().to_vec(), 1024_u32.to_be_bytes().to_vec()].concat();
     let expected = [
@@ -60,11 +61,12 @@ fn structured_replies_look_as_the_document_says() {
 
 fn status_of(extents: &[(u64, u64, ExtentStatus)], wanted: ExtentsWanted) -> Vec<(u32, u32)> {
     let replies = Replies::new(&terms(ReplyStyle::Structured));
-    let extents: Vec<_> = extents
+    let said: Vec<_> = extents
         .iter()
         .map(|(offset, len, status)| Extent { range: range(*offset, *len), status: *status })
+        .map(Described::allocation)
         .collect();
-    replies.owe(COOKIE).extents(range(1000, 3000), &extents, wanted);
+    replies.owe(COOKIE, 0).status(range(1000, 3000), wanted, &[(1, said)]);
     let bytes = drain(&replies);
     assert_eq!(bytes[6..8], [0, 5]);
     assert_eq!(bytes[20..24], 1_u32.to_be_bytes());
@@ -105,7 +107,7 @@ fn errors_of_nodes_have_their_number() {
 #[test]
 fn a_message_is_cut_to_what_a_string_may_hold() {
     let replies = Replies::new(&terms(ReplyStyle::Structured));
-    replies.owe(COOKIE).failed(Errno::Io, &"ü".repeat(3000));
+    replies.owe(COOKIE, 0).failed(Errno::Io, &"ü".repeat(3000));
     let bytes = drain(&replies);
     assert_eq!(bytes.len(), 20 + 6 + 4096);
     assert!(str::from_utf8(&bytes[26..]).is_ok());
@@ -115,14 +117,14 @@ fn a_message_is_cut_to_what_a_string_may_hold() {
 #[cfg_attr(debug_assertions, should_panic(expected = "dropped unanswered"))]
 fn a_reply_that_is_forgotten_is_loud() {
     let replies = Replies::new(&terms(ReplyStyle::Simple));
-    drop(replies.owe(COOKIE));
+    drop(replies.owe(COOKIE, 0));
     assert_eq!(drain(&replies), simple(5, b""));
 }
 
 #[test]
 fn a_reply_that_is_lost_in_a_panic_answers_eio() {
     let replies = Replies::new(&terms(ReplyStyle::Simple));
-    let reply = replies.owe(COOKIE);
+    let reply = replies.owe(COOKIE, 0);
     let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
         let _owed = reply;
         panic!("on purpose");
@@ -135,8 +137,8 @@ fn a_reply_that_is_lost_in_a_panic_answers_eio() {
 fn replies_can_be_sent_in_any_pieces() {
     let fill = |replies: &Replies| {
         for i in 0..40_u8 {
-            replies.owe(Cookie(u64::from(i))).done();
-            replies.owe(Cookie(u64::from(i))).data(0, Buffer::copy_of(&vec![i; usize::from(i)]));
+            replies.owe(Cookie(u64::from(i)), 0).done();
+            replies.owe(Cookie(u64::from(i)), 0).data(0, Buffer::copy_of(&vec![i; usize::from(i)]));
         }
     };
     let whole = Replies::new(&terms(ReplyStyle::Structured));
@@ -162,9 +164,9 @@ fn replies_can_be_sent_in_any_pieces() {
 #[test]
 fn a_queue_that_never_runs_empty_does_not_grow() {
     let replies = Replies::new(&terms(ReplyStyle::Simple));
-    replies.owe(COOKIE).done();
+    replies.owe(COOKIE, 0).done();
     for _ in 0..100_000 {
-        replies.owe(COOKIE).done();
+        replies.owe(COOKIE, 0).done();
         replies.sent(16);
     }
     assert_eq!(replies.len(), 16);

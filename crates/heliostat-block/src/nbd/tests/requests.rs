@@ -40,12 +40,20 @@ fn each_command_is_understood() {
         (
             cmd::BLOCK_STATUS,
             0,
-            Command::BlockStatus { range: range(512, 1024), extents: ExtentsWanted::Many },
+            Command::BlockStatus {
+                range: range(512, 1024),
+                extents: ExtentsWanted::Many,
+                contexts: [1].into(),
+            },
         ),
         (
             cmd::BLOCK_STATUS,
             cmd_flag::REQ_ONE,
-            Command::BlockStatus { range: range(512, 1024), extents: ExtentsWanted::One },
+            Command::BlockStatus {
+                range: range(512, 1024),
+                extents: ExtentsWanted::One,
+                contexts: [1].into(),
+            },
         ),
     ];
     for (kind, flags, expected) in table {

@@ -8,6 +8,7 @@ use crate::convert::usize_from;
 use crate::nbd::client::{Allocation, Negotiation, NegotiationError, Wish};
 use crate::nbd::client_reply::{Answer, Answered, Conversation};
 use crate::nbd::client_request::{Ask, AskError};
+use crate::nbd::context::Described;
 use crate::nbd::request::{ExtentsWanted, Request};
 use crate::nbd::wire::rep;
 use crate::nbd::{Cookie, Errno};
@@ -31,10 +32,10 @@ fn negotiate(exports: &[Offer], wish: Wish) -> Result<(Conversation, Agreed), Ne
     let mut agreed = None;
     loop {
         let found = client.step(&mut to_client, &mut to_server)?;
-        if let (Some(found), Some(agreed)) = (&found, agreed) {
-            let Agreed { terms, .. } = agreed;
-            assert_eq!(found.terms, terms, "both sides know the same");
-            return Ok((Conversation::new(found), agreed));
+        if let (Some(found), Some(agreed)) = (&found, &agreed) {
+            let agreed: &Agreed = agreed;
+            assert_eq!(found.terms, agreed.terms, "both sides know the same");
+            return Ok((Conversation::new(found), agreed.clone()));
         }
         let mut received = to_server.split().freeze();
         let step = server.step(&mut received, offers, &mut to_client);
@@ -48,10 +49,10 @@ fn negotiate(exports: &[Offer], wish: Wish) -> Result<(Conversation, Agreed), Ne
 }
 
 /// A disk that carries requests out at once.
-pub(super) struct Disk(pub(super) Vec<u8>);
+pub(in crate::nbd) struct Disk(pub(in crate::nbd) Vec<u8>);
 
 impl Disk {
-    pub(super) fn carry_out(&mut self, request: Request) {
+    pub(in crate::nbd) fn carry_out(&mut self, request: Request) {
         let Request { command, reply } = request;
         match command {
             Command::Read { range, .. } => {
@@ -68,14 +69,16 @@ impl Disk {
                 reply.done();
             }
             Command::Flush | Command::Cache { .. } => reply.done(),
-            Command::BlockStatus { range, extents } => {
+            Command::BlockStatus { range, extents, contexts } => {
                 let half = ByteRange::from_bounds(range.offset(), range.offset() + range.len().div_ceil(2));
                 let rest = ByteRange::from_bounds(half.end(), range.end());
                 let all = [
                     Extent { range: half, status: ExtentStatus::Hole },
                     Extent { range: rest, status: ExtentStatus::Zero },
                 ];
-                reply.extents(range, &all, extents);
+                let said = all.map(Described::allocation).to_vec();
+                let said: Vec<_> = contexts.iter().map(|id| (*id, said.clone())).collect();
+                reply.status(range, extents, &said);
             }
         }
     }

@@ -33,6 +33,7 @@ use crate::cli::ending;
 use crate::cli::image::{self, Image};
 use crate::cli::progress::{Look, Meter, Wanted};
 use crate::daemon::{Daemon, ExportSpec, Happening, MirrorSpec, NbdAddress, NbdSpec, NodeSpec};
+use crate::serve::status::Depth;
 
 /// The export's name.
 pub const EXPORT: &str = "disk";
@@ -126,8 +127,16 @@ impl Stage {
         daemon.add_node(&node(SOURCE, source_path(folder)))?;
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
-        let server = NbdSpec { address: socket, max_connections: 0, handshake_time: None, tls: None };
+        let server = NbdSpec {
+            address: socket,
+            max_connections: 0,
+            handshake_time: None,
+            memory_max: None,
+            tls: None,
+        };
         let export = ExportSpec {
+            depth: Depth::Untold,
+            bitmaps: Vec::new(),
             id: EXPORT.to_owned(),
             node: SOURCE.to_owned(),
             name: Some(EXPORT.to_owned()),

@@ -13,6 +13,7 @@ use super::not_there;
 use crate::authz::Client;
 use crate::daemon::{Daemon, ExportSpec, NbdAddress, NbdSpec, NbdTls, Removal};
 use crate::front::nbd::{CONNECTIONS_DEFAULT, TlsPolicy};
+use crate::serve::status::Depth;
 
 /// As good as no bound, where a client asks for none.
 const NO_BOUND: Duration = Duration::from_secs(1 << 40);
@@ -39,6 +40,7 @@ pub(super) fn start_server(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Re
         max_connections: arguments.uint32("max-connections").unwrap_or(connections_default),
         handshake_time,
         tls,
+        memory_max: None,
     };
     daemon.start_nbd_server(&spec)?;
     Ok(json!({}))
@@ -94,7 +96,7 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
     if let Some(thread) = arguments.text("iothread") {
         return Err(Refusal::new(format!("iothread \"{thread}\" not found")));
     }
-    for name in ["fixed-iothread", "writethrough", "allocation-depth"] {
+    for name in ["fixed-iothread", "writethrough"] {
         if arguments.flag(name) == Some(true) {
             return Err(not_there(name));
         }
@@ -106,10 +108,16 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
         description: arguments.text("description").map(str::to_owned),
         writable: arguments.flag("writable").unwrap_or(false),
         clients: tls_clients(arguments)?,
+        depth: match arguments.flag("allocation-depth") {
+            Some(true) => Depth::Told,
+            _ => Depth::Untold,
+        },
+        bitmaps: arguments
+            .named("bitmaps")
+            .into_iter()
+            .map(|(node, name)| (node.map(str::to_owned), name.to_owned()))
+            .collect(),
     };
-    if let Some(bitmap) = arguments.first_of("bitmaps") {
-        return Err(Refusal::new(format!("Bitmap '{bitmap}' is not found")));
-    }
     daemon.add_export(&spec)?;
     Ok(json!({}))
 }

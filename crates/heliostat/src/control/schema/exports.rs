@@ -51,8 +51,16 @@ pub(super) static SOCKET_ADDRESS: Record = Record {
 const NBD_EXPORT: &[Member] = &[
     optional("name", Kind::Text, "what clients ask for; default: the node's name"),
     optional("description", Kind::Text, "a text for clients"),
-    optional("bitmaps", Kind::List(&bitmaps::NAMED), "not supported yet"),
-    optional("allocation-depth", Kind::Flag, "only false"),
+    optional(
+        "bitmaps",
+        Kind::List(&bitmaps::NAMED),
+        "dirty bitmaps that clients may ask for: names of ones in the node's chain, or with their nodes",
+    ),
+    optional(
+        "allocation-depth",
+        Kind::Flag,
+        "whether clients may ask in which layer a range is; default false",
+    ),
     tls::CLIENTS,
 ];
 

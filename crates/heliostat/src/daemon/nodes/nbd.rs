@@ -9,7 +9,7 @@ use std::time::Duration;
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::name::NodeName;
 use heliostat_block::storage::Storage;
-use heliostat_host::nbd::{ClientTls, NbdOptions, NbdStorage, OpenConnection, ServerAddress};
+use heliostat_host::nbd::{NbdOptions, NbdStorage, OpenConnection, ServerAddress, Tls};
 use heliostat_host::socket::Address;
 use heliostat_host::tls::Endpoint;
 
@@ -168,9 +168,6 @@ impl Daemon {
             opened => opened,
         };
         let nbd_storage = Arc::new(opened.map_err(|error| refused(&error))?);
-        if nbd.bitmap.is_some() && nbd_storage.found().terms.allocation.is_none() {
-            return Err(DaemonError::Nbd("Could not open image: Invalid argument".to_owned()));
-        }
         let storage: Arc<dyn Storage> = Arc::<NbdStorage>::clone(&nbd_storage);
         let read_only = spec.read_only || storage.traits().read_only;
         let spec = NodeSpec { read_only, ..spec.clone() };
@@ -182,11 +179,11 @@ impl Daemon {
         self.keep(Below { entry, start: 0, identity: None }, Vec::new(), making)
     }
 
-    fn client_tls(&self, nbd: &NbdClientSpec) -> Result<Option<ClientTls>, DaemonError> {
+    fn client_tls(&self, nbd: &NbdClientSpec) -> Result<Option<Tls>, DaemonError> {
         let Some(id) = &nbd.credentials else { return Ok(None) };
         let credentials = self.credentials(id, Endpoint::Client)?;
         let host = nbd.tls_hostname.clone().unwrap_or_else(|| nbd.server.host());
-        Ok(Some(ClientTls { credentials, host }))
+        Ok(Some(Tls { credentials, host }))
     }
 }
 
@@ -194,6 +191,10 @@ impl Daemon {
 fn refused(error: &std::io::Error) -> DaemonError {
     DaemonError::Nbd(match error.kind() {
         std::io::ErrorKind::ReadOnlyFilesystem => "Could not open image: Permission denied".to_owned(),
+        // QEMU says no more than that.
+        _ if error.to_string().starts_with("requested x-dirty-bitmap") => {
+            "Could not open image: Invalid argument".to_owned()
+        }
         _ => error.to_string(),
     })
 }

@@ -6,11 +6,9 @@
 //! waits for those in flight; a client that sends more is told that the server is going away. Called by the
 //! server's thread.
 
-use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -18,17 +16,17 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, Bytes, BytesMut};
 use event_listener::EventListener;
 use futures_util::future::{Either, select};
-use futures_util::stream::{FuturesUnordered, StreamExt};
 use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::LocalFuture;
 use heliostat_block::convert::u64_from;
-use heliostat_block::nbd::Terms;
-use heliostat_block::nbd::handshake::{Handshake, Offers, Step, TlsPolicy};
+use heliostat_block::nbd::handshake::{Agreed, Handshake, Offers, Step, TlsPolicy};
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
 use heliostat_host::stream::Stream;
 
+use super::budget::{REQUEST_COST, Share};
 use super::exports::Client;
+use super::flights::{Awake, Flights};
 use super::patience::Patience;
 use super::{ServerTls, Shared, until_stopped};
 use crate::serve::{Buffers, Permit, Permits, bytes_held, carry_out, detached};
@@ -73,10 +71,10 @@ pub(super) async fn serve(stream: Stream, shared: &Shared) {
             Either::Right(_) => None,
         }
     };
-    let Some((stream, client, terms)) = agreed else { return };
+    let Some((stream, client, agreed)) = agreed else { return };
     let start =
         |request, permit| carry_out(Arc::clone(client.seat()), shared.buffers.clone(), request, permit);
-    let mut connection = Connection::new(stream, (&client, terms), shared, input, start);
+    let mut connection = Connection::new(stream, (&client, &agreed), shared, input, start);
     poll_fn(|cx| connection.turn(cx)).await;
 }
 
@@ -86,7 +84,7 @@ async fn handshake(
     mut stream: Stream,
     shared: &Shared,
     input: &mut Bytes,
-) -> Option<(Stream, Client, Terms)> {
+) -> Option<(Stream, Client, Agreed)> {
     let exports = &shared.exports;
     let mut output = BytesMut::new();
     let policy = shared.tls.as_ref().map_or(TlsPolicy::None, |tls| tls.policy);
@@ -105,7 +103,7 @@ async fn handshake(
             Step::Agreed(agreed) => {
                 let client = exports.enter(&offered[agreed.offer])?;
                 send_all(&stream, &mut output).await.ok()?;
-                return Some((stream, client, agreed.terms));
+                return Some((stream, client, agreed));
             }
             Step::Aborted => {
                 send_all(&stream, &mut output).await.ok()?;
@@ -171,77 +169,6 @@ fn receive_now(
     }
 }
 
-/// Requests that have been started and have not ended. Nothing takes one out but its end.
-struct Flights<F> {
-    /// Memory of a request that ended at once, for the next one.
-    spare: Option<Pin<Box<F>>>,
-    running: FuturesUnordered<Pin<Box<F>>>,
-}
-
-impl<F: Future<Output = ()>> Flights<F> {
-    fn new() -> Self {
-        Self { spare: None, running: FuturesUnordered::new() }
-    }
-
-    /// Starts a request. Most end at once; the others are polled again by [`Flights::poll_ended`], which is
-    /// to be called before the task sleeps.
-    fn start(&mut self, request: F, cx: &mut Context<'_>) {
-        let mut place = match self.spare.take() {
-            Some(mut place) => {
-                place.set(request);
-                place
-            }
-            None => Box::pin(request),
-        };
-        match place.as_mut().poll(cx) {
-            Poll::Ready(()) => self.spare = Some(place),
-            Poll::Pending => self.running.push(place),
-        }
-    }
-
-    /// Gets on with those that can. Says whether any ended.
-    fn poll_ended(&mut self, cx: &mut Context<'_>) -> bool {
-        let mut has_ended = false;
-        while !self.running.is_empty() && self.running.poll_next_unpin(cx).is_ready() {
-            has_ended = true;
-        }
-        has_ended
-    }
-}
-
-/// Whether a connection sleeps; counted together with the thread's other connections.
-struct Awake {
-    count: Rc<Cell<usize>>,
-    is_awake: bool,
-}
-
-impl Awake {
-    fn new(count: &Rc<Cell<usize>>) -> Self {
-        Self { count: Rc::clone(count), is_awake: false }
-    }
-
-    fn wake(&mut self) {
-        self.count.set(self.count.get() + usize::from(!self.is_awake));
-        self.is_awake = true;
-    }
-
-    fn sleep(&mut self) {
-        self.count.set(self.count.get() - usize::from(self.is_awake));
-        self.is_awake = false;
-    }
-
-    /// Says whether no other connection of this thread has anything to do.
-    fn is_alone(&self) -> bool {
-        self.count.get() == usize::from(self.is_awake)
-    }
-}
-
-impl Drop for Awake {
-    fn drop(&mut self) {
-        self.sleep();
-    }
-}
-
 /// Whether a connection takes requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -278,44 +205,53 @@ struct Connection<'a, F, M> {
     /// Whether the last receive went straight into a long payload.
     was_long: bool,
     permits: Permits,
+    share: Share,
     start: M,
     flights: Flights<F>,
     /// Whether the next request must wait for others to end.
     is_full: bool,
+    /// Whether others must end for that, or read their answers.
+    is_starved: bool,
     patience: Patience,
     last_answer: Instant,
     changed: EventListener,
     last_answers: Option<LocalFuture<'static, ()>>,
+    /// When to look whether the client reads at all.
+    slow: Option<LocalFuture<'static, ()>>,
 }
 
 impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, M> {
     fn new(
         stream: Stream,
-        (client, terms): (&'a Client, Terms),
+        (client, agreed): (&'a Client, &Agreed),
         shared: &'a Shared,
         input: Bytes,
         start: M,
     ) -> Self {
-        let replies = Replies::new(&terms);
+        let replies = Replies::new(&agreed.terms);
+        let pool = shared.buffers.for_payloads();
         Self {
             stream,
             client,
             shared,
             awake: Awake::new(&shared.awake),
             stage: Stage::Serving,
-            requests: Requests::new(terms, shared.buffers.for_payloads(), replies.clone()),
+            requests: Requests::new(agreed.terms, &agreed.contexts, pool, replies.clone()),
             replies,
             input,
             spare: None,
             was_long: false,
             permits: Permits::new(REQUESTS_MAX, BYTES_MAX),
+            share: shared.budget.share(),
             start,
             flights: Flights::new(),
             is_full: false,
+            is_starved: false,
             patience: Patience::new(),
             last_answer: Instant::now(),
             changed: shared.exports.listen(),
             last_answers: None,
+            slow: None,
         }
     }
 
@@ -328,7 +264,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             let has_moved = self.step(cx);
             let before = std::mem::replace(&mut now, Instant::now());
             self.patience.took(before, now);
-            if self.stage != Stage::Serving && self.flights.running.is_empty() && self.is_through(cx) {
+            if self.stage != Stage::Serving && self.flights.are_over() && self.is_through(cx) {
                 return Poll::Ready(());
             }
             if !has_moved && !self.looks_on(now) {
@@ -349,7 +285,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         } else {
             // Asleep, a connection keeps no more memory than it must.
             self.spare = None;
-            if self.flights.running.is_empty() {
+            if self.flights.are_over() {
                 self.awake.sleep();
             }
         }
@@ -369,7 +305,22 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             }
             has_moved |= self.receive(cx);
         }
-        has_moved | self.send()
+        has_moved |= self.send();
+        if !self.stage.listens() {
+            self.is_starved = false;
+        }
+        if !self.is_starved {
+            self.share.stop_waiting();
+        }
+        self.count_held();
+        has_moved
+    }
+
+    /// Tells the server's budget what is held.
+    fn count_held(&mut self) {
+        let (requests, bytes) = self.permits.held();
+        let kept = u64_from(self.replies.len() + self.requests.receiving());
+        self.share.hold(bytes + kept + u64_from(requests) * REQUEST_COST);
     }
 
     /// Receives what is there and starts what is in it. Says whether anything came.
@@ -408,12 +359,19 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Starts the requests in the input, as far as there is room for them.
     fn take_requests(&mut self, cx: &mut Context<'_>) {
         self.is_full = false;
+        self.is_starved = false;
         while self.stage.listens() {
-            let Some(room) = self.room() else {
+            let Some(own_room) = self.room() else {
                 self.is_full = true;
                 return;
             };
-            match self.requests.next(&mut self.input, room) {
+            self.count_held();
+            let shared_room = self.share.room().saturating_sub(REQUEST_COST);
+            if shared_room == 0 && self.stage == Stage::Serving {
+                (self.is_full, self.is_starved) = (true, true);
+                return;
+            }
+            match self.requests.next(&mut self.input, own_room.min(shared_room)) {
                 Ok(Parsed::Request(request)) => {
                     let request = self.unpinned(request);
                     let permit = self.permits.take(bytes_held(&request.command));
@@ -422,6 +380,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 Ok(Parsed::Refused(_)) => {}
                 Ok(Parsed::NoRoom) => {
                     self.is_full = true;
+                    self.is_starved = shared_room < own_room;
                     return;
                 }
                 Ok(Parsed::Incomplete) => return,
@@ -443,7 +402,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// The same request, which does not keep a whole receive buffer for a short payload.
     fn unpinned(&self, mut request: Request) -> Request {
         if let Command::Write { data, .. } = &mut request.command
-            && self.flights.running.len() >= PINNING_MAX
+            && self.flights.len() >= PINNING_MAX
             && data.len() < PINNING_LEN
         {
             *data = detached(data);
@@ -487,7 +446,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Says whether to look at the socket once more before sleeping.
     fn looks_on(&self, now: Instant) -> bool {
         self.stage == Stage::Serving
-            && self.flights.running.is_empty()
+            && self.flights.are_over()
             && self.replies.is_empty()
             && self.patience.looks_on(self.last_answer, now)
     }
@@ -504,9 +463,35 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 has_news = true;
             }
         }
-        if !self.replies.is_empty() {
+        if self.is_starved {
+            let was_next = self.share.is_next();
+            self.share.wait(cx.waker());
+            // Nobody wakes who has become the next only now.
+            has_news |= !was_next && self.share.is_next();
+        }
+        if self.replies.is_empty() {
+            self.slow = None;
+        } else {
             has_news |= pin!(self.stream.writable()).poll(cx).is_ready();
+            has_news |= self.is_given_up(cx);
         }
         has_news
+    }
+
+    /// Gives a client up that has read nothing for long, if others wait for the memory of its answers. Says whether
+    /// it did.
+    fn is_given_up(&mut self, cx: &mut Context<'_>) -> bool {
+        let (clock, patience) = (self.shared.clock, self.shared.slow_reader_time);
+        loop {
+            let slow = self.slow.get_or_insert_with(|| clock.sleep(patience));
+            if slow.as_mut().poll(cx).is_pending() {
+                return false;
+            }
+            self.slow = None;
+            if self.last_answer.elapsed() >= patience && self.share.others_wait() {
+                self.stage = Stage::Gone;
+                return true;
+            }
+        }
     }
 }

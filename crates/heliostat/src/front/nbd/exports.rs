@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_listener::{Event, EventListener, Listener};
-use heliostat_block::limits::NBD_PAYLOAD_MAX;
+use heliostat_block::limits::{NBD_CONTEXTS_MAX, NBD_PAYLOAD_MAX};
 use heliostat_block::nbd::wire::STRING_MAX;
 use heliostat_block::nbd::{Access, BlockSizes, Offer};
 use heliostat_host::tls::Peer;
@@ -46,9 +46,18 @@ pub enum ExportError {
     /// Clients use it.
     #[error("export '{0}' still in use")]
     InUse(String),
-    /// The name or description cannot be said in the protocol.
-    #[error("export name or description is too long or holds NUL")]
+    /// The name is longer than the protocol allows.
+    #[error("export name '{0}' too long")]
+    NameTooLong(String),
+    /// The description is.
+    #[error("description '{0}' too long")]
+    DescriptionTooLong(String),
+    /// The name, the description or the name of a bitmap cannot be said in the protocol.
+    #[error("export name, description or bitmap's name is too long or holds NUL")]
     Invalid,
+    /// More contexts than there may be.
+    #[error("an NBD export has at most {NBD_CONTEXTS_MAX} metadata contexts")]
+    TooManyContexts,
     /// There are as many as there may be.
     #[error("an NBD server has at most {EXPORTS_MAX} exports")]
     TooMany,
@@ -92,10 +101,12 @@ struct Clients {
 /// That a connection uses an export.
 struct Counted(Arc<Clients>);
 
+type ByName = BTreeMap<String, Arc<Export>>;
+
 /// What a server offers.
 pub(super) struct Exports {
     /// Held for look-ups and changes only. Lock order: this, then an export's clients.
-    by_name: Mutex<BTreeMap<String, Arc<Export>>>,
+    by_name: Mutex<ByName>,
     stopping: AtomicBool,
     /// Connections are taken.
     is_open: AtomicBool,
@@ -140,20 +151,42 @@ impl Exports {
         }
     }
 
-    pub(super) fn add(&self, settings: ExportSettings) -> Result<(), ExportError> {
-        let is_sayable = |text: &str| text.len() <= STRING_MAX && !text.contains('\0');
-        if !is_sayable(&settings.name) || !is_sayable(&settings.description) {
+    pub(super) fn check(&self, name: &str, description: &str) -> Result<(), ExportError> {
+        self.check_in(&self.by_name(), name, description)
+    }
+
+    fn check_in(&self, by_name: &ByName, name: &str, description: &str) -> Result<(), ExportError> {
+        if name.len() > STRING_MAX {
+            return Err(ExportError::NameTooLong(name.to_owned()));
+        }
+        if description.len() > STRING_MAX {
+            return Err(ExportError::DescriptionTooLong(description.to_owned()));
+        }
+        if name.contains('\0') || description.contains('\0') {
             return Err(ExportError::Invalid);
         }
-        let mut by_name = self.by_name();
         if self.is_stopping() {
             return Err(ExportError::Stopping);
         }
         if by_name.len() >= EXPORTS_MAX {
             return Err(ExportError::TooMany);
         }
-        if by_name.contains_key(&settings.name) {
-            return Err(ExportError::Duplicate(settings.name));
+        if by_name.contains_key(name) {
+            return Err(ExportError::Duplicate(name.to_owned()));
+        }
+        Ok(())
+    }
+
+    pub(super) fn add(&self, settings: ExportSettings) -> Result<(), ExportError> {
+        let mut by_name = self.by_name();
+        self.check_in(&by_name, &settings.name, &settings.description)?;
+        let contexts = settings.seat.contexts.offered();
+        if contexts.len() > NBD_CONTEXTS_MAX {
+            return Err(ExportError::TooManyContexts);
+        }
+        let is_sayable = |name: &str| name.len() <= STRING_MAX && !name.contains('\0');
+        if !contexts.iter().all(|context| is_sayable(&context.name())) {
+            return Err(ExportError::Invalid);
         }
         let name = settings.name.clone();
         let (closing, clients) = (AtomicBool::new(false), Arc::default());
@@ -217,7 +250,7 @@ impl Exports {
         self.changed.listen()
     }
 
-    fn by_name(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Export>>> {
+    fn by_name(&self) -> MutexGuard<'_, ByName> {
         self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -235,6 +268,7 @@ impl Export {
             // The node takes requests of any alignment, and a pivot may bring one with other blocks.
             block_sizes: BlockSizes::new(1, traits.preferred_size.max(traits.block_size), NBD_PAYLOAD_MAX),
             is_default: self.settings.is_default,
+            contexts: self.settings.seat.contexts.offered(),
         }
     }
 

@@ -4,8 +4,10 @@
 //! thread. What is said on the wire is decided in `heliostat_block::nbd`, what is done with a request in
 //! [`crate::serve`]; here are sockets, threads and limits. Called by the control plane and the command line.
 
+mod budget;
 mod connection;
 mod exports;
+mod flights;
 mod patience;
 
 use std::cell::Cell;
@@ -25,6 +27,7 @@ use heliostat_host::socket::{Address, Listener, Socket};
 use heliostat_host::tls::{Credentials, Peer};
 
 use crate::serve::Buffers;
+use budget::Budget;
 use exports::Exports;
 pub use exports::{ExportError, ExportSettings, ExportStatus, Removal, Removed};
 
@@ -34,6 +37,14 @@ pub const CONNECTIONS_DEFAULT: usize = 100;
 /// How long a client may take for the handshake when nothing is said. People type no handshakes; a program on
 /// the other side of the world needs two seconds.
 pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
+
+/// The memory that the connections of one server may hold together when nothing is said: eight that hold all that one
+/// may hold.
+pub const MEMORY_DEFAULT: u64 = 512 << 20;
+
+/// How long a client may read nothing of its answers while others wait for memory, when nothing is said. Longer than
+/// a guest is stopped to be looked at, shorter than what others' block layers take for an error.
+pub const SLOW_READER_TIME_DEFAULT: Duration = Duration::from_secs(20);
 
 /// How long to wait when the host has no descriptor left for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -91,6 +102,11 @@ pub struct ServerSettings {
     pub handshake_time: Duration,
     /// Whether clients are served from the start.
     pub doors: Doors,
+    /// The most bytes that all connections hold together: of requests in flight and of answers that are not read. At
+    /// least two of the largest requests.
+    pub memory_max: u64,
+    /// How long a client may read nothing of its answers while others wait for that memory.
+    pub slow_reader_time: Duration,
 }
 
 /// Whether a new server serves those who connect.
@@ -110,6 +126,8 @@ impl Default for ServerSettings {
             connections_max: CONNECTIONS_DEFAULT,
             handshake_time: HANDSHAKE_TIME_DEFAULT,
             doors: Doors::Open,
+            memory_max: MEMORY_DEFAULT,
+            slow_reader_time: SLOW_READER_TIME_DEFAULT,
         }
     }
 }
@@ -156,6 +174,14 @@ impl NbdServer {
     /// Takes connections from now on, where it was started with [`Doors::Closed`].
     pub fn let_in(&self) {
         self.exports.open();
+    }
+
+    /// Says whether an export of that name and description could be added now.
+    ///
+    /// # Errors
+    /// As [`NbdServer::add_export`].
+    pub fn check_export(&self, name: &str, description: &str) -> Result<(), ExportError> {
+        self.exports.check(name, description)
     }
 
     /// Offers one more export.
@@ -212,6 +238,8 @@ struct Shared {
     clock: RealClock,
     handshake_time: Duration,
     tls: Option<ServerTls>,
+    slow_reader_time: Duration,
+    budget: Rc<Budget>,
     /// Connections that have something to do.
     awake: Rc<Cell<usize>>,
 }
@@ -255,6 +283,8 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
         clock: RealClock::new(),
         handshake_time: settings.handshake_time,
         tls: settings.tls,
+        slow_reader_time: settings.slow_reader_time,
+        budget: Budget::new(settings.memory_max),
         awake: Rc::default(),
     };
     let shared = Rc::new(shared);

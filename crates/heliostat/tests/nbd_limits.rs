@@ -1,0 +1,131 @@
+//! What the connections of one NBD server may hold together, and who gets it.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+#[path = "common/nbd.rs"]
+mod nbd;
+
+use std::io::{ErrorKind, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use heliostat::front::nbd::ServerSettings;
+use heliostat_block::buffer::Buffer;
+use heliostat_block::nbd::client_reply::Answered;
+use heliostat_block::nbd::client_request::Ask;
+
+use common::wait;
+use nbd::{Guest, Memory, Served};
+
+const MIB: usize = 1 << 20;
+const DISK: usize = 32 * MIB;
+
+/// As many as would hold all of the budget, at four or five MiB of answers each.
+const HOGS: usize = 16;
+
+/// A server with the smallest budget, 64 MiB and a little, and an export in memory.
+fn tight(slow_reader_time: Duration) -> (Served, Arc<Memory>) {
+    let served =
+        Served::start(ServerSettings { memory_max: 0, slow_reader_time, ..ServerSettings::default() });
+    let memory = Memory::new(DISK);
+    served.export("disk", served.node("disk", Arc::clone(&memory)));
+    (served, memory)
+}
+
+/// Asks for much without reading, until the server takes no more.
+fn gorge(guest: &mut Guest) {
+    guest.stream.set_nonblocking(true).unwrap();
+    let mut output = BytesMut::new();
+    let (mut asked, mut blocked_at) = (0_u32, None);
+    wait::until("the server to take no more", wait::LIMIT, || {
+        while asked < 4096 {
+            if output.is_empty() {
+                let read = Ask::Read { offset: 0, buffer: Buffer::zeroed(MIB) };
+                guest.conversation.ask(read, &mut output).unwrap();
+                asked += 1;
+            }
+            match guest.stream.write(&output) {
+                Ok(sent) => drop(output.split_to(sent)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        let is_stuck = blocked_at == Some(asked);
+        blocked_at = Some(asked);
+        is_stuck.then_some(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn who_reads_nothing_leaves_something_for_the_others() {
+    let (served, _) = tight(Duration::from_secs(3600));
+    let mut hogs: Vec<_> = (0..HOGS).map(|_| served.guest("disk")).collect();
+    hogs.iter_mut().for_each(gorge);
+    let mut guest = served.guest("disk");
+    guest.write(0, b"still here");
+    assert_eq!(guest.read(0, 10), b"still here");
+}
+
+#[test]
+fn held_up_writes_of_one_guest_leave_something_for_the_others() {
+    let (served, memory) = tight(Duration::from_secs(3600));
+    memory.hold();
+    let mut hog = served.guest("disk");
+    // As much as one may have where two share: a third is left.
+    let held: Vec<_> = (0..32).map(|index| hog.send_write(index * 1_048_576, &[7; MIB])).collect();
+    memory.wait_started(30);
+    let mut guest = served.guest("disk");
+    assert_eq!(guest.read(0, 5), [0; 5]);
+    memory.release();
+    for cookie in held {
+        hog.wait(cookie).unwrap();
+    }
+}
+
+#[test]
+fn who_needs_more_than_is_left_gets_it_when_others_have_ended() {
+    let (served, memory) = tight(Duration::from_secs(3600));
+    memory.hold();
+    let mut first = served.guest("disk");
+    let held: Vec<_> = (0..32).map(|index| first.send_write(index * 1_048_576, &[7; MIB])).collect();
+    memory.wait_started(30);
+    let mut second = served.guest("disk");
+    let read = Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) };
+    let large = second.send(read, &[]).unwrap();
+    memory.release();
+    for cookie in held {
+        first.wait(cookie).unwrap();
+    }
+    let Ok(Answered::Data(buffer)) = second.wait(large) else { panic!("no data") };
+    assert_eq!(buffer[..], vec![7; DISK]);
+}
+
+#[test]
+fn who_reads_nothing_is_given_up_when_others_wait_for_long() {
+    let (served, memory) = tight(Duration::from_millis(50));
+    let mut hogs: Vec<_> = (0..HOGS).map(|_| served.guest("disk")).collect();
+    hogs.iter_mut().for_each(gorge);
+    // Needs all but what the hogs hold, and more than that.
+    let mut guest = served.guest("disk");
+    let large = Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) };
+    assert!(matches!(guest.ask(large, &[]), Ok(Answered::Data(_))));
+    drop(memory);
+}
+
+#[test]
+fn who_reads_nothing_is_left_alone_while_nobody_waits() {
+    let (served, _) = tight(Duration::from_millis(20));
+    let mut idle = served.guest("disk");
+    gorge(&mut idle);
+    // Another's requests, one at a time, take longer than the patience and do not wait for memory.
+    let mut guest = served.guest("disk");
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_millis(100) {
+        guest.write(0, b"x");
+    }
+    idle.stream.set_nonblocking(false).unwrap();
+    assert!(matches!(idle.next().unwrap().outcome, Ok(Answered::Data(_))));
+}
