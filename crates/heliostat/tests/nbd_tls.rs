@@ -58,7 +58,7 @@ impl Scene {
     }
 
     fn address(&self) -> SocketAddr {
-        match self.server.address() {
+        match &self.server.addresses()[0] {
             Address::Tcp(address) => *address,
             Address::Unix(_) => panic!("it was started on TCP"),
         }

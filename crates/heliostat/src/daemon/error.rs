@@ -295,6 +295,9 @@ pub enum DaemonError {
     /// A speed below zero.
     #[error("Parameter 'speed' expects a non-negative value")]
     Speed,
+    /// An export of an NBD server cannot be had. The text is QEMU's where it has one.
+    #[error("{0}")]
+    Nbd(String),
     /// There is no NBD server.
     #[error("NBD server not running")]
     NbdNotRunning,

@@ -80,9 +80,9 @@ pub(super) static EXPORT: Record = Record {
     cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
 
-const UNIX_MEMBERS: &[Member] = UNIX.members;
-const INET_MEMBERS: &[Member] = INET.members;
-const VSOCK_MEMBERS: &[Member] = VSOCK.members;
+pub(super) const UNIX_MEMBERS: &[Member] = UNIX.members;
+pub(super) const INET_MEMBERS: &[Member] = INET.members;
+pub(super) const VSOCK_MEMBERS: &[Member] = VSOCK.members;
 const DESCRIPTOR_MEMBERS: &[Member] = DESCRIPTOR.members;
 
 /// An address as options have it: its members stand beside its type.
