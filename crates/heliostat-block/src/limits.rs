@@ -60,6 +60,10 @@ pub const RECONNECT_PAUSE_FIRST: Duration = Duration::from_millis(100);
 /// The longest such pause: a server that is back is noticed within it.
 pub const RECONNECT_PAUSE_LAST: Duration = Duration::from_secs(5);
 
+/// How long a server has still to answer what nobody needs any more, so that one that is well keeps its connections;
+/// much less than what a person calls at once.
+pub const GIVE_UP_GRACE: Duration = Duration::from_millis(300);
+
 /// The longest name of a node, as QEMU has it (31 characters), so that a name valid here is valid there.
 pub const NODE_NAME_MAX: usize = 31;
 

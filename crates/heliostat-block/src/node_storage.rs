@@ -146,6 +146,14 @@ impl Storage for NodeStorage {
     fn hurry(&self, hurry: &mut Hurry) {
         self.node().driver().hurry(hurry);
     }
+
+    fn give_up(&self) {
+        self.node().give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        self.node().out_of_reach()
+    }
 }
 
 #[cfg(all(test, not(loom)))]

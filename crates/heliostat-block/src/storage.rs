@@ -230,6 +230,16 @@ pub trait Storage: Send + Sync + 'static {
     fn hurry(&self, hurry: &mut Hurry) {
         let _ = hurry;
     }
+
+    /// Nobody needs what is in flight any more: what waits for somebody who may never answer (a server) ends soon, with
+    /// an error; and until that one is there again, so does what comes later. Where nobody is waited for, nothing
+    /// changes.
+    fn give_up(&self) {}
+
+    /// Why requests cannot be carried out at this moment, where somebody has to come back for that: the server was lost.
+    fn out_of_reach(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Raises `event` on `storage` and waits where the request is held up.

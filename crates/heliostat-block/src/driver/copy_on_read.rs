@@ -204,4 +204,12 @@ impl Storage for CopyOnRead {
     fn hurry(&self, hurry: &mut Hurry) {
         self.below.hurry(hurry);
     }
+
+    fn give_up(&self) {
+        self.below.give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        self.below.out_of_reach()
+    }
 }

@@ -196,6 +196,26 @@ impl Driver {
     }
 }
 
+impl Driver {
+    /// See [`Storage::give_up`]; for everything that it writes to.
+    pub(crate) fn give_up(&self) {
+        match self {
+            Self::Raw(raw) => raw.storage().give_up(),
+            Self::Qcow2(qcow2) => qcow2.storages().for_each(|below| below.give_up()),
+            Self::Filter(filter) => filter.storage().give_up(),
+        }
+    }
+
+    /// See [`Storage::out_of_reach`]; of everything that it writes to.
+    pub(crate) fn out_of_reach(&self) -> Option<String> {
+        match self {
+            Self::Raw(raw) => raw.storage().out_of_reach(),
+            Self::Qcow2(qcow2) => qcow2.storages().find_map(|below| below.out_of_reach()),
+            Self::Filter(filter) => filter.storage().out_of_reach(),
+        }
+    }
+}
+
 impl Below for Driver {
     fn block_size(&self) -> u32 {
         self.traits().block_size

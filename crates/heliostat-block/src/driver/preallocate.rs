@@ -161,6 +161,18 @@ impl Storage for Preallocate {
     fn hurry(&self, hurry: &mut Hurry) {
         self.below.hurry(hurry);
     }
+
+    fn losses(&self) -> u64 {
+        self.below.losses()
+    }
+
+    fn give_up(&self) {
+        self.below.give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        self.below.out_of_reach()
+    }
 }
 
 #[cfg(all(test, not(loom)))]

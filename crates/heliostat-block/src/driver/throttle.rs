@@ -150,4 +150,12 @@ impl Storage for Throttle {
         hurry.add(&group, member);
         self.below.hurry(hurry);
     }
+
+    fn give_up(&self) {
+        self.below.give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        self.below.out_of_reach()
+    }
 }

@@ -78,8 +78,10 @@ impl Route {
 
     /// Lets copies end as soon as they can: what they read of the source waits for no limits any more, beside guests whose
     /// requests do; and the target takes what it has been given at once, whatever its limits, as long as the value lives.
+    /// A target that does not answer is not waited for.
     pub(crate) fn give_up(&self) -> Hurry {
         self.patience.end();
+        self.target.give_up();
         self.target.hurry()
     }
 

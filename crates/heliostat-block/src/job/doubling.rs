@@ -80,7 +80,8 @@ pub(crate) struct Doubling {
     wake: Event,
     /// Something has left the table.
     left: Event,
-    deadline: Duration,
+    /// In nanoseconds.
+    deadline: AtomicU64,
     clock: Arc<dyn Clock>,
     doubled_bytes: AtomicU64,
 }
@@ -106,10 +107,20 @@ impl Doubling {
             wants_halves: AtomicBool::new(false),
             wake: Event::new(),
             left: Event::new(),
-            deadline,
+            deadline: AtomicU64::new(nanoseconds(deadline)),
             clock,
             doubled_bytes: AtomicU64::new(0),
         })
+    }
+
+    /// How long guests wait for the target's half of their writes.
+    pub(crate) fn deadline(&self) -> Duration {
+        Duration::from_nanos(self.deadline.load(Ordering::Relaxed))
+    }
+
+    /// Changes that, for writes that begin later.
+    pub(crate) fn set_deadline(&self, deadline: Duration) {
+        self.deadline.store(nanoseconds(deadline), Ordering::Relaxed);
     }
 
     pub(crate) const fn bitmap(&self) -> &DirtyBitmap {
@@ -339,6 +350,10 @@ impl Doubling {
     }
 }
 
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// A copy that stands in the table. Must be given back with [`Doubling::end_copy`].
 #[derive(Debug)]
 #[must_use]
@@ -416,7 +431,7 @@ impl Doubled {
         if self.fate.told.load(Ordering::SeqCst) {
             return;
         }
-        let deadline = self.doubling.clock.now() + self.doubling.deadline;
+        let deadline = self.doubling.clock.now() + self.doubling.deadline();
         let told = pin!(self.fate.wait_told());
         match select(told, self.doubling.clock.sleep_until(deadline)).await {
             Either::Left(_) | Either::Right(_) => {}

@@ -41,6 +41,17 @@ pub struct Figures {
     pub zeroes_skipped: u64,
     /// How many errors were ignored.
     pub errors_ignored: u64,
+    /// That the target does not answer.
+    pub degraded: Option<Degradation>,
+}
+
+/// That a target does not answer, or cannot be reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Degradation {
+    /// Why it is thought so.
+    pub reason: String,
+    /// For how long, when it was told.
+    pub lasted: Duration,
 }
 
 impl Default for Figures {
@@ -60,6 +71,7 @@ impl Default for Figures {
             data_copied: 0,
             zeroes_skipped: 0,
             errors_ignored: 0,
+            degraded: None,
         }
     }
 }
@@ -95,6 +107,7 @@ pub(crate) struct Standing {
     pub(crate) paused: bool,
     pub(crate) write_blocking: bool,
     pub(crate) waits_for_pace: bool,
+    pub(crate) degraded: Option<Degradation>,
 }
 
 /// What the target takes while it is given all that it can take: bytes over the time in which copies were in
@@ -205,6 +218,7 @@ impl Tally {
             data_copied: self.data,
             zeroes_skipped: self.zeroes_skipped,
             errors_ignored: self.errors_ignored,
+            degraded: standing.degraded.clone(),
         }
     }
 
@@ -281,6 +295,7 @@ mod tests {
             paused: false,
             write_blocking: true,
             waits_for_pace: false,
+            degraded: None,
         };
         let figures = tally.tell(at(0), &standing, &Latencies::default());
         assert_eq!((figures.offset, figures.len, figures.dirty), (15, 22, 7));

@@ -4,6 +4,7 @@
 //! runs on a thread of its own, beside the guests'; it never holds a guest up but behind the gate at the end,
 //! and never answers for the target. Started by the control plane, which made its [`Job`].
 
+mod degraded;
 mod end;
 mod trust;
 
@@ -36,6 +37,7 @@ use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, FLUSH_REMOTE_EVERY, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
 use crate::throttle::Hurry;
 
+use self::degraded::Answers;
 pub use self::end::Succession;
 pub use super::options::MirrorOptions;
 
@@ -78,6 +80,7 @@ pub struct Mirror {
     /// It has given up, and its target's limits hold nothing up.
     hurry: Hurry,
     member: Option<Member>,
+    answers: Answers,
 }
 
 impl Mirror {
@@ -132,6 +135,7 @@ impl Mirror {
             by_bitmap: None,
             hurry: Hurry::default(),
             member: None,
+            answers: Answers::from(now),
         }
     }
 
@@ -172,6 +176,7 @@ impl Mirror {
         loop {
             // Taken before anything is looked at, so that no change between the look and the wait is missed.
             let heard = [self.job.listen(), self.doubling.listen_left(), self.underway.listen()];
+            self.look_at_answers();
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
@@ -207,8 +212,13 @@ impl Mirror {
         // A target that has just failed is left alone for a while, by guests' writes too; for ever, where that was the
         // end of the job, which may be held still.
         let is_left_alone = self.failure.is_some() || self.rest.until(now).is_some();
-        let doubles = orders.copy_mode == CopyMode::WriteBlocking && !is_left_alone;
+        // One that does not answer is not waited for by each guest's write in turn.
+        let doubles =
+            orders.copy_mode == CopyMode::WriteBlocking && !is_left_alone && !self.answers.is_degraded();
         self.doubling.set_write_blocking(doubles);
+        if let Some(deadline) = orders.target_deadline {
+            self.doubling.set_deadline(deadline);
+        }
     }
 
     fn view(&mut self) -> View {
@@ -326,6 +336,7 @@ impl Mirror {
 
     fn take_in(&mut self, done: Option<Done>) {
         let Some(done) = done else { return };
+        self.hear_answer();
         self.blocked = false;
         // Before anything that has ended counts as done.
         self.heed_losses();
@@ -480,6 +491,7 @@ impl Mirror {
             paused: self.job.orders().paused,
             write_blocking: self.doubling.is_write_blocking(),
             waits_for_pace: self.pace.wait_until(now).is_some(),
+            degraded: self.answers.degradation(now),
         };
         let figures = self.tally.tell(now, &standing, source.latencies());
         self.job.tell_figures(figures);

@@ -276,6 +276,7 @@ pub(crate) mod tests {
         finalize: true,
         speed: 0,
         copy_mode: CopyMode::Background,
+        target_deadline: None,
     };
 
     /// Ready, in step, everything copied and flushed, nothing wanted.

@@ -37,6 +37,7 @@ pub(crate) mod unflushed;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use event_listener::{Event, EventListener};
 
@@ -64,6 +65,8 @@ pub struct Orders {
     pub speed: u64,
     /// The copy mode.
     pub copy_mode: CopyMode,
+    /// How long guests wait for the target's half of their writes, where that was changed.
+    pub target_deadline: Option<Duration>,
 }
 
 /// Settings that do not change.
@@ -130,6 +133,7 @@ impl Job {
             finalize: options.auto_finalize,
             speed: options.speed,
             copy_mode: options.copy_mode,
+            target_deadline: None,
         };
         let state = State {
             status: JobStatus::Created,
@@ -427,6 +431,7 @@ impl State {
             Verb::Finalize => self.orders.finalize = true,
             Verb::Dismiss => {}
             Verb::Change(copy_mode) => self.orders.copy_mode = copy_mode,
+            Verb::SetDeadline(deadline) => self.orders.target_deadline = Some(deadline),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! What a job can be, what can be asked of it, and what it says: closed sets, and the two tables that say which
 //! goes with which (QMP.md 1.2). Pure.
 
+use std::time::Duration;
+
 use crate::range::ByteRange;
 
 /// What has become of a job (QMP.md 1.2).
@@ -66,6 +68,8 @@ pub enum Verb {
     Dismiss,
     /// Change the copy mode.
     Change(CopyMode),
+    /// Change how long guests wait for the target's half of their writes.
+    SetDeadline(Duration),
 }
 
 /// Whether a cancel in READY brings the copy to a consistent end first.
@@ -157,6 +161,8 @@ pub enum JobEvent {
     Completed(Option<String>),
     /// It was cancelled.
     Cancelled,
+    /// The target does not answer, for the reason; or does so again.
+    Degraded(Option<String>),
     /// A copy or a flush failed.
     Error {
         /// On which side.
@@ -217,7 +223,7 @@ pub const fn allows(status: JobStatus, verb: Verb) -> bool {
         Verb::Cancel(_) => {
             matches!(status, Created | Running | Paused | Ready | Standby | Waiting | Pending)
         }
-        Verb::Pause | Verb::Resume | Verb::SetSpeed(_) | Verb::Change(_) => {
+        Verb::Pause | Verb::Resume | Verb::SetSpeed(_) | Verb::Change(_) | Verb::SetDeadline(_) => {
             matches!(status, Created | Running | Paused | Ready | Standby)
         }
         Verb::Complete => matches!(status, Ready | Standby),

@@ -49,6 +49,11 @@ impl Underway {
         self.lanes = Some(lanes);
     }
 
+    /// Whether nothing is under way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.copies == 0 && self.work.is_empty()
+    }
+
     /// Copies in flight, here and on lanes.
     pub(crate) const fn copies(&self) -> usize {
         self.copies

@@ -28,7 +28,9 @@ use super::outbox::Outbox;
 use super::wire::transmission_flag;
 use super::{Access, Cookie, Violation};
 use crate::clock::Moment;
-use crate::limits::{NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX, RECONNECT_PAUSE_FIRST, RECONNECT_PAUSE_LAST};
+use crate::limits::{
+    GIVE_UP_GRACE, NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX, RECONNECT_PAUSE_FIRST, RECONNECT_PAUSE_LAST,
+};
 
 /// How a link is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +100,10 @@ pub struct Link {
     changes: u64,
     /// Of those, how many a flush has made durable, or a loss has been counted for.
     settled: u64,
+    /// Nobody needs requests before this ticket any more; those without an answer by then end.
+    given_up: Option<(Ticket, Moment)>,
+    /// Requests do not wait for a server that is not there, until it is there again.
+    is_impatient: bool,
 }
 
 impl Link {
@@ -120,6 +126,8 @@ impl Link {
             losses: 0,
             changes: 0,
             settled: 0,
+            given_up: None,
+            is_impatient: false,
         }
     }
 
@@ -179,8 +187,46 @@ impl Link {
         self.ended.pop_front()
     }
 
+    /// Nobody needs the requests that are there: those that get no answer within [`GIVE_UP_GRACE`] fail. Until there is
+    /// a new connection, none waits for one.
+    pub fn give_up(&mut self, now: Moment) {
+        self.is_impatient = !matches!(self.phase, Phase::Up | Phase::Opening) || !self.requests.is_empty();
+        self.given_up = (!self.requests.is_empty()).then(|| (Ticket(self.next_ticket), now + GIVE_UP_GRACE));
+    }
+
+    /// A connection that owes answers that nobody needs, and has owed them for long enough: it is to be closed, and said
+    /// to be cut. What it was asked then fails.
+    #[must_use]
+    pub fn overdue(&self, now: Moment) -> Option<usize> {
+        let (before, _) = self.given_up.filter(|(_, until)| *until <= now)?;
+        self.lines.iter().position(|line| match line {
+            Line::Up(talk) => talk.tickets.values().any(|ticket| *ticket < before),
+            _ => false,
+        })
+    }
+
+    /// Lets those fail that nobody needs and that nobody has answered.
+    fn end_given_up(&mut self, now: Moment) {
+        let Some((before, _)) = self.given_up.filter(|(_, until)| *until <= now) else { return };
+        let unneeded: Vec<_> = self.queue.range(..before).copied().collect();
+        for ticket in unneeded {
+            self.queue.remove(&ticket);
+            self.end(ticket, Err(LinkError::Lost("it did not answer, and was given up".to_owned())));
+        }
+        self.look_at_given_up();
+    }
+
+    /// Forgets what was given up when none of it is there any more. A server that has answered all of it is well.
+    fn look_at_given_up(&mut self) {
+        if self.given_up.is_some_and(|(before, _)| self.requests.range(..before).next().is_none()) {
+            self.given_up = None;
+            self.is_impatient &= !matches!(self.phase, Phase::Up);
+        }
+    }
+
     /// Hands requests that wait to the connections, and lets those fail that have waited for too long.
     pub fn hand_out(&mut self, now: Moment) {
+        self.end_given_up(now);
         if let Some(error) = self.refusal(now) {
             for ticket in std::mem::take(&mut self.queue) {
                 self.end(ticket, Err(error.clone()));
@@ -218,7 +264,7 @@ impl Link {
 
     /// Whether, when down, requests wait still.
     fn waits(&self, now: Moment) -> bool {
-        now < self.since + self.settings.reconnect_delay
+        !self.is_impatient && now < self.since + self.settings.reconnect_delay
     }
 
     fn end(&mut self, ticket: Ticket, outcome: Result<Answered, LinkError>) {
@@ -231,6 +277,7 @@ impl Link {
             }
         }
         self.ended.push_back((ticket, outcome));
+        self.look_at_given_up();
     }
 
     // ------------------------------------------------------------------ connections
@@ -256,7 +303,7 @@ impl Link {
             Phase::Down(_) if !self.queue.is_empty() => Some(self.since + self.settings.reconnect_delay),
             _ => None,
         };
-        resting.chain(expiry).min()
+        resting.chain(expiry).chain(self.given_up.map(|(_, until)| until)).min()
     }
 
     /// How many connections are wanted: one, and the others beside it.
@@ -292,6 +339,8 @@ impl Link {
         let conversation = if self.settings.reads_bitmap { conversation.with_bitmap() } else { conversation };
         let talk = Talk { conversation, tickets: BTreeMap::new(), outbox: Outbox::default() };
         self.lines[line] = Line::Up(Box::new(talk));
+        // With answers still owed on another connection it is not well.
+        self.is_impatient &= self.given_up.is_some();
         match self.phase {
             Phase::Up => {}
             Phase::Opening => self.enter(Phase::Up, now),

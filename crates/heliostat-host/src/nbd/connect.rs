@@ -1,5 +1,6 @@
 //! One attempt to reach an export: connect, agree, and perhaps make it private first.
 
+use std::fmt;
 use std::io::{self, IoSlice};
 use std::net::ToSocketAddrs;
 use std::os::fd::OwnedFd;
@@ -10,7 +11,10 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use futures_util::future::{Either, select};
 use heliostat_block::nbd::ReplyStyle;
-use heliostat_block::nbd::client::{Allocation, Found, Negotiation, Wish};
+use heliostat_block::nbd::client::{Allocation, Found, Negotiation, NegotiationError, Wish};
+use heliostat_block::nbd::wire::rep;
+
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use crate::blocking;
 use crate::clock::RealClock;
@@ -36,6 +40,18 @@ pub enum ServerAddress {
     Connected(Arc<OpenConnection>),
 }
 
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(Address::Unix(path)) => write!(f, "{}", path.display()),
+            // As QEMU has it: without brackets.
+            Self::Socket(Address::Tcp(address)) => write!(f, "{}:{}", address.ip(), address.port()),
+            Self::Host(host, port) => write!(f, "{host}:{port}"),
+            Self::Connected(_) => f.write_str("a connection made by others"),
+        }
+    }
+}
+
 /// A connection that somebody has made, until it is used.
 #[derive(Debug)]
 pub struct OpenConnection(Mutex<Option<OwnedFd>>);
@@ -45,6 +61,16 @@ impl OpenConnection {
     #[must_use]
     pub fn new(socket: OwnedFd) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Some(socket))))
+    }
+
+    /// Holds a copy of the descriptor of that number, which this process has.
+    ///
+    /// # Errors
+    /// When there is none, or when the host gives no copy.
+    pub fn inherited(number: i32) -> io::Result<Arc<Self>> {
+        // So it need not be known who else has it.
+        let this = pidfd_open(getpid(), PidfdFlags::empty())?;
+        Ok(Self::new(pidfd_getfd(this, number, PidfdGetfdFlags::empty())?))
     }
 
     fn take(&self) -> io::Result<OwnedFd> {
@@ -89,16 +115,16 @@ pub(super) async fn reach(destination: Destination, clock: RealClock) -> Result<
 }
 
 async fn attempt(destination: &Destination) -> Result<Reached, String> {
-    let socket = connect(&destination.address).await.map_err(|error| error.to_string())?;
+    let address = &destination.address;
+    let mut stream = Stream::from(connect(address).await?);
     let mut talk =
         Talk { input: BytesMut::new(), output: BytesMut::new(), negotiation: negotiation(destination) };
-    let mut stream = Stream::from(socket);
     if let Some(tls) = &destination.tls {
         if talk.go_on(&stream).await?.is_some() {
             return Err("the server agreed before it was private".to_owned());
         }
         let private = stream.connect_tls(&tls.credentials, &tls.host).await;
-        stream = private.map_err(|error| error.to_string())?;
+        stream = private.map_err(|error| format!("no TLS with '{address}': {error}"))?;
         talk.negotiation.tls_reached(&mut talk.output);
         send_all(&stream, &mut talk.output).await?;
     }
@@ -122,26 +148,41 @@ fn negotiation(destination: &Destination) -> Negotiation {
     }
 }
 
-async fn connect(address: &ServerAddress) -> io::Result<Socket> {
+async fn connect(address: &ServerAddress) -> Result<Socket, String> {
+    // The words are QEMU's.
+    let failed = |error: io::Error| format!("Failed to connect to '{address}': {}", plain(&error));
     match address {
-        ServerAddress::Socket(address) => Socket::connect(address).await,
-        ServerAddress::Connected(connection) => Socket::from_fd(connection.take()?),
+        ServerAddress::Socket(socket) => Socket::connect(socket).await.map_err(failed),
+        ServerAddress::Connected(connection) => {
+            connection.take().and_then(Socket::from_fd).map_err(|error| error.to_string())
+        }
         ServerAddress::Host(host, port) => {
             let name = (host.clone(), *port);
             let found = blocking::connecting().run(move || name.to_socket_addrs()).await;
-            let found = found.map_err(|error| {
-                io::Error::new(error.kind(), format!("cannot find the host {host}: {error}"))
-            })?;
-            let mut last = io::Error::other(format!("the host {host} has no address"));
-            for address in found {
-                match Socket::connect(&Address::Tcp(address)).await {
+            let unknown = |why: &str| format!("address resolution failed for {address}: {why}");
+            let mut last = unknown("it has no address");
+            for found in found.map_err(|error| unknown(resolver_words(&error.to_string())))? {
+                match Socket::connect(&Address::Tcp(found)).await {
                     Ok(socket) => return Ok(socket),
-                    Err(error) => last = error,
+                    Err(error) => last = failed(error),
                 }
             }
             Err(last)
         }
     }
+}
+
+/// The host's words alone.
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.rsplit_once(" (os error ").map_or(text.as_str(), |(text, _)| text);
+    // Where to is said already.
+    text.rsplit_once(": ").map_or(text, |(_, text)| text).to_owned()
+}
+
+/// What the resolver said, without what the standard library puts before it.
+fn resolver_words(text: &str) -> &str {
+    text.strip_prefix("failed to lookup address information: ").unwrap_or(text)
 }
 
 struct Talk {
@@ -157,7 +198,13 @@ impl Talk {
             let step = self.negotiation.step(&mut self.input, &mut self.output);
             // Also after a refusal: the goodbye, which the server need not hear.
             let sent = send_all(stream, &mut self.output).await;
-            let found = step.map_err(|error| error.to_string())?;
+            let found = step.map_err(|error| match error {
+                // The words are QEMU's.
+                NegotiationError::Refused { reply: rep::ERR_UNKNOWN, .. } => {
+                    "Requested export not available".to_owned()
+                }
+                error => error.to_string(),
+            })?;
             sent?;
             if found.is_some() || self.negotiation.awaits_tls() {
                 return Ok(found);

@@ -167,6 +167,7 @@ impl Engine {
             let now = self.clock.now();
             let mut has_moved = self.take_mail(cx);
             has_moved |= self.connect(cx, now);
+            self.cut_overdue(now);
             self.link.hand_out(now);
             has_moved |= self.send_and_receive(now);
             self.link.hand_out(now);
@@ -191,7 +192,23 @@ impl Engine {
             let ticket = self.link.submit(letter.wanted);
             self.owed.insert(ticket, letter.owed);
         }
+        if self.mailbox.take_given_up() {
+            let now = self.clock.now();
+            self.link.give_up(now);
+            self.tell(now);
+            return true;
+        }
         has_moved
+    }
+
+    /// Closes connections that owe what nobody needs.
+    fn cut_overdue(&mut self, now: Moment) {
+        while let Some(line) = self.link.overdue(now) {
+            self.places[line] = Place::Empty;
+            let jitter = self.throw();
+            self.link.cut(line, "it did not answer, and was given up", now, jitter);
+            self.tell(now);
+        }
     }
 
     /// Makes the connections that the link wants, and takes in those that have come about or have failed.

@@ -30,6 +30,8 @@ struct Mail {
     is_shut: bool,
     /// The storage is gone.
     is_abandoned: bool,
+    /// Nobody needs the answers to what was put in so far.
+    is_given_up: bool,
 }
 
 /// A request, and where its answer goes.
@@ -57,7 +59,13 @@ struct Waiting {
 
 impl Mailbox {
     pub(super) fn new() -> Arc<Self> {
-        let mail = Mail { letters: Vec::new(), waker: None, is_shut: false, is_abandoned: false };
+        let mail = Mail {
+            letters: Vec::new(),
+            waker: None,
+            is_shut: false,
+            is_abandoned: false,
+            is_given_up: false,
+        };
         Arc::new(Self { mail: Mutex::new(mail), permits: Arc::new(Semaphore::new(REQUESTS_MAX)) })
     }
 
@@ -103,13 +111,27 @@ impl Mailbox {
 
     /// Says that no more requests come.
     pub(super) fn abandon(&self) {
+        self.change(|mail| mail.is_abandoned = true);
+    }
+
+    /// Says that nobody needs the answers to what was put in so far.
+    pub(super) fn give_up(&self) {
+        self.change(|mail| mail.is_given_up = true);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Mail)) {
         let mut mail = self.mail();
-        mail.is_abandoned = true;
+        change(&mut mail);
         let waker = mail.waker.take();
         drop(mail);
         if let Some(waker) = waker {
             waker.wake();
         }
+    }
+
+    /// Takes note that it was given up, once.
+    pub(super) fn take_given_up(&self) -> bool {
+        std::mem::take(&mut self.mail().is_given_up)
     }
 
     pub(super) fn is_abandoned(&self) -> bool {

@@ -20,7 +20,7 @@ use heliostat_block::convert::{u64_from, usize_from};
 use heliostat_block::limits::NBD_PAYLOAD_MAX;
 use heliostat_block::nbd::client::Found;
 use heliostat_block::nbd::client_reply::{Answered, Failure};
-use heliostat_block::nbd::link::{LinkError, LinkSettings, LinkStatus, Wanted};
+use heliostat_block::nbd::link::{LinkError, LinkSettings, LinkState, LinkStatus, Wanted};
 use heliostat_block::nbd::wire::transmission_flag;
 use heliostat_block::nbd::{Access, Errno, ReplyStyle};
 use heliostat_block::range::ByteRange;
@@ -423,6 +423,16 @@ impl Storage for NbdStorage {
 
     fn losses(&self) -> u64 {
         self.board.losses()
+    }
+
+    fn give_up(&self) {
+        self.mailbox.give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        let status = self.status();
+        let is_there = matches!(status.state, LinkState::Up | LinkState::Opening);
+        (!is_there).then(|| status.reason.unwrap_or_else(|| "the connection was closed".to_owned()))
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {

@@ -58,6 +58,13 @@ fn job_event(id: &str, event: &JobEvent, counts: &Counts) -> (&'static str, Valu
             ("BLOCK_JOB_COMPLETED", data)
         }
         JobEvent::Cancelled => ("BLOCK_JOB_CANCELLED", with_counts),
+        JobEvent::Degraded(reason) => {
+            let mut data = json!({ "device": id, "degraded": reason.is_some() });
+            if let Some(reason) = reason {
+                data["reason"] = json!(reason);
+            }
+            ("BLOCK_JOB_DEGRADED", data)
+        }
         JobEvent::Error { operation, action, node, range, errno } => {
             let mut data = json!({
                 "device": id,
@@ -130,6 +137,8 @@ mod tests {
             job(JobEvent::Completed(None), None),
             job(JobEvent::Completed(Some("no".to_owned())), None),
             job(JobEvent::Cancelled, None),
+            job(JobEvent::Degraded(Some("why".to_owned())), None),
+            job(JobEvent::Degraded(None), None),
             job(error(None, None), None),
             job(error(range, Some(5)), None),
         ]
@@ -150,6 +159,7 @@ mod tests {
                     | JobEvent::Pending
                     | JobEvent::Completed(_)
                     | JobEvent::Cancelled
+                    | JobEvent::Degraded(_)
                     | JobEvent::Error { .. } => {}
                 },
             }

@@ -9,6 +9,7 @@ mod exports;
 pub mod filters;
 mod introspect;
 mod mirror;
+mod nbd;
 mod returns;
 pub mod tls;
 
@@ -246,6 +247,7 @@ pub static NODE: Record = Record {
                 "copy-on-read",
                 "file",
                 "host_device",
+                "nbd",
                 "null-aio",
                 "null-co",
                 "preallocate",
@@ -284,6 +286,7 @@ pub static NODE: Record = Record {
             ("copy-on-read", filters::COPY_ON_READ),
             ("file", FILE),
             ("host_device", FILE),
+            ("nbd", nbd::CLIENT),
             ("null-aio", NULL),
             ("null-co", NULL),
             ("preallocate", filters::PREALLOCATE),
@@ -432,7 +435,10 @@ pub static COMMANDS: &[Command] = &[
             ],
             cases: Some(Cases {
                 tag: "type",
-                by_word: &[("mirror", &[required("copy-mode", COPY_MODE, "the new copy mode")])],
+                by_word: &[(
+                    "mirror",
+                    &[required("copy-mode", COPY_MODE, "the new copy mode"), mirror::TARGET_DEADLINE],
+                )],
             }),
         },
     ),

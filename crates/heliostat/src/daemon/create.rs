@@ -181,6 +181,7 @@ fn open_new(spec: &NodeSpec) -> Result<Found, DaemonError> {
         DriverSpec::File(file) => (file, "file"),
         DriverSpec::HostDevice(file) => (file, "host_device"),
         DriverSpec::Raw { .. }
+        | DriverSpec::Nbd(_)
         | DriverSpec::Qcow2(_)
         | DriverSpec::NullCo { .. }
         | DriverSpec::Null(_)

@@ -122,7 +122,10 @@ impl Daemon {
             return Err(DaemonError::ReplacesWithoutName);
         }
         match spec.mode {
-            TargetMode::AbsolutePaths => self.mirror_to_new(spec, entry, &entries),
+            TargetMode::AbsolutePaths => match export_of(spec, entry) {
+                Some(below) => self.mirror_to_export(spec, entry, below),
+                None => self.mirror_to_new(spec, entry, &entries),
+            },
             TargetMode::Existing => self.mirror_to_existing(spec, entry),
         }
     }
@@ -160,6 +163,40 @@ impl Daemon {
                 observer: self.job_observer(),
             })
         })();
+        if started.is_err() {
+            self.drop_orphans();
+        }
+        started
+    }
+
+    /// An export cannot be made, so one that is there is used: as QEMU has it, but only as raw bytes.
+    fn mirror_to_export(
+        &self,
+        spec: &DriveMirrorSpec,
+        source: &NodeEntry,
+        below: &NodeSpec,
+    ) -> Result<Arc<Job>, DaemonError> {
+        let target = self.make_target(below, spec.node_name.clone(), Wanted::Said(Format::Raw));
+        let target = target.map_err(|error| {
+            DaemonError::Create(format!(
+                "Protocol driver 'nbd' does not support creating new images, so an existing image must be selected as \
+                 the target; however, opening the given target as an existing image failed: {error}"
+            ))
+        })?;
+        let started = (|| {
+            if target.size() < source.node.size() {
+                return Err(DaemonError::Nbd("Cannot grow NBD nodes".to_owned()));
+            }
+            let prepared = self.prepare(&spec.mirror, &source.node, &Prospect::of(&target))?;
+            self.launch(Launch {
+                spec: &MirrorSpec { sync: whole_of(spec.mirror.sync), ..spec.mirror.clone() },
+                source: Arc::clone(&source.node),
+                target: Arc::clone(&target),
+                prepared,
+                observer: self.job_observer(),
+            })
+        })();
+        drop(target);
         if started.is_err() {
             self.drop_orphans();
         }
@@ -236,6 +273,18 @@ impl Daemon {
         }
         started
     }
+}
+
+/// The export that is to be the target, where it is to hold raw bytes and stands on nothing.
+fn export_of<'a>(spec: &'a DriveMirrorSpec, source: &NodeEntry) -> Option<&'a NodeSpec> {
+    let TargetName::Protocol("nbd", below) = &spec.target else { return None };
+    let format = spec.format.as_deref().unwrap_or(source.driver);
+    let stands = match spec.mirror.sync {
+        SyncMode::None => true,
+        SyncMode::Top => source.node.backing().is_some(),
+        SyncMode::Full | SyncMode::Bitmap => false,
+    };
+    (layer(format) == Some(Layer::Format(Format::Raw)) && !stands).then_some(below)
 }
 
 /// A sync mode without a chain.

@@ -295,6 +295,9 @@ pub enum DaemonError {
     /// A speed below zero.
     #[error("Parameter 'speed' expects a non-negative value")]
     Speed,
+    /// An export of an NBD server cannot be had. The text is QEMU's where it has one.
+    #[error("{0}")]
+    Nbd(String),
     /// There is no NBD server.
     #[error("NBD server not running")]
     NbdNotRunning,
@@ -311,7 +314,7 @@ pub enum DaemonError {
     #[error("Object with id '{0}' is not TLS credentials")]
     NotCredentials(String),
     /// The credentials are for the other side.
-    #[error("Expecting TLS credentials with a {0} endpoint")]
+    #[error("Expected TLS credentials for a {0} endpoint")]
     CredentialsEndpoint(&'static str),
     /// The host refuses the NBD server's address. The text is QEMU's.
     #[error("{text}")]

@@ -2,6 +2,7 @@
 //! job is announced, and the job is announced before it does anything.
 
 use std::sync::{Arc, Weak, mpsc};
+use std::time::Duration;
 
 use heliostat_block::graph::{GraphError, Place, Role};
 use heliostat_block::job::group::{Group, Member};
@@ -62,6 +63,8 @@ pub struct MirrorSpec {
     pub target_is_zero: bool,
     /// Data that is all zero becomes a hole, or is written as zeroes, on the target.
     pub detect_zeroes: bool,
+    /// How long a client's write waits for the target.
+    pub target_deadline: Duration,
     /// Whether it ends by itself when it may.
     pub auto_finalize: bool,
     /// Whether it is forgotten by itself when it has ended.
@@ -93,6 +96,7 @@ impl MirrorSpec {
             unmap: options.unmap,
             target_is_zero: options.target_is_zero,
             detect_zeroes: options.detect_zeroes,
+            target_deadline: options.target_deadline,
             auto_finalize: job.auto_finalize,
             auto_dismiss: job.auto_dismiss,
         }
@@ -118,6 +122,7 @@ impl MirrorSpec {
             unmap: self.unmap,
             target_is_zero: self.target_is_zero,
             detect_zeroes: self.detect_zeroes || target.options().detect_zeroes == DetectZeroes::Unmap,
+            target_deadline: self.target_deadline,
             ..MirrorOptions::default()
         }
     }

@@ -52,7 +52,8 @@ pub use mirror::MirrorSpec;
 pub use mirror_bitmap::{BitmapUse, BitmapUseError};
 pub use nodes::{
     BackingSpec, Beneath, CacheUse, Child, DriverSpec, FaultLimits, FaultSpec, FileSpec, FilterEntry,
-    NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache, errno,
+    NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache,
+    errno, is_nbd, nbd_name,
 };
 pub use objects::Object;
 pub use poke::{Poke, Poked};

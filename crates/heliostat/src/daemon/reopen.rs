@@ -15,7 +15,10 @@ use heliostat_host::file::{FileStorage, Way};
 use heliostat_host::open::Cache;
 use heliostat_host::runtime;
 
-use super::{BackingSpec, Child, Daemon, DaemonError, DriverSpec, NodeEntry, NodeSpec};
+use super::{
+    BackingSpec, Child, Daemon, DaemonError, DriverSpec, NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry,
+    NodeSpec,
+};
 
 /// What becomes of one node.
 struct Change {
@@ -343,6 +346,7 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
         (DriverSpec::File(file), "file") | (DriverSpec::HostDevice(file), "host_device") => {
             check(file.path == entry.path, "filename")?;
         }
+        (DriverSpec::Nbd(nbd), "nbd") => check_nbd(nbd, entry)?,
         (DriverSpec::Raw { file, offset, size, .. }, "raw") => {
             check_child(file)?;
             check(offset.unwrap_or(0) == entry.window_start, "offset")?;
@@ -371,6 +375,31 @@ fn check_fixed(spec: &NodeSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
         _ => return Err(DaemonError::Fixed("driver")),
     }
     Ok(())
+}
+
+/// Refuses another server, another export, or the same reached in another way.
+fn check_nbd(wanted: &NbdClientSpec, entry: &NodeEntry) -> Result<(), DaemonError> {
+    let Some(NbdEntry { spec: now, .. }) = &entry.nbd else { return Ok(()) };
+    let server = match (&wanted.server, &now.server) {
+        (wanted, now) if wanted == now => None,
+        (NbdServerAt::Unix(_), NbdServerAt::Unix(_)) => Some("server.path"),
+        (NbdServerAt::Inet { host, .. }, NbdServerAt::Inet { host: now, .. }) if host != now => {
+            Some("server.host")
+        }
+        (NbdServerAt::Inet { .. }, NbdServerAt::Inet { .. }) => Some("server.port"),
+        (NbdServerAt::Descriptor(_), NbdServerAt::Descriptor(_)) => Some("server.str"),
+        _ => Some("server.type"),
+    };
+    let others = [
+        (wanted.export == now.export, "export"),
+        (wanted.credentials == now.credentials, "tls-creds"),
+        (wanted.tls_hostname == now.tls_hostname, "tls-hostname"),
+        (wanted.bitmap == now.bitmap, "x-dirty-bitmap"),
+        (wanted.reconnect_delay == now.reconnect_delay, "reconnect-delay"),
+        (wanted.open_timeout == now.open_timeout, "open-timeout"),
+    ];
+    let other = others.iter().find(|(is_same, _)| !is_same).map(|(_, option)| *option);
+    server.or(other).map_or(Ok(()), |option| Err(DaemonError::Fixed(option)))
 }
 
 #[cfg(test)]

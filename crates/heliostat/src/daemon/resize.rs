@@ -54,6 +54,11 @@ impl Daemon {
         if entry.node.options().read_only {
             return Err(DaemonError::ResizeReadOnly);
         }
+        if entry.nbd.is_some() {
+            // A smaller size QEMU takes, and goes on as before.
+            let grows = size > entry.node.size();
+            return if grows { Err(DaemonError::Nbd("Cannot grow NBD nodes".to_owned())) } else { Ok(()) };
+        }
         let work = async {
             entry.node.resize(size, preallocation).await?;
             // They show the same file. An image's file grows by itself, and nobody looks at it but the image.

@@ -70,6 +70,12 @@ impl Daemon {
         self.end_jobs();
         self.lanes.end();
         self.enter(Stage::Clients);
+        // Nobody waits for a server that is not there, to be answered on a connection that ends.
+        self.graph
+            .nodes()
+            .iter()
+            .filter(|node| node.out_of_reach().is_some())
+            .for_each(|node| node.give_up());
         self.end_serving();
         self.end_pokes();
         self.enter(Stage::Flush);

@@ -338,6 +338,14 @@ impl Storage for FaultInjector {
     fn hurry(&self, hurry: &mut Hurry) {
         self.below.hurry(hurry);
     }
+
+    fn give_up(&self) {
+        self.below.give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        self.below.out_of_reach()
+    }
 }
 
 /// A request that is held up. Dropped, it is no longer there to be resumed.

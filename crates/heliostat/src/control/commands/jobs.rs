@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::{Class, Refusal};
-use super::mirror::copy_mode;
+use super::mirror::{copy_mode, target_deadline};
 use crate::daemon::{Daemon, DaemonError, JobEntry, JobKind};
 
 /// Carries out a command on one job. `None` when it is no such command.
@@ -72,7 +72,11 @@ fn change(daemon: &Daemon, entry: &JobEntry, arguments: Arguments<'_>) -> Result
     let now = entry.job.orders().copy_mode;
     // Another type than the job's is accepted, and changes nothing, as in QEMU.
     let wanted = copy_mode(arguments).unwrap_or(now);
-    order(daemon, entry, Verb::Change(wanted), "change")
+    let changed = order(daemon, entry, Verb::Change(wanted), "change")?;
+    match target_deadline(arguments) {
+        Some(deadline) => order(daemon, entry, Verb::SetDeadline(deadline), "change"),
+        None => Ok(changed),
+    }
 }
 
 pub(super) fn query_jobs(daemon: &Arc<Daemon>) -> Value {
@@ -168,6 +172,10 @@ fn add_ours(map: &mut Map<String, Value>, entry: &JobEntry) {
     add("data-copied", json!(figures.data_copied));
     add("zeroes-skipped", json!(figures.zeroes_skipped));
     add("errors-ignored", json!(figures.errors_ignored));
+    if let Some(degraded) = figures.degraded {
+        let since = u64::try_from(degraded.lasted.as_millis()).unwrap_or(u64::MAX);
+        add("degraded", json!({ "reason": degraded.reason, "for-ms": since }));
+    }
 }
 
 const fn copy_mode_word(copy_mode: CopyMode) -> &'static str {

@@ -1,6 +1,7 @@
 //! `blockdev-mirror` and `drive-mirror`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use heliostat_block::job::scan::SyncMode;
 use heliostat_block::job::{BitmapMode, CopyMode, OnError};
@@ -89,10 +90,16 @@ fn spec(daemon: &Daemon, arguments: Arguments<'_>) -> MirrorSpec {
         copy_mode: copy_mode(arguments).unwrap_or(base.copy_mode),
         unmap: arguments.flag("unmap").unwrap_or(base.unmap),
         target_is_zero: arguments.flag("target-is-zero").unwrap_or(base.target_is_zero),
+        target_deadline: target_deadline(arguments).unwrap_or(base.target_deadline),
         auto_finalize: arguments.flag("auto-finalize").unwrap_or(base.auto_finalize),
         auto_dismiss: arguments.flag("auto-dismiss").unwrap_or(base.auto_dismiss),
         ..base
     }
+}
+
+/// The argument `target-deadline-ms`.
+pub(super) fn target_deadline(arguments: Arguments<'_>) -> Option<Duration> {
+    arguments.uint32("target-deadline-ms").map(|millis| Duration::from_millis(u64::from(millis)))
 }
 
 /// The argument `copy-mode`.

@@ -12,6 +12,7 @@ mod filters;
 mod human;
 mod jobs;
 mod mirror;
+mod nbd;
 mod nodes;
 mod objects;
 mod resize;

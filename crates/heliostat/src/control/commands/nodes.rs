@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::super::arguments::Arguments;
 use super::super::refusal::Refusal;
-use super::{filters, not_there};
+use super::{filters, nbd, not_there};
 use crate::daemon::{
     BackingSpec, CacheUse, Child, Daemon, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
@@ -88,6 +88,7 @@ fn driver_spec(arguments: Arguments<'_>, own: Inherited) -> Result<DriverSpec, R
     match arguments.required_text("driver") {
         "file" => Ok(DriverSpec::File(file_spec(arguments, own)?)),
         "host_device" => Ok(DriverSpec::HostDevice(file_spec(arguments, own)?)),
+        "nbd" => Ok(DriverSpec::Nbd(Box::new(nbd::client(arguments)?))),
         "null-co" => filters::null(arguments, "null-co"),
         "null-aio" => filters::null(arguments, "null-aio"),
         "blkdebug" => filters::faults(arguments, own.passed_on()),

@@ -19,7 +19,8 @@ static INET: Record = record(&[
     optional("mptcp", Kind::Flag, "only false"),
 ]);
 
-static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported")]);
+static DESCRIPTOR: Record =
+    record(&[required("str", Kind::Text, "a descriptor's number, on the command line only")]);
 static VSOCK: Record =
     record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
 
@@ -43,7 +44,7 @@ pub(super) static SOCKET_ADDRESS: Record = Record {
             ("inet", &[required("data", Kind::Object(&INET), "the address")]),
             ("unix", &[required("data", Kind::Object(&UNIX), "the address")]),
             ("vsock", &[required("data", Kind::Object(&VSOCK), "not supported")]),
-            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "not supported")]),
+            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "on the command line only")]),
         ],
     }),
 };
@@ -79,9 +80,9 @@ pub(super) static EXPORT: Record = Record {
     cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
 
-const UNIX_MEMBERS: &[Member] = UNIX.members;
-const INET_MEMBERS: &[Member] = INET.members;
-const VSOCK_MEMBERS: &[Member] = VSOCK.members;
+pub(super) const UNIX_MEMBERS: &[Member] = UNIX.members;
+pub(super) const INET_MEMBERS: &[Member] = INET.members;
+pub(super) const VSOCK_MEMBERS: &[Member] = VSOCK.members;
 const DESCRIPTOR_MEMBERS: &[Member] = DESCRIPTOR.members;
 
 /// An address as options have it: its members stand beside its type.

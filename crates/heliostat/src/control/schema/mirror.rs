@@ -43,6 +43,12 @@ const BITMAP_MODE: Member = ours(
     "when the bitmap takes note of what was copied",
 );
 
+pub(super) const TARGET_DEADLINE: Member = ours(
+    "target-deadline-ms",
+    Kind::Uint32,
+    "how long a client's write waits for the target, in write-blocking mode; after that the job is degraded; default 1000",
+);
+
 /// Whether a file is made.
 const MODE: Kind = Kind::Word(&["existing", "absolute-paths"]);
 
@@ -79,6 +85,7 @@ pub(super) static DRIVE_MIRROR: Record = record(&[
     AUTO_DISMISS,
     BITMAP,
     BITMAP_MODE,
+    TARGET_DEADLINE,
 ]);
 
 pub(super) static MIRROR: Record = record(&[
@@ -100,6 +107,7 @@ pub(super) static MIRROR: Record = record(&[
     ours("unmap", Kind::Flag, UNMAP),
     BITMAP,
     BITMAP_MODE,
+    TARGET_DEADLINE,
 ]);
 
 pub(super) static SNAPSHOT: Record = record(&[

@@ -141,6 +141,20 @@ static NODE: Record = record(&[
     required("cache", Kind::Object(&CACHE), ""),
     int("write_threshold"),
     optional("dirty-bitmaps", Kind::List(&Kind::Object(&BITMAP)), ""),
+    ours("nbd", Kind::Object(&CONNECTION), "how the connection to its NBD server is"),
+]);
+
+static CONNECTION: Record = record(&[
+    required(
+        "state",
+        Kind::Word(&["opening", "up", "waiting", "down", "changed", "closed"]),
+        "waiting: requests wait for the server; down: they fail; changed: so, as what answers is another export",
+    ),
+    required("for-ms", Kind::Int, "since when, in milliseconds"),
+    required("connections", Kind::Int, "in use"),
+    required("reconnects", Kind::Int, "how often it came back"),
+    required("losses", Kind::Int, "how often what was not flushed may have been lost"),
+    optional("reason", Kind::Text, "why it is not up"),
 ]);
 
 /// `query-named-block-nodes`.
@@ -258,6 +272,8 @@ pub(super) static JOBS: Kind = Kind::List(&Kind::Object(&record(&[
     optional("error", Kind::Text, ""),
 ])));
 
+static DEGRADED: Record = record(&[text("reason"), int("for-ms")]);
+
 const MIRROR: &[Member] = &[
     flag("actively-synced"),
     ours_always("source", Kind::Text, "the node that is mirrored"),
@@ -276,6 +292,7 @@ const MIRROR: &[Member] = &[
     ours_always("data-copied", Kind::Int, "bytes of data"),
     ours_always("zeroes-skipped", Kind::Int, "bytes of zeroes that were not copied as data"),
     ours_always("errors-ignored", Kind::Int, "errors that the policy ignored"),
+    ours("degraded", Kind::Object(&DEGRADED), "that the target does not answer: guests do not wait for it"),
 ];
 
 /// `query-block-jobs`.
@@ -394,6 +411,14 @@ pub static EVENTS: &[EventType] = &[
             ours("offset", Kind::Int, "where, in bytes"),
             ours("length", Kind::Int, "how much"),
             ours("errno", Kind::Int, "the host's number of the error"),
+        ]),
+    },
+    EventType {
+        name: "BLOCK_JOB_DEGRADED",
+        says: &record(&[
+            text("device"),
+            flag("degraded"),
+            optional("reason", Kind::Text, "why the target is thought not to answer"),
         ]),
     },
     EventType { name: "BLOCK_DIRTY_BITMAP_NOT_STORED", says: &record(&[text("node-name"), text("name")]) },

@@ -13,6 +13,7 @@ use heliostat_block::node::Node;
 use heliostat_block::storage::Storage;
 use heliostat_host::file::FileStorage;
 
+use super::nbd::NbdEntry;
 use super::{CacheUse, FilterEntry};
 
 /// A node as an operator made it.
@@ -28,6 +29,8 @@ pub struct NodeEntry {
     pub storage: Option<Arc<dyn Storage>>,
     /// The file, where it is the node of one.
     pub file: Option<Arc<FileStorage>>,
+    /// The connection, where it is in an export of an NBD server.
+    pub nbd: Option<NbdEntry>,
     /// The name of the node below, through which its bytes go.
     pub child: Option<NodeName>,
     /// The name of the node that holds what this one does not.
@@ -62,6 +65,7 @@ impl NodeEntry {
             path,
             storage: None,
             file: None,
+            nbd: None,
             child: None,
             backing: None,
             backing_is_given: false,

@@ -9,21 +9,26 @@ mod below;
 mod entry;
 mod fault_config;
 mod filters;
+mod nbd;
+mod nbd_name;
 mod qcow2;
 mod siblings;
 mod spec;
 mod target;
 
 use std::path::Path;
+use std::pin::pin;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::{Either, select};
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::graph::{Claims, Place, Role};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::Storage;
+use heliostat_host::clock::RealClock;
 use heliostat_host::file::FileStorage;
 use heliostat_host::pinned::Identity;
 use heliostat_host::runtime;
@@ -36,6 +41,8 @@ use super::{Daemon, DaemonError};
 pub use entry::NodeEntry;
 pub use fault_config::errno;
 pub use filters::{FaultLimits, FaultSpec, FilterEntry, NullSpec};
+pub use nbd::{NbdClientSpec, NbdEntry, NbdServerAt};
+pub use nbd_name::{is_nbd, parse as nbd_name};
 pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };
@@ -45,6 +52,10 @@ pub(super) use target::{Named, Wanted};
 /// The most nodes in one daemon: a mirror of an image to another takes four, and there may be
 /// [`heliostat_block::limits::JOBS_MAX`] of those; and chains. What there are descriptors for is the host's to say.
 pub(super) const NODES_MAX: usize = 4096;
+
+/// How long a server may take to make everything durable at the end, or to take what an image leaves in order: as
+/// long as other flushes may that somebody waits for.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
 
 /// The most nodes on top of each other in one order: more than any chain that makes sense, far less than what
 /// would exhaust a stack.
@@ -112,6 +123,10 @@ impl Daemon {
         let _change = self.begin_change()?;
         let node = self.graph.node(name).map_err(|_| DaemonError::NodeNameNotFound(name.to_owned()))?;
         self.check_removable(&node)?;
+        // Who takes a disk away does not wait for a server that may never come back.
+        if node.out_of_reach().is_some() {
+            node.give_up();
+        }
         // As closing a file does: an error has nobody to go to, the operator was told at each flush.
         let _ = flush(std::slice::from_ref(&node));
         if let Some(record) = self.forget(name) {
@@ -162,6 +177,7 @@ impl Daemon {
             DriverSpec::HostDevice(file) => {
                 self.make_file(name, spec, making, open_file(file, spec, "host_device")?, &file.path)
             }
+            DriverSpec::Nbd(nbd) => self.make_nbd(name, spec, nbd, making),
             DriverSpec::NullCo { size, read_zeroes } => {
                 let (driver, latency) = ("null-co", Duration::ZERO);
                 let null = NullSpec { driver, size: Some(*size), read_zeroes: *read_zeroes, latency };
@@ -409,8 +425,8 @@ impl Record {
         if node.image().is_none() && node.preallocate().is_none() {
             return Ok(());
         }
-        let closed = runtime::block_on(node.close()).map_err(|error| error.to_string())?;
-        closed.map_err(|error| error.to_string())
+        let close = async { patiently(&node, &RealClock::new(), node.close()).await };
+        runtime::block_on(close).map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     }
 }
 
@@ -428,14 +444,28 @@ impl Making {
 pub(super) fn flush(nodes: &[Arc<Node>]) -> Result<(), String> {
     let work = async {
         let mut failed = Ok(());
+        let clock = RealClock::new();
         for node in nodes.iter().filter(|node| !node.options().read_only) {
-            if let Err(error) = node.enter().await.flush().await {
+            let flushed = async { node.enter().await.flush().await };
+            if let Err(error) = patiently(node, &clock, flushed).await {
                 failed = failed.and(Err(error.to_string()));
             }
         }
         failed
     };
     runtime::block_on(work).unwrap_or_else(|error| Err(error.to_string()))
+}
+
+/// Does the last work on a node. Where that waits for a server that does not answer, it is given up after a while, and
+/// ends with an error then.
+async fn patiently<T>(node: &Node, clock: &RealClock, work: impl Future<Output = T>) -> T {
+    match select(pin!(work), clock.sleep(ANSWER_MAX)).await {
+        Either::Left((done, _)) => done,
+        Either::Right(((), work)) => {
+            node.give_up();
+            work.await
+        }
+    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use heliostat_block::node::{DetectZeroes, Discard, NodeOptions};
 
 use super::super::open::is_device;
 use super::filters::{FaultSpec, NullSpec};
+use super::nbd::NbdClientSpec;
 
 /// What a node is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +44,8 @@ pub enum DriverSpec {
     File(FileSpec),
     /// In a block device.
     HostDevice(FileSpec),
+    /// In an export of an NBD server.
+    Nbd(Box<NbdClientSpec>),
     /// In a window of another node's bytes.
     Raw {
         /// The node below.

@@ -10,6 +10,7 @@ use heliostat_block::graph::{GraphError, NamedBitmaps, Onto, Role};
 use heliostat_block::named_bitmap::Change;
 use heliostat_block::node::Node;
 use heliostat_block::tracked::Drained;
+use heliostat_host::clock::RealClock;
 
 use super::super::gate::Format;
 use super::super::open::flush;
@@ -17,6 +18,7 @@ use super::super::{Daemon, DaemonError, MirrorSpec};
 use super::qcow2::{namer, probe};
 use super::{
     BackingSpec, Child, DEPTH_MAX, DriverSpec, FilterEntry, Making, NodeSpec, Nodes, Qcow2Spec, Record,
+    patiently,
 };
 
 /// What the target of a mirror stands on when it has taken the source's place.
@@ -360,7 +362,7 @@ impl Record {
     /// Leaves its image, or file, in order, as well as that can be done.
     async fn close_here(self) {
         // As closing a file does: who cared has flushed.
-        let _ = self.node().close().await;
+        let _ = patiently(self.node(), &RealClock::new(), self.node().close()).await;
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! What was counted and who uses what stand beside this. Looks at what is known already and opens nothing. `heliostat info` shows the same of an image.
 
+mod connection;
 pub(super) mod graph;
 pub(super) mod human;
 pub(super) mod statistics;
@@ -71,6 +72,9 @@ fn described(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value {
     }
     if let Some(backing) = backing(nodes, entry) {
         described["backing_file"] = json!(filename(nodes, backing));
+    }
+    if let Some(nbd) = &entry.nbd {
+        described["nbd"] = connection::described(&nbd.storage.status());
     }
     in_order(described, &NODE_KEYS)
 }
@@ -191,7 +195,7 @@ pub fn image_info(nodes: &[NodeEntry], entry: &NodeEntry, depth: Depth) -> Value
     if let (None, Some(size)) = (node.image(), node.cluster_size()) {
         info["cluster-size"] = json!(size);
     }
-    if !matches!(*driver, "null-co" | "null-aio") {
+    if !matches!(*driver, "null-co" | "null-aio") && !is_over_nbd(nodes, entry) {
         let is_dirty =
             node.image().is_some_and(|image| image.header().incompatible & incompatible::DIRTY != 0);
         info["dirty-flag"] = json!(is_dirty);
@@ -295,6 +299,9 @@ fn filename(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
     if needs_definition(nodes, entry) {
         return format!("json:{}", definition(nodes, entry));
     }
+    if let Some(nbd) = &entry.nbd {
+        return nbd.spec.name().unwrap_or_else(|| format!("json:{}", connection::definition(&nbd.spec)));
+    }
     let below = child(nodes, entry).map(|child| filename(nodes, child));
     let name = below.unwrap_or_else(|| entry.path.to_string_lossy().into_owned());
     entry.filter.as_ref().map_or(name.clone(), |filter| filters::name(filter, &name))
@@ -303,9 +310,16 @@ fn filename(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
 /// Whether a path alone does not say what the node is.
 fn needs_definition(nodes: &[NodeEntry], entry: &NodeEntry) -> bool {
     entry.backing_is_given
+        || entry.nbd.as_ref().is_some_and(|nbd| nbd.spec.name().is_none())
         || (entry.driver == "raw" && (entry.offset_is_said || entry.is_fixed))
         || entry.filter.as_ref().is_some_and(filters::needs_definition)
         || child(nodes, entry).is_some_and(|child| needs_definition(nodes, child))
+}
+
+/// Whether QEMU's driver below knows nothing of what an image is like.
+fn is_over_nbd(nodes: &[NodeEntry], entry: &NodeEntry) -> bool {
+    let is_raw = entry.node.image().is_none();
+    is_raw && (entry.nbd.is_some() || child(nodes, entry).is_some_and(|child| is_over_nbd(nodes, child)))
 }
 
 /// The node among `nodes` through which the bytes of `entry` go.
@@ -322,6 +336,9 @@ fn definition(nodes: &[NodeEntry], entry: &NodeEntry) -> String {
     };
     if let Some(filter) = &entry.filter {
         return filters::definition(filter, &child());
+    }
+    if let Some(nbd) = &entry.nbd {
+        return connection::definition(&nbd.spec);
     }
     match entry.driver {
         "qcow2" => {
