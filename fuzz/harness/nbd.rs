@@ -99,10 +99,7 @@ pub fn request(data: &[u8]) {
         allocation: replies.has_chunks().then_some(1),
     };
     serve_requests(step, data, terms);
-    // A client here asks for structured replies at most.
-    if replies != ReplyStyle::Extended {
-        converse(step, data, terms);
-    }
+    converse(step, data, terms);
 }
 
 fn serve_requests(step: u8, data: &[u8], terms: Terms) {

@@ -120,5 +120,16 @@ pub const REST_FIRST: Duration = Duration::from_millis(100);
 /// The longest rest; each is twice the one before.
 pub const REST_LAST: Duration = Duration::from_secs(5);
 
+/// Places spread over a disk that are compared when a target is back: enough that an empty one is surely told from the
+/// right one, few enough to take no time that anybody notices.
+pub const SAMPLE_SPREAD: u64 = 64;
+/// Places copied last that are compared besides: what a target that went back a little lacks.
+pub const SAMPLE_RECENT: usize = 32;
+/// The most that is compared of a granule.
+pub const SAMPLE_LEN_MAX: u64 = 64 << 10;
+
+/// The most that a mirror writes to a target behind a network before it flushes that: what a cut may cost.
+pub const FLUSH_REMOTE_EVERY: u64 = 4 << 30;
+
 /// How often a mirror tells its figures; a person sees no more often.
 pub const TICK: Duration = Duration::from_millis(50);

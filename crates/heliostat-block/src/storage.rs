@@ -196,10 +196,11 @@ pub trait Storage: Send + Sync + 'static {
     /// later flush succeeds.
     fn flush(&self) -> IoFuture<'_, ()>;
 
-    /// How often what was written here and not flushed since, or was being written, may have been lost without an error
-    /// that says so: a network storage was cut off from its server, and perhaps reached another one, or the same one
-    /// after a crash. A write that was cut off may even be carried out late. Only grows. Whoever sees it grow between
-    /// two good flushes knows that what was written since the first of them may be gone, or else than written.
+    /// How often something that was written here may have been lost without an error that says so: a network storage
+    /// was cut off from its server, and perhaps reached another one, or the same one after a crash. A write that was cut
+    /// off may even be carried out late. Only grows. Whoever sees it grow between two good flushes knows that what was
+    /// written since the first of them may be gone, or else than written; and that it had better look whether the rest
+    /// is there.
     ///
     /// It has grown before any request ends that a loss could concern.
     fn losses(&self) -> u64 {

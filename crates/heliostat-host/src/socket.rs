@@ -3,11 +3,13 @@
 //! The NBD front end and the built-in client use them. Reading and writing never wait; waiting is a call of
 //! its own, so that a caller can look again for a moment before it sleeps. Knows no protocol.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::fs::MetadataExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -96,6 +98,39 @@ impl Listener {
             Address::Tcp(socket) => bind_tcp(*socket),
         }
         .map_err(|error| explain("cannot listen on", address, error))
+    }
+
+    /// Listens on a socket that whoever started this program has bound, by the number of its descriptor. It is copied:
+    /// the number stays open, and a Unix socket's file stays when this is dropped. An abstract or unnamed address is
+    /// said as an empty path.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the number is no socket; the host's when one cannot listen on it.
+    pub fn inherited(number: i32) -> io::Result<Self> {
+        let no_socket = || {
+            let message = format!("File descriptor '{number}' is not a socket");
+            io::Error::new(io::ErrorKind::InvalidInput, message)
+        };
+        if number < 0 {
+            return Err(no_socket());
+        }
+        // SAFETY: the number is not -1, and is used for one call only, which fails where nothing is open under it.
+        // Nobody in this process closes descriptors that it was started with.
+        let inherited = unsafe { BorrowedFd::borrow_raw(number) };
+        sockopt::socket_type(inherited).map_err(|_| no_socket())?;
+        let fd = rustix::io::fcntl_dupfd_cloexec(inherited, 3)?;
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        rustix::net::listen(&fd, BACKLOG)?;
+        let bound = rustix::net::getsockname(&fd)?;
+        let address = match sockopt::socket_domain(&fd)? {
+            AddressFamily::UNIX => {
+                let unix = SocketAddrUnix::try_from(bound)?;
+                let path = unix.path_bytes().unwrap_or_default();
+                Address::Unix(PathBuf::from(OsStr::from_bytes(path)))
+            }
+            _ => Address::Tcp(SocketAddr::try_from(bound)?),
+        };
+        Ok(Self { fd: Arc::new(fd), address, _file: None })
     }
 
     /// Where it listens, with the port that the host chose.

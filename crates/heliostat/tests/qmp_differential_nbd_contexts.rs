@@ -1,6 +1,8 @@
 //! As `qmp_differential.rs`, for what NBD clients may ask of an export's ranges: bitmaps and the depth of layers, offered
 //! in the same words, and answered with the same maps.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod common;
 mod qmp;
 

@@ -27,6 +27,7 @@ const TOOLS: &[Tool] = &[
     Tool { program: "nbdcopy", packages: &["libnbd-bin"] },
     Tool { program: "nbdkit", packages: &["nbdkit"] },
     Tool { program: "fio", packages: &["fio"] },
+    Tool { program: "openssl", packages: &["openssl"] },
     Tool { program: "python3", packages: &["python3"] },
 ];
 

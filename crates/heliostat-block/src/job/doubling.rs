@@ -292,6 +292,12 @@ impl Doubling {
         self.left.notify(usize::MAX);
     }
 
+    /// Whether `range` is neither dirty nor on its way, so that both sides should be equal there.
+    pub(crate) fn is_still(&self, range: ByteRange) -> bool {
+        let table = self.table();
+        table.ranges.free_part(range) == Ok(range) && !self.bitmap.is_dirty(range)
+    }
+
     /// Copies in flight, in bytes.
     pub(crate) fn copying_bytes(&self) -> u64 {
         self.table().ranges.copying_bytes()

@@ -25,6 +25,7 @@ use super::group::Member;
 use super::lanes::Lanes;
 use super::mirror_step::{Others, Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
+use super::sample::Recent;
 use super::scan::SyncMode;
 use super::source_gate::SourceGate;
 use super::underway::{Done, Underway};
@@ -33,7 +34,7 @@ use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
 use crate::clock::{Clock, Moment};
 use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
-use crate::limits::{COPY_LEN_MAX, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
+use crate::limits::{COPY_LEN_MAX, FLUSH_REMOTE_EVERY, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
 use crate::throttle::Hurry;
 
 use self::degraded::Answers;
@@ -51,6 +52,8 @@ pub struct Mirror {
     unflushed: Unflushed,
     /// What the target's count of losses was when it was last looked at.
     losses: u64,
+    doubt: trust::Doubt,
+    recent: Recent,
     options: MirrorOptions,
     clock: Arc<dyn Clock>,
     underway: Underway,
@@ -105,6 +108,8 @@ impl Mirror {
         Self {
             underway: Underway::new(Arc::clone(&route)),
             losses: route.target.losses(),
+            doubt: trust::Doubt::default(),
+            recent: Recent::default(),
             route,
             job,
             graph,
@@ -176,6 +181,7 @@ impl Mirror {
             self.reap().await;
             self.start_halves().await;
             self.heed_losses();
+            self.settle_doubt().await;
             let view = self.view();
             let step = next_step(view);
             self.tell_figures(step.is_said());
@@ -217,7 +223,8 @@ impl Mirror {
 
     fn view(&mut self) -> View {
         let now = self.clock.now();
-        let clean = self.doubling.bitmap().is_clean();
+        // What is in doubt counts as not copied.
+        let (clean, trusts) = (self.doubling.bitmap().is_clean(), !self.doubt.is_open());
         let (left, tried) = (self.doubling.left_bytes(), self.attempt.tried(now));
         let budget = self.tally.pause_budget(tried).max(LEFT_ALWAYS);
         let flush_budget = self.tally.flush_budget(tried).max(LEFT_ALWAYS);
@@ -230,16 +237,17 @@ impl Mirror {
             status: self.job.status(),
             orders,
             failed: self.failure.is_some(),
-            scan: self.scan,
+            scan: if self.doubt.is_looking() { Scan::Running } else { self.scan },
             copyable: !clean && room && !self.blocked && !gathering,
             pace_allows: self.pace.wait_until(now).is_none(),
-            clean,
-            nearly_clean: left == 0 || (self.first_pass_over && left <= budget),
+            clean: clean && trusts,
+            nearly_clean: trusts && (left == 0 || (self.first_pass_over && left <= budget)),
             copies: self.underway.copies(),
             doubled: self.doubling.doubled_in_flight(),
             unknown: self.doubling.unknown_in_flight(),
             flush: self.unflushed.state(),
             flushed: self.attempt.is_flushed() && self.unflushed.bytes() <= flush_budget,
+            flush_due: self.route.target.traits().remote && self.unflushed.bytes() >= FLUSH_REMOTE_EVERY,
             gate: self.gate.view(),
             closed_below: self.gate.is_closed_below(),
             held_too_long: self.gate.held_until().is_some_and(|until| until <= now),
@@ -349,6 +357,7 @@ impl Mirror {
             }
             Done::Flushed(Err(error)) => self.take_in_failed_flush(&error),
             Done::Scanned(Ok(scanned)) => self.take_in_scan(&scanned),
+            Done::Sampled(sampled) => self.take_in_sample(sampled),
             Done::Scanned(Err(error)) => {
                 self.scan = Scan::Ahead;
                 self.meet_error(Operation::Read, &error);
@@ -364,6 +373,7 @@ impl Mirror {
         match copied {
             Ok(copied) => {
                 self.rest.shorten();
+                self.recent.copied(range);
                 self.pace.give_back(range.len() - copied.data, self.clock.now());
                 self.tally.copy_succeeded(range.len(), copied);
             }

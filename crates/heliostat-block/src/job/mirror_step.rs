@@ -76,6 +76,8 @@ pub(crate) struct View {
     /// A flush has succeeded that began in this attempt at READY, or at the end, and what was written since is
     /// little; so that the one at the closed gate is short.
     pub flushed: bool,
+    /// So much was written since the last good flush that it would be a pity to lose it.
+    pub flush_due: bool,
     pub gate: Gate,
     /// The gates below the source's are closed, down to that of the node that is replaced, with nothing behind them.
     /// Nothing can be copied then: the copies pass them.
@@ -192,10 +194,18 @@ fn towards_ready(view: View) -> Step {
             TargetFlush::Needed | TargetFlush::Good => return Step::Flush,
         }
     }
+    if wants_flush(view) {
+        return Step::Flush;
+    }
     if view.scan == Scan::Ahead && !view.resting {
         return Step::Scan;
     }
     if may_copy(view) { Step::Copy } else { Step::Wait }
+}
+
+/// Whether to flush beside the copies.
+fn wants_flush(view: View) -> bool {
+    view.flush_due && view.flush == TargetFlush::Needed && !view.resting
 }
 
 fn may_copy(view: View) -> bool {
@@ -226,6 +236,9 @@ fn in_step(view: View) -> Step {
             (true, _) if !view.orders.finalize || view.unknown > 0 => {}
             (true, _) => return Step::CloseGate,
         }
+    }
+    if wants_flush(view) {
+        return Step::Flush;
     }
     if may_copy(view) { Step::Copy } else { Step::WaitForMarks }
 }
@@ -281,6 +294,7 @@ pub(crate) mod tests {
         unknown: 0,
         flush: TargetFlush::Good,
         flushed: false,
+        flush_due: false,
         gate: Gate::Open,
         closed_below: true,
         held_too_long: false,
@@ -307,6 +321,16 @@ pub(crate) mod tests {
                 "looking on comes before copies: it is what progress is told from",
                 View { scan: Scan::Ahead, ..dirty },
                 Step::Scan,
+            ),
+            (
+                "much that is not flushed comes before copies, which go on beside it",
+                View { flush_due: true, flush: TargetFlush::Needed, ..dirty },
+                Step::Flush,
+            ),
+            (
+                "one flush at a time",
+                View { flush_due: true, flush: TargetFlush::Running, ..dirty },
+                Step::Copy,
             ),
             ("copies beside the look", View { scan: Scan::Running, ..dirty }, Step::Copy),
             (

@@ -8,7 +8,7 @@ use futures_util::FutureExt;
 use super::mirror::MirrorOptions;
 use super::scan::SyncMode;
 use super::test_disk::{Bench, Disk, SECTOR, Ticking};
-use super::{End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
+use super::{CopyMode, End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
 use crate::buffer::Buffer;
 use crate::clock::Clock;
 use crate::driver::throttle::Throttle;
@@ -302,6 +302,48 @@ fn a_copy_of_which_a_part_had_landed_at_a_loss_is_copied_again() {
     });
     assert_eq!(job.status(), JobStatus::Null);
     assert_eq!(target.durable(), source.shown());
+}
+
+#[test]
+fn a_target_that_is_back_empty_is_copied_to_from_the_start() {
+    for copy_mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        let (source, target) = (disk(7), disk(0));
+        let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+        let job_options = JobOptions { copy_mode, ..JobOptions::default() };
+        let job = Job::start("job0".to_owned(), job_options, Arc::new(|_: &Job, _: &JobEvent| ()));
+        let (job, mirror) = bench.mirror_of(job, options());
+        let mut steps = 0;
+        bench.run(mirror.run(), || {
+            steps += u32::from(job.status() == JobStatus::Ready);
+            match (job.status(), steps) {
+                (JobStatus::Ready, 5) => target.become_other(0),
+                (JobStatus::Ready, 6) => job.ask(Verb::Complete).unwrap(),
+                _ => {}
+            }
+        });
+        assert_eq!(job.status(), JobStatus::Null);
+        assert_eq!(target.durable(), source.shown());
+    }
+}
+
+#[test]
+fn a_target_that_is_back_with_its_data_is_not_copied_to_again() {
+    let (source, target) = (disk(7), disk(0));
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let mut steps = 0;
+    bench.run(mirror.run(), || {
+        steps += u32::from(job.status() == JobStatus::Ready);
+        match (job.status(), steps) {
+            (JobStatus::Ready, 5) => {
+                target.lose();
+                target.hold_writes();
+            }
+            (JobStatus::Ready, 500) => job.ask(Verb::Complete).unwrap(),
+            _ => assert_eq!(target.held(), 0),
+        }
+    });
+    assert_eq!(job.status(), JobStatus::Null);
 }
 
 // ---------------------------------------------------------------------- answers that make no sense

@@ -26,6 +26,7 @@ pub(crate) mod range_table;
 pub(crate) mod rate;
 #[cfg(test)]
 mod replace_tests;
+pub(crate) mod sample;
 pub mod scan;
 pub(crate) mod source_gate;
 pub mod status;

@@ -117,6 +117,15 @@ impl Disk {
         self.state().flushes_to_fail = count;
     }
 
+    /// It is back with other contents, and says by its count that something may have been lost.
+    pub(crate) fn become_other(&self, byte: u8) {
+        let mut state = self.state();
+        state.shown.fill(byte);
+        state.durable.fill(byte);
+        state.cached.clear();
+        state.losses += 1;
+    }
+
     /// It loses what was not flushed, and says by its count that it may have.
     pub(crate) fn lose(&self) {
         let mut state = self.state();

@@ -11,11 +11,13 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, TargetHalf};
 use super::lanes::{Errand, Lanes, Returns};
+use super::sample::compare;
 use super::scan::{Scanned, scan};
 use super::unflushed::Begun;
 use crate::clock::{LocalFuture, yield_once};
 use crate::error::BlockError;
 use crate::limits::COPIES_IN_FLIGHT_MAX;
+use crate::range::ByteRange;
 
 /// Something that has ended.
 pub(crate) enum Done {
@@ -23,6 +25,8 @@ pub(crate) enum Done {
     Half(Begun, TargetHalf, Result<(), BlockError>),
     Flushed(Result<(), BlockError>),
     Scanned(Result<Scanned, BlockError>),
+    /// Of places that were compared, those that differ.
+    Sampled(Result<Vec<ByteRange>, CopyError>),
 }
 
 /// What is under way.
@@ -109,6 +113,12 @@ impl Underway {
         let route = Arc::clone(&self.route);
         let look = async move { Done::Scanned(scan(&route, from, route.belief(target_is_zero)).await) };
         self.launch(look).await
+    }
+
+    /// Starts to compare the two sides at `places`.
+    pub(crate) async fn sample(&mut self, places: Vec<ByteRange>) -> Option<Done> {
+        let route = Arc::clone(&self.route);
+        self.launch(async move { Done::Sampled(compare(&route, places).await) }).await
     }
 
     /// Starts to flush the target.

@@ -345,6 +345,9 @@ impl Link {
             Phase::Opening => self.enter(Phase::Up, now),
             _ => {
                 self.reconnects += 1;
+                // Who answers may be another server, or the same one without what it had, also where nothing was on
+                // its way.
+                self.losses += 1;
                 self.enter(Phase::Up, now);
             }
         }

@@ -405,7 +405,10 @@ fn explain(error: &rustls::Error) -> String {
 
 fn explain_certificate(error: &CertificateError) -> String {
     match error {
-        CertificateError::UnknownIssuer => "no authority of ca-cert.pem has signed it".to_owned(),
+        // The other one is that of an authority of the same name.
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            "no authority of ca-cert.pem has signed it".to_owned()
+        }
         CertificateError::Revoked => "it was revoked".to_owned(),
         CertificateError::Expired => "it has expired".to_owned(),
         CertificateError::NotValidYet => "it is not valid yet".to_owned(),

@@ -5,6 +5,7 @@ use std::io;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use rustls::pki_types::CertificateDer;
+use x509_parser::asn1_rs::{Tag, ToDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 
@@ -48,18 +49,20 @@ pub(super) fn distinguished_name(name: &X509Name<'_>) -> String {
 
 fn put_attribute(text: &mut String, attribute: &AttributeTypeAndValue<'_>) {
     let id = attribute.attr_type().to_id_string();
-    let value = attribute.as_str();
-    match (label(&id), value) {
-        (Some(label), Ok(value)) => {
-            text.push_str(label);
+    let value = attribute.attr_value();
+    let label = label(&id);
+    text.push_str(label.unwrap_or(&id));
+    // A country that is no printable string is malformed, and GnuTLS does not read it.
+    let is_sound = label.is_some_and(|label| label != "C" || value.tag() == Tag::PrintableString);
+    match attribute.as_str() {
+        Ok(value) if is_sound => {
             text.push('=');
             put_escaped(text, value);
         }
-        (label, _) => {
-            // What has no name or no text is written as it is encoded.
-            text.push_str(label.unwrap_or(&id));
+        // What has no name or no text is written as it is encoded.
+        _ => {
             text.push_str("=#");
-            for byte in attribute.attr_value().data {
+            for byte in value.to_der_vec().unwrap_or_default() {
                 let _ = write!(text, "{byte:02x}");
             }
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures_util::future::join;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
+    DnType, DnValue, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
     SerialNumber, date_time_ymd,
 };
 
@@ -33,7 +33,7 @@ fn params(names: &[&str], usage: ExtendedKeyUsagePurpose) -> CertificateParams {
     let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
     let mut params = CertificateParams::new(names).unwrap();
     params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CountryName, "GB");
+    params.distinguished_name.push(DnType::CountryName, DnValue::PrintableString("GB".try_into().unwrap()));
     params.distinguished_name.push(DnType::OrganizationName, "Example, Inc.");
     params.distinguished_name.push(DnType::CommonName, "client");
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
@@ -186,6 +186,51 @@ fn each_side_knows_the_other_by_its_certificate() {
             *aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &der).as_ref()
         );
     });
+}
+
+/// What `qemu-nbd` 10.0.2 was seen to compare for such certificates.
+#[test]
+fn a_name_is_written_as_gnutls_writes_it_for_qemu() {
+    use rcgen::DnValue::Utf8String;
+    let printable = |text: &str| DnValue::PrintableString(text.try_into().unwrap());
+    let utf8 = |text: &str| Utf8String(text.to_owned());
+    let email = |text: &str| DnValue::Ia5String(text.try_into().unwrap());
+    let custom = |id: &[u64]| DnType::CustomDnType(id.to_vec());
+    let email_type = custom(&[1, 2, 840, 113_549, 1, 9, 1]);
+    for (parts, name) in [
+        (
+            vec![
+                (DnType::CountryName, printable("GB")),
+                (DnType::StateOrProvinceName, utf8("London")),
+                (DnType::OrganizationName, utf8("Example, Inc.")),
+                (DnType::OrganizationalUnitName, utf8("a")),
+                (DnType::CommonName, utf8("client \"x\"")),
+            ],
+            r#"C=GB,ST=London,O=Example\, Inc.,OU=a,CN=client \"x\""#,
+        ),
+        (
+            vec![(DnType::CommonName, utf8(" lead space")), (DnType::OrganizationName, utf8("trail "))],
+            r"CN=\ lead space,O=trail\ ",
+        ),
+        (
+            vec![(DnType::CommonName, utf8(r"x;y<z>#\w=é")), (DnType::OrganizationName, utf8("#hash"))],
+            r"CN=x\;y\<z\>#\\w=é,O=\#hash",
+        ),
+        (
+            vec![(email_type, email("a@b.c")), (custom(&[2, 5, 4, 5]), printable("12"))],
+            "EMAIL=a@b.c,serialNumber=12",
+        ),
+        (vec![(DnType::CountryName, utf8("GB"))], "C=#0c024742"),
+        (vec![(custom(&[1, 2, 3, 4]), utf8("x"))], "1.2.3.4=#0c0178"),
+    ] {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        for (kind, value) in parts {
+            params.distinguished_name.push(kind, value);
+        }
+        let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        assert_eq!(Peer::of(certificate.der()).unwrap().name, name);
+    }
 }
 
 fn rcgen_der(pem: &str) -> Vec<u8> {

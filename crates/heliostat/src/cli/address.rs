@@ -7,7 +7,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use heliostat_host::socket::Address;
+use heliostat_host::socket::{Address, Listener};
+
+use super::activation;
+use crate::daemon::NbdAddress;
 
 /// An address as it was typed: `unix:PATH`, a path with a slash, `HOST:PORT` or `:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +24,19 @@ pub enum Endpoint {
         /// The port; 0 lets the host choose.
         port: u16,
     },
+    /// Sockets that whoever started this program has bound.
+    Inherited(Which),
+}
+
+/// Which of the sockets that this program was started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The one with this descriptor.
+    Number(i32),
+    /// Those that a service manager has passed on under this name.
+    Named(String),
+    /// All that a service manager has passed on.
+    All,
 }
 
 /// How clients speak to a server.
@@ -53,12 +69,21 @@ pub enum AddressError {
     },
     /// Others than this host could reach it.
     Remote(SocketAddr),
+    /// A socket that this program was started with is of no use.
+    Inherited(String),
+    /// No such socket was passed on.
+    NotPassed(Which),
 }
 
 impl fmt::Display for AddressError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unknown { host, reason } => write!(f, "cannot find the host \"{host}\": {reason}"),
+            Self::Inherited(reason) => f.write_str(reason),
+            Self::NotPassed(Which::Named(name)) => {
+                write!(f, "no socket was passed on under the name \"{name}\" (LISTEN_FDNAMES)")
+            }
+            Self::NotPassed(_) => f.write_str("no socket was passed on (LISTEN_PID, LISTEN_FDS)"),
             Self::Remote(address) => write!(
                 f,
                 "{address} can be reached from other hosts, and NBD asks nobody for a password; \
@@ -84,8 +109,19 @@ impl FromStr for Endpoint {
         if text.contains('/') {
             return unix(text);
         }
+        match text.strip_prefix("fd:") {
+            Some("") => return Err("write fd:NUMBER, fd:NAME or fd:all".to_owned()),
+            Some("all") => return Ok(Self::Inherited(Which::All)),
+            Some(name) => {
+                return Ok(Self::Inherited(match name.parse() {
+                    Ok(number) => Which::Number(number),
+                    Err(_) => Which::Named(name.to_owned()),
+                }));
+            }
+            None => {}
+        }
         let Some((host, port)) = text.rsplit_once(':') else {
-            return Err("write unix:PATH, a path with a slash, HOST:PORT or :PORT".to_owned());
+            return Err("write unix:PATH, a path with a slash, HOST:PORT, :PORT or fd:NUMBER".to_owned());
         };
         let port = port.parse().map_err(|_| format!("\"{port}\" is no port; ports go from 0 to 65535"))?;
         let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
@@ -97,32 +133,61 @@ impl FromStr for Endpoint {
 }
 
 impl Endpoint {
-    /// Finds the address, and refuses one beyond `reach`.
+    /// Finds the addresses, one but for sockets that were passed on, and refuses one beyond `reach`.
     ///
     /// # Errors
     /// [`AddressError`].
-    pub fn resolve(&self, reach: Reach) -> Result<Address, AddressError> {
-        let (host, port) = match self {
-            Self::Unix(path) => return Ok(Address::Unix(path.clone())),
+    pub fn resolve(&self, reach: Reach) -> Result<Vec<NbdAddress>, AddressError> {
+        match self {
+            Self::Unix(path) => Ok(vec![NbdAddress::Unix(path.clone())]),
             Self::Tcp { host: None, port } => {
-                return Ok(Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, *port))));
+                Ok(vec![NbdAddress::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, *port)))])
             }
-            Self::Tcp { host: Some(host), port } => (host, *port),
-        };
-        let unknown = |reason: String| AddressError::Unknown { host: host.clone(), reason };
-        let found = match host.parse::<IpAddr>() {
-            Ok(address) => SocketAddr::from((address, port)),
-            Err(_) => (host.as_str(), port)
-                .to_socket_addrs()
-                .map_err(|error| unknown(error.to_string()))?
-                .next()
-                .ok_or_else(|| unknown("it has no address".to_owned()))?,
-        };
-        if reach == Reach::Loopback && !found.ip().is_loopback() {
-            return Err(AddressError::Remote(found));
+            Self::Tcp { host: Some(host), port } => look_up(host, *port, reach).map(|found| vec![found]),
+            Self::Inherited(which) => inherited(which, reach),
         }
-        Ok(Address::Tcp(found))
     }
+}
+
+fn look_up(host: &str, port: u16, reach: Reach) -> Result<NbdAddress, AddressError> {
+    let unknown = |reason: String| AddressError::Unknown { host: host.to_owned(), reason };
+    let found = match host.parse::<IpAddr>() {
+        Ok(address) => SocketAddr::from((address, port)),
+        Err(_) => (host, port)
+            .to_socket_addrs()
+            .map_err(|error| unknown(error.to_string()))?
+            .next()
+            .ok_or_else(|| unknown("it has no address".to_owned()))?,
+    };
+    if reach == Reach::Loopback && !found.ip().is_loopback() {
+        return Err(AddressError::Remote(found));
+    }
+    Ok(NbdAddress::Tcp(found))
+}
+
+fn inherited(which: &Which, reach: Reach) -> Result<Vec<NbdAddress>, AddressError> {
+    let passed = || activation::sockets(std::process::id(), |name| std::env::var(name).ok());
+    let numbers: Vec<i32> = match which {
+        Which::Number(number) => vec![*number],
+        Which::Named(name) => {
+            let of_name = passed().into_iter().filter(|passed| passed.name == *name);
+            of_name.map(|passed| passed.number).collect()
+        }
+        Which::All => passed().into_iter().map(|passed| passed.number).collect(),
+    };
+    if numbers.is_empty() {
+        return Err(AddressError::NotPassed(which.clone()));
+    }
+    for number in &numbers {
+        let listener =
+            Listener::inherited(*number).map_err(|error| AddressError::Inherited(error.to_string()))?;
+        if let (Address::Tcp(address), Reach::Loopback) = (listener.address(), reach)
+            && !address.ip().is_loopback()
+        {
+            return Err(AddressError::Remote(*address));
+        }
+    }
+    Ok(numbers.into_iter().map(NbdAddress::Inherited).collect())
 }
 
 /// How a client names an export at `address`.
@@ -172,6 +237,10 @@ mod tests {
             (":10809", tcp(None, 10809)),
             ("localhost:0", tcp(Some("localhost"), 0)),
             ("[::1]:10809", tcp(Some("::1"), 10809)),
+            ("fd:3", Endpoint::Inherited(Which::Number(3))),
+            ("fd:nbd", Endpoint::Inherited(Which::Named("nbd".to_owned()))),
+            ("fd:all", Endpoint::Inherited(Which::All)),
+            ("./fd:3", Endpoint::Unix("./fd:3".into())),
             ("192.0.2.1:65535", tcp(Some("192.0.2.1"), 65535)),
         ];
         for (text, endpoint) in table {
@@ -181,7 +250,7 @@ mod tests {
 
     #[test]
     fn bad_addresses_are_refused_with_what_to_write_instead() {
-        for text in ["", "unix:", "10809", "host", "host:", "host:99999", "host:http", "::1:10809"] {
+        for text in ["", "unix:", "fd:", "10809", "host", "host:", "host:99999", "host:http", "::1:10809"] {
             assert!(text.parse::<Endpoint>().is_err(), "{text}");
         }
         let error = "::1:10809".parse::<Endpoint>().unwrap_err();

@@ -10,7 +10,7 @@ use heliostat_block::job::scan::SyncMode;
 use heliostat_block::job::{CopyMode, Job, OnError};
 use heliostat_host::open::{Access, Locking, OpenOptions};
 use heliostat_host::runtime::block_on;
-use heliostat_host::socket::Address;
+
 use serde_json::{Value, json};
 
 use super::disk::{Backing, FormatName, Kind, Trust, backing_of, explain, size_of};
@@ -23,7 +23,7 @@ use super::serve::{How, notify};
 use super::session::{AtReady, Ended, Session};
 use super::target::{Needs, Permission, Plan, Target};
 use super::units;
-use crate::daemon::{BackingSpec, Beneath, Child, Daemon, DriverSpec, MirrorSpec, Subscription};
+use crate::daemon::{BackingSpec, Beneath, Child, Daemon, DriverSpec, MirrorSpec, NbdAddress, Subscription};
 
 /// The id of the one job.
 const JOB: &str = "mirror";
@@ -155,7 +155,7 @@ impl Mirror {
     /// # Errors
     /// When something stands in the way before it has begun, or the end itself fails.
     pub fn run(&self, form: Form) -> Result<Outcome> {
-        let address = self.offer.resolve()?;
+        let addresses = self.offer.resolve()?;
         if self.on_ready == OnReady::Wait && !self.offer.is_reachable() {
             bail!("nobody could change the source while it waits; add --nbd ADDRESS or --control SOCKET");
         }
@@ -181,7 +181,7 @@ impl Mirror {
         let source = (!self.offer.has_clients()).then_some(source);
         let signals = ending::signals()?;
         let daemon = self.trust.daemon()?;
-        let started = self.start(&daemon, address, granularity, kind, plan);
+        let started = self.start(&daemon, addresses, granularity, kind, plan);
         let (offered, events, job, target) = started.inspect_err(|_| {
             // A client may have found the socket already. The error that is told is the first one.
             let _ = daemon.shutdown();
@@ -206,7 +206,7 @@ impl Mirror {
     fn start(
         &self,
         daemon: &Arc<Daemon>,
-        address: Option<Address>,
+        addresses: Vec<NbdAddress>,
         granularity: Option<u32>,
         kind: Kind,
         plan: Plan,
@@ -218,7 +218,7 @@ impl Mirror {
             target.keep();
         }
         self.add_target(daemon, &target)?;
-        let mut offered = self.offer.open(daemon, address, true)?;
+        let mut offered = self.offer.open(daemon, addresses, true)?;
         let events = daemon.subscribe();
         let job = daemon.start_mirror(&self.spec(granularity, &target)?)?;
         offered.take_orders(daemon)?;

@@ -3,6 +3,7 @@
 //! Verbs drive a [`crate::daemon::Daemon`] of their own, or another process's through its control socket; image
 //! bytes are touched through nodes only. Called by `main.rs`.
 
+mod activation;
 mod address;
 mod check;
 mod compare;

@@ -22,9 +22,10 @@ pub const NODE: &str = "disk";
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Who may use it")]
 pub struct Offer {
-    /// Offer the disk to NBD clients at unix:PATH, a path with a slash, HOST:PORT or :PORT
+    /// Offer the disk to NBD clients at unix:PATH, a path with a slash, HOST:PORT or :PORT; may be given again. On
+    /// sockets that a service manager has bound: fd:NUMBER, fd:NAME or fd:all
     #[arg(long, value_name = "ADDRESS")]
-    nbd: Option<Endpoint>,
+    nbd: Vec<Endpoint>,
     /// Take QMP commands on this Unix socket (`heliostat job` speaks to it)
     #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
     control: Option<PathBuf>,
@@ -61,7 +62,7 @@ pub fn socket_path(text: &str) -> Result<PathBuf, String> {
 
 /// Where a disk is being offered. Clients are the daemon's; operators are served until this is closed or dropped.
 pub struct Offered {
-    nbd: Option<Address>,
+    nbd: Vec<Address>,
     control: Option<PathBuf>,
     peers: Peers,
     export: String,
@@ -73,7 +74,7 @@ impl Offer {
     /// Says whether clients are served.
     #[must_use]
     pub const fn has_clients(&self) -> bool {
-        self.nbd.is_some()
+        !self.nbd.is_empty()
     }
 
     /// Where operators are to connect.
@@ -85,27 +86,31 @@ impl Offer {
     /// Says whether it can be reached at all.
     #[must_use]
     pub const fn is_reachable(&self) -> bool {
-        self.nbd.is_some() || self.control.is_some()
+        self.has_clients() || self.control.is_some()
     }
 
-    /// Checks the address without touching anything.
+    /// Checks the addresses without touching anything.
     ///
     /// # Errors
     /// When nothing can listen there, or it must be asked for.
-    pub fn resolve(&self) -> Result<Option<Address>> {
+    pub fn resolve(&self) -> Result<Vec<NbdAddress>> {
         let reach =
             if self.allow_remote || self.tls.is_required() { Reach::Anybody } else { Reach::Loopback };
-        self.nbd.as_ref().map(|endpoint| endpoint.resolve(reach)).transpose().context("--nbd")
+        let mut addresses = Vec::new();
+        for endpoint in &self.nbd {
+            addresses.extend(endpoint.resolve(reach).context("--nbd")?);
+        }
+        Ok(addresses)
     }
 
     /// Listens for clients, and offers them the node [`NODE`].
     ///
     /// # Errors
     /// When an address is in use, or the host refuses it.
-    pub fn open(&self, daemon: &Arc<Daemon>, address: Option<Address>, writable: bool) -> Result<Offered> {
-        let nbd = match address {
-            None => None,
-            Some(address) => Some(self.open_nbd(daemon, address, writable)?),
+    pub fn open(&self, daemon: &Arc<Daemon>, addresses: Vec<NbdAddress>, writable: bool) -> Result<Offered> {
+        let nbd = match addresses.is_empty() {
+            true => Vec::new(),
+            false => self.open_nbd(daemon, addresses, writable)?,
         };
         let peers = Peers::new(self.control_allow.clone());
         Ok(Offered {
@@ -118,12 +123,14 @@ impl Offer {
         })
     }
 
-    fn open_nbd(&self, daemon: &Arc<Daemon>, address: Address, writable: bool) -> Result<Address> {
+    fn open_nbd(
+        &self,
+        daemon: &Arc<Daemon>,
+        addresses: Vec<NbdAddress>,
+        writable: bool,
+    ) -> Result<Vec<Address>> {
         let spec = NbdSpec {
-            address: match address {
-                Address::Unix(path) => NbdAddress::Unix(path),
-                Address::Tcp(address) => NbdAddress::Tcp(address),
-            },
+            addresses,
             max_connections: self.nbd_connections,
             handshake_time: None,
             tls: self.tls.prepare(daemon)?,
@@ -144,10 +151,7 @@ impl Offer {
             DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
             other => other.into(),
         })?;
-        Ok(match bound {
-            NbdAddress::Unix(path) => Address::Unix(path),
-            NbdAddress::Tcp(address) => Address::Tcp(address),
-        })
+        Ok(bound)
     }
 }
 
@@ -172,11 +176,15 @@ impl Offered {
         }
     }
 
-    /// The URI by which clients connect.
+    /// The URI by which clients connect: at the first address, where there are several.
     #[must_use]
     pub fn uri(&self) -> Option<String> {
+        self.uris().into_iter().next()
+    }
+
+    fn uris(&self) -> Vec<String> {
         let scheme = if self.has_tls { Scheme::Tls } else { Scheme::Plain };
-        self.nbd.as_ref().map(|address| nbd_uri(scheme, address, &self.export))
+        self.nbd.iter().map(|address| nbd_uri(scheme, address, &self.export)).collect()
     }
 
     /// For programs.
@@ -184,8 +192,9 @@ impl Offered {
     pub fn to_json(&self) -> Value {
         json!({
             "nbd": self.uri(),
-            "nbd-address": self.nbd.as_ref().map(ToString::to_string),
-            "export": self.nbd.as_ref().map(|_| &self.export),
+            "nbd-address": self.nbd.first().map(ToString::to_string),
+            "nbd-all": self.uris(),
+            "export": self.nbd.first().map(|_| &self.export),
             "control": self.control.as_ref().map(|path| path.to_string_lossy()),
         })
     }
@@ -194,9 +203,7 @@ impl Offered {
     #[must_use]
     pub fn words(&self) -> Vec<String> {
         let mut lines = Vec::new();
-        if let Some(uri) = self.uri() {
-            lines.push(format!("  NBD      {uri}"));
-        }
+        lines.extend(self.uris().iter().map(|uri| format!("  NBD      {uri}")));
         if let (Some(uri), true) = (self.uri(), self.has_tls) {
             let mark = if uri.contains('?') { '&' } else { '?' };
             lines.push(format!(

@@ -130,19 +130,19 @@ impl Serve {
     /// # Errors
     /// When the disk cannot be opened, an address cannot be had, or the last flush fails.
     pub fn run(&self, form: Form) -> Result<Outcome> {
-        let address = self.offer.resolve()?;
+        let addresses = self.offer.resolve()?;
         if !self.offer.is_reachable() {
             bail!(
                 "nobody could reach it; add --nbd ADDRESS for clients, --control SOCKET for operators, or both"
             );
         }
-        if self.disk.is_none() && address.is_some() {
+        if self.disk.is_none() && !addresses.is_empty() {
             bail!("--nbd needs a disk; without one, start the NBD server over the control socket");
         }
         let mut signals = ending::signals()?;
         let daemon = self.trust.daemon()?;
         let disk = self.add_disk(&daemon)?;
-        let mut offered = self.offer.open(&daemon, address, !self.read_only)?;
+        let mut offered = self.offer.open(&daemon, addresses, !self.read_only)?;
         offered.take_orders(&daemon)?;
         self.announce(&offered, disk, form)?;
         notify(&[sd_notify::NotifyState::Ready]);

@@ -314,7 +314,7 @@ pub enum DaemonError {
     #[error("Object with id '{0}' is not TLS credentials")]
     NotCredentials(String),
     /// The credentials are for the other side.
-    #[error("Expecting TLS credentials with a {0} endpoint")]
+    #[error("Expected TLS credentials for a {0} endpoint")]
     CredentialsEndpoint(&'static str),
     /// The host refuses the NBD server's address. The text is QEMU's.
     #[error("{text}")]

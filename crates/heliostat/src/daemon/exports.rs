@@ -22,7 +22,7 @@ use super::export_bitmaps::set_busy;
 use super::{Daemon, DaemonError};
 use crate::authz::Client;
 use crate::front::nbd::{
-    self, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings, TlsPolicy,
+    self, Door, Doors, ExportError, ExportSettings, NbdServer, Reach, Removed, ServerSettings, TlsPolicy,
 };
 use crate::serve::Seat;
 use crate::serve::status::{Contexts, Depth};
@@ -34,13 +34,26 @@ pub enum NbdAddress {
     Unix(PathBuf),
     /// On a TCP socket.
     Tcp(SocketAddr),
+    /// On a socket that was bound by whoever started the program, by its descriptor's number.
+    Inherited(i32),
+}
+
+impl From<NbdAddress> for Door {
+    fn from(address: NbdAddress) -> Self {
+        match address {
+            NbdAddress::Unix(path) => Self::Bind(Address::Unix(path)),
+            NbdAddress::Tcp(address) => Self::Bind(Address::Tcp(address)),
+            NbdAddress::Inherited(number) => Self::Inherited(number),
+        }
+    }
 }
 
 /// What an NBD server is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NbdSpec {
-    /// Where it listens. Whether other hosts may reach it has been settled by whoever chose this.
-    pub address: NbdAddress,
+    /// Where it listens; all of them or none. Whether other hosts may reach them has been settled by whoever chose
+    /// them.
+    pub addresses: Vec<NbdAddress>,
     /// Connections at once; 0 is no bound.
     pub max_connections: u32,
     /// How long a client may take until it has chosen its export; where nothing is said, some seconds.
@@ -120,25 +133,25 @@ impl Export {
 pub(super) struct Serving {
     server: Option<NbdServer>,
     exports: Vec<Export>,
+    /// Descriptors of sockets that a server may be started on.
+    descriptors: Vec<i32>,
     /// Clients of a server that is started are to wait.
     holds_clients: bool,
 }
 
 impl Daemon {
-    /// Starts the NBD server. Returns the address at which it listens, with the port where none was said.
+    /// Starts the NBD server. Returns the addresses at which it listens, with the ports where none was said.
     ///
     /// # Errors
-    /// `NbdRunning`; `CredentialsNotFound`, `NotCredentials`, `CredentialsEndpoint`; `NbdListen` when the host refuses the address.
-    pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<NbdAddress, DaemonError> {
+    /// `NbdRunning`; `CredentialsNotFound`, `NotCredentials`, `CredentialsEndpoint`; `NbdListen` when the host refuses an
+    /// address.
+    pub fn start_nbd_server(&self, spec: &NbdSpec) -> Result<Vec<Address>, DaemonError> {
         let _change = self.begin_change()?;
         let mut serving = self.lock_serving();
         if serving.server.is_some() {
             return Err(DaemonError::NbdRunning);
         }
-        let address = match spec.address.clone() {
-            NbdAddress::Unix(path) => Address::Unix(path),
-            NbdAddress::Tcp(address) => Address::Tcp(address),
-        };
+        let entrances: Vec<Door> = spec.addresses.iter().cloned().map(Door::from).collect();
         let connections_max = usize_from(u64::from(spec.max_connections));
         let handshake_time = spec.handshake_time.unwrap_or(nbd::HANDSHAKE_TIME_DEFAULT);
         let doors = if serving.holds_clients { Doors::Closed } else { Doors::Open };
@@ -153,27 +166,37 @@ impl Daemon {
             memory_max,
             ..ServerSettings::default()
         };
-        let server = NbdServer::start(&address, settings)
-            .map_err(|source| DaemonError::NbdListen { text: bind_text(&address, &source), source })?;
-        let bound = match server.address().clone() {
-            Address::Unix(path) => NbdAddress::Unix(path),
-            Address::Tcp(address) => NbdAddress::Tcp(address),
-        };
+        let server = NbdServer::start_at(&entrances, settings)
+            .map_err(|source| DaemonError::NbdListen { text: bind_text(&entrances, &source), source })?;
+        let bound = server.addresses().to_vec();
         serving.server = Some(server);
         Ok(bound)
     }
 
-    /// Starts the NBD server with one export. Whoever finds the server finds that. Returns the address at which it
+    /// Starts the NBD server with one export. Whoever finds the server finds that. Returns the addresses at which it
     /// listens.
     ///
     /// # Errors
     /// As [`Daemon::start_nbd_server`] and [`Daemon::add_export`]. Who connects waits then, until [`Daemon::let_clients_in`].
-    pub fn serve(&self, spec: &NbdSpec, export: &ExportSpec) -> Result<NbdAddress, DaemonError> {
+    pub fn serve(&self, spec: &NbdSpec, export: &ExportSpec) -> Result<Vec<Address>, DaemonError> {
         self.hold_clients();
-        let address = self.start_nbd_server(spec)?;
+        let addresses = self.start_nbd_server(spec)?;
         self.add_export(export)?;
         self.let_clients_in();
-        Ok(address)
+        Ok(addresses)
+    }
+
+    /// Allows an NBD server to be started once on a socket that this process was started with.
+    pub fn pass_descriptor(&self, number: i32) {
+        self.lock_serving().descriptors.push(number);
+    }
+
+    /// The descriptor of that number, if it may be used; not again after that.
+    #[must_use]
+    pub fn take_descriptor(&self, number: &str) -> Option<i32> {
+        let descriptors = &mut self.lock_serving().descriptors;
+        let found = descriptors.iter().position(|passed| passed.to_string() == number)?;
+        Some(descriptors.remove(found))
     }
 
     /// Lets NBD clients wait who connect to a server that is started from now on, until
@@ -359,7 +382,7 @@ impl Daemon {
 }
 
 /// QEMU's text for an address that cannot be had.
-fn bind_text(address: &Address, error: &io::Error) -> String {
+fn bind_text(doors: &[Door], error: &io::Error) -> String {
     let reason = match error.kind() {
         io::ErrorKind::NotFound => "No such file or directory".to_owned(),
         io::ErrorKind::AddrInUse => "Address already in use".to_owned(),
@@ -367,9 +390,16 @@ fn bind_text(address: &Address, error: &io::Error) -> String {
         io::ErrorKind::PermissionDenied => "Permission denied".to_owned(),
         _ => error.to_string(),
     };
-    match address {
-        Address::Unix(path) => format!("Failed to bind socket to {}: {reason}", path.display()),
-        Address::Tcp(_) => format!("Failed to bind socket: {reason}"),
+    match doors.first() {
+        Some(Door::Bind(Address::Unix(path))) => {
+            format!("Failed to bind socket to {}: {reason}", path.display())
+        }
+        Some(Door::Inherited(_)) if error.raw_os_error().is_none() => error.to_string(),
+        Some(Door::Inherited(_)) => {
+            let errno = rustix::io::Errno::from_io_error(error).unwrap_or(rustix::io::Errno::IO);
+            format!("Failed to listen on fd socket: {}", super::error::strerror(errno))
+        }
+        _ => format!("Failed to bind socket: {reason}"),
     }
 }
 
@@ -390,7 +420,13 @@ mod tests {
         let null = DriverSpec::NullCo { size: 1 << 20, read_zeroes: true };
         daemon.add_node(&NodeSpec::new(Some("n".to_owned()), null)).unwrap();
         let address = NbdAddress::Unix(path.clone());
-        let spec = NbdSpec { address, max_connections: 0, handshake_time: None, memory_max: None, tls: None };
+        let spec = NbdSpec {
+            addresses: vec![address],
+            max_connections: 0,
+            handshake_time: None,
+            memory_max: None,
+            tls: None,
+        };
         let export = |node: &str| ExportSpec {
             id: "e".to_owned(),
             node: node.to_owned(),

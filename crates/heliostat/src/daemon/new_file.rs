@@ -47,7 +47,7 @@ enum Place {
     /// At its path, where something was that is gone.
     Anothers,
     /// Beside what is at its path, which nobody else may write meanwhile.
-    Beside { at: PathBuf, _old: FileStorage },
+    Beside { at: PathBuf, _old: Box<FileStorage> },
     /// At its path; what was there is at this one.
     Swapped { old: PathBuf },
 }
@@ -90,7 +90,7 @@ impl Made {
         let refused = |error: OpenError| creation(error.into());
         let old = FileStorage::open(&path, &options).map_err(refused)?;
         let (at, storage) = create_beside(&path, &options)?;
-        let made = Self { path, place: Place::Beside { at: at.clone(), _old: old } };
+        let made = Self { path, place: Place::Beside { at: at.clone(), _old: Box::new(old) } };
         if let Ok(there) = fs::metadata(&made.path) {
             look_like(&at, &there);
         }
@@ -201,7 +201,7 @@ mod tests {
     use crate::daemon::gate::Format;
     use crate::daemon::{Beneath, Daemon, DriverSpec, NodeSpec};
 
-    const OLD: [u8; 100_000] = [7; 100_000];
+    static OLD: [u8; 100_000] = [7; 100_000];
 
     /// A folder with a file `there`, and an overlay made in its place.
     fn made_over(name: &str) -> (tempfile::TempDir, Made) {

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
-    IsCa, KeyPair, KeyUsagePurpose, date_time_ymd,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, DnValue,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, date_time_ymd,
 };
 
 /// An authority, and a folder for each of those that it signs for.
@@ -66,7 +66,9 @@ impl Authority {
             if is_server { vec![name.to_owned(), "127.0.0.1".to_owned()] } else { Vec::new() };
         let mut params = CertificateParams::new(names).unwrap();
         params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CountryName, "GB");
+        params
+            .distinguished_name
+            .push(DnType::CountryName, DnValue::PrintableString("GB".try_into().unwrap()));
         params.distinguished_name.push(DnType::OrganizationName, "Example");
         params.distinguished_name.push(DnType::CommonName, name);
         // The second one is what QEMU insists on.

@@ -89,6 +89,12 @@ impl Stage {
         self.target = Some(target);
     }
 
+    /// Starts one with the copy in a file by another command, which is told where that is.
+    pub fn start_elsewhere(&mut self, mut command: Command) {
+        command.args(["--foreground", "file"]).arg(self.path("copy")).stderr(Stdio::null());
+        self.target = Some(Daemon::start(&mut command).unwrap());
+    }
+
     /// Starts one with the copy in a file.
     pub fn start_file_target(&mut self) {
         self.start_target(&["file", "DIR/copy"]);
@@ -105,13 +111,20 @@ impl Stage {
     /// Adds the node of the target.
     pub fn add_target(&mut self, reconnect_delay: u32) {
         let server = json!({ "type": "unix", "path": self.path("target") });
-        self.execute(
-            "blockdev-add",
-            json!({
-                "driver": "nbd", "node-name": "target", "server": server, "reconnect-delay": reconnect_delay,
-                "discard": "unmap",
-            }),
-        );
+        self.add_target_at(server, reconnect_delay, &json!({}));
+    }
+
+    /// The same of a server elsewhere, with some options more.
+    pub fn add_target_at(&mut self, server: Value, reconnect_delay: u32, more: &Value) {
+        let mut node = json!({
+            "driver": "nbd", "node-name": "target", "reconnect-delay": reconnect_delay, "discard": "unmap",
+            "open-timeout": 30,
+        });
+        node["server"] = server;
+        for (key, value) in more.as_object().into_iter().flatten() {
+            node[key] = value.clone();
+        }
+        self.execute("blockdev-add", node);
     }
 
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {

@@ -6,6 +6,7 @@ mod guest;
 mod mirror;
 mod nbd;
 mod nbd_target;
+mod nbd_tls;
 mod qcow2;
 mod serve;
 
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Row> {
         nbd::CACHED,
         nbd::DIRECT,
         nbd::CONNECTED,
+        nbd_tls::TLS,
         nbd_target::NEAR,
         nbd_target::FAR,
         nbd_target::SLOW,

@@ -5,13 +5,111 @@
 use std::sync::atomic::Ordering;
 
 use super::Mirror;
+use crate::clock::Moment;
 use crate::error::BlockError;
-use crate::job::Operation;
+use crate::job::copy::CopyError;
 use crate::job::mirror_step::Scan;
-use crate::job::scan::Scanned;
+use crate::job::scan::{Scanned, SyncMode};
+use crate::job::{JobStatus, Operation};
+use crate::limits::REST_FIRST;
 use crate::planted::{Bug, is_planted};
+use crate::range::ByteRange;
+
+/// Whether the target still holds what was copied and flushed.
+#[derive(Default)]
+pub(super) struct Doubt {
+    stage: Stage,
+    look: Option<Look>,
+}
+
+/// What is to be compared.
+#[derive(Default)]
+enum Stage {
+    /// Nothing: it is trusted.
+    #[default]
+    Settled,
+    /// A sample.
+    Due,
+    /// What differed, once more, not before that moment: a guest's write may have been on its way.
+    Again(Vec<ByteRange>, Moment),
+}
+
+/// A comparison that is on its way.
+#[derive(Clone, Copy)]
+struct Look {
+    is_second: bool,
+}
+
+impl Doubt {
+    /// Whether the target is not trusted.
+    pub(super) const fn is_open(&self) -> bool {
+        !matches!(self.stage, Stage::Settled) || self.look.is_some()
+    }
+
+    /// Whether a comparison is on its way.
+    pub(super) const fn is_looking(&self) -> bool {
+        self.look.is_some()
+    }
+}
 
 impl Mirror {
+    /// Compares what is in doubt, when it can.
+    pub(super) async fn settle_doubt(&mut self) {
+        let now = self.clock.now();
+        let is_held = self.failure.is_some() || self.job.orders().paused || self.rest.until(now).is_some();
+        let is_over = self.job.status() == JobStatus::Aborting || self.job.orders().cancelled;
+        if self.doubt.is_looking() || is_held || is_over {
+            return;
+        }
+        let (places, is_second) = match std::mem::take(&mut self.doubt.stage) {
+            Stage::Settled => return,
+            Stage::Again(places, at) if at > now => {
+                self.doubt.stage = Stage::Again(places, at);
+                return;
+            }
+            Stage::Again(places, _) => (places, true),
+            Stage::Due => {
+                let size = self.route.source.size();
+                let granularity = self.doubling.bitmap().granularity();
+                let mut places = self.recent.places(size, granularity, self.unscanned_from());
+                places.retain(|place| self.doubling.is_still(*place));
+                (places, false)
+            }
+        };
+        if places.is_empty() {
+            return;
+        }
+        self.doubt.look = Some(Look { is_second });
+        let done = self.underway.sample(places).await;
+        self.take_in(done);
+    }
+
+    pub(super) fn take_in_sample(&mut self, sampled: Result<Vec<ByteRange>, CopyError>) {
+        let Some(Look { is_second }) = self.doubt.look.take() else { return };
+        let mut differing = match sampled {
+            Ok(differing) => differing,
+            Err((operation, error)) => {
+                self.doubt.stage = Stage::Due;
+                return self.meet_error(operation, &error);
+            }
+        };
+        differing.retain(|place| self.doubling.is_still(*place));
+        // A loss that came meanwhile asks for another sample, whatever this one says.
+        if differing.is_empty() || matches!(self.doubt.stage, Stage::Due) {
+            return;
+        }
+        if !is_second {
+            self.doubt.stage = Stage::Again(differing, self.clock.now() + REST_FIRST);
+            return;
+        }
+        // It is another one, or an older one: the first pass begins again.
+        self.doubling.bitmap().mark_all();
+        self.first_pass_over = false;
+        self.cursor = 0;
+        self.attempt.restart(self.clock.now());
+        self.tally.phase_begins();
+    }
+
     pub(super) fn take_in_scan(&mut self, scanned: &Scanned) {
         self.scan = Scan::Ahead;
         if std::mem::take(&mut self.scans_in_vain) {
@@ -48,6 +146,10 @@ impl Mirror {
         self.blocked = false;
         self.attempt.retry();
         self.distrust_target();
+        // Only there is what is clean known to be equal on both sides.
+        if self.options.sync == SyncMode::Full && !self.route.lacks_backing() {
+            self.doubt.stage = Stage::Due;
+        }
     }
 
     /// Believes nothing any more that the target says of itself.

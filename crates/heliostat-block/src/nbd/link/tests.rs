@@ -229,8 +229,9 @@ fn a_flush_covers_what_was_answered_before_it_was_asked_for() {
         assert_eq!(link.losses(), expected);
         link.next_to_connect(at(1)).unwrap();
         link.connected(0, found(), at(1), 0).unwrap();
+        assert_eq!(link.losses(), expected + 1, "it may be another server");
         link.cut(0, "gone again", at(2), 0);
-        assert_eq!(link.losses(), expected, "nothing was written since");
+        assert_eq!(link.losses(), expected + 1, "nothing was written since");
     }
 }
 

@@ -220,7 +220,8 @@ fn wrong_extended_requests_get_the_error_of_the_document_and_their_payload_is_pa
     let all = &[1, 2, 3][..];
     let read_only = Terms { access: Access::ReadOnly, ..large() };
     let one = |len| filter(len, &[1]);
-    let table: &[(&str, Terms, &[u32], u16, u16, u64, Vec<u8>, Errno)] = &[
+    type Row<'a> = (&'a str, Terms, &'a [u32], u16, u16, u64, Vec<u8>, Errno);
+    let table: &[Row<'_>] = &[
         ("a read with a payload", large(), all, cmd::READ, payload, 0, vec![9; 512], Errno::Invalid),
         ("zeroes with a payload", large(), all, cmd::WRITE_ZEROES, payload, 0, vec![9; 512], Errno::Invalid),
         ("an unknown command with one", large(), all, 99, payload, 0, vec![9; 100], Errno::Invalid),

@@ -127,8 +127,9 @@ impl Stage {
         daemon.add_node(&node(SOURCE, source_path(folder)))?;
         daemon.add_node(&node(TARGET, target_path(folder)))?;
         let socket = NbdAddress::Unix(folder.join("nbd.sock"));
+        let address = Address::Unix(folder.join("nbd.sock"));
         let server = NbdSpec {
-            address: socket,
+            addresses: vec![socket],
             max_connections: 0,
             handshake_time: None,
             memory_max: None,
@@ -144,10 +145,7 @@ impl Stage {
             writable: true,
             clients: None,
         };
-        let address = match daemon.serve(&server, &export)? {
-            NbdAddress::Unix(path) => Address::Unix(path),
-            NbdAddress::Tcp(address) => Address::Tcp(address),
-        };
+        daemon.serve(&server, &export)?;
         Ok(Self { folder: folder.to_owned(), daemon, address })
     }
 

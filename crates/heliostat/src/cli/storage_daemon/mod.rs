@@ -170,6 +170,12 @@ fn nbd_server(daemon: &Arc<Daemon>, text: &str) -> Result<(), Refused> {
     Arguments::check(&arguments, &NBD_SERVER_OPTIONS).map_err(|refusal| refused(refusal.text(), text))?;
     if let Some(Value::Object(mut address)) = arguments.remove("addr") {
         let kind = address.remove("type").unwrap_or_default();
+        if let (Some("fd"), Some(number)) = (kind.as_str(), address.get("str").and_then(Value::as_str)) {
+            let parsed = number.parse();
+            daemon.pass_descriptor(
+                parsed.map_err(|_| refused(&format!("Unable to parse FD number {number}"), text))?,
+            );
+        }
         arguments.insert("addr".to_owned(), json!({ "type": kind, "data": address }));
     }
     execute(daemon, "nbd-server-start", &arguments, text)
@@ -223,6 +229,7 @@ Serves disks, takes orders over QMP, mirrors; with the options of qemu-storage-d
                          take QMP commands there, from any number of clients
 
   --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
+  --nbd-server addr.type=fd,addr.str=<number>[,max-connections=<n>]
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]
                [,tls-creds=<id>][,tls-authz=<id>]
                          start an NBD server for exporting nodes

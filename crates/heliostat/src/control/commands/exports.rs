@@ -36,7 +36,7 @@ pub(super) fn start_server(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Re
     });
     let connections_default = u32::try_from(CONNECTIONS_DEFAULT).unwrap_or(u32::MAX);
     let spec = NbdSpec {
-        address: socket_address(address)?,
+        addresses: vec![socket_address(daemon, address)?],
         max_connections: arguments.uint32("max-connections").unwrap_or(connections_default),
         handshake_time,
         tls,
@@ -51,13 +51,17 @@ pub(super) fn stop_server(daemon: &Arc<Daemon>) -> Result<Value, Refusal> {
     Ok(json!({}))
 }
 
-fn socket_address(address: Arguments<'_>) -> Result<NbdAddress, Refusal> {
+fn socket_address(daemon: &Daemon, address: Arguments<'_>) -> Result<NbdAddress, Refusal> {
     let data = address.object("data").ok_or_else(|| not_there("addr"))?;
     match address.required_text("type") {
         "unix" if data.flag("abstract") == Some(true) => Err(not_there("addr.data.abstract")),
         "unix" => Ok(NbdAddress::Unix(PathBuf::from(data.required_text("path")))),
         "inet" => inet_address(data).map(NbdAddress::Tcp),
-        "fd" => Err(Refusal::new("only QEMU supports file descriptor passing")),
+        // Only those that the command line names.
+        "fd" => match daemon.take_descriptor(data.required_text("str")) {
+            Some(number) => Ok(NbdAddress::Inherited(number)),
+            None => Err(Refusal::new("only QEMU supports file descriptor passing")),
+        },
         _ => Err(Refusal::new("vsock addresses are not supported")),
     }
 }

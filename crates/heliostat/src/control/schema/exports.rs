@@ -19,7 +19,8 @@ static INET: Record = record(&[
     optional("mptcp", Kind::Flag, "only false"),
 ]);
 
-static DESCRIPTOR: Record = record(&[required("str", Kind::Text, "not supported")]);
+static DESCRIPTOR: Record =
+    record(&[required("str", Kind::Text, "a descriptor's number, on the command line only")]);
 static VSOCK: Record =
     record(&[required("cid", Kind::Text, "not supported"), required("port", Kind::Text, "not supported")]);
 
@@ -43,7 +44,7 @@ pub(super) static SOCKET_ADDRESS: Record = Record {
             ("inet", &[required("data", Kind::Object(&INET), "the address")]),
             ("unix", &[required("data", Kind::Object(&UNIX), "the address")]),
             ("vsock", &[required("data", Kind::Object(&VSOCK), "not supported")]),
-            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "not supported")]),
+            ("fd", &[required("data", Kind::Object(&DESCRIPTOR), "on the command line only")]),
         ],
     }),
 };

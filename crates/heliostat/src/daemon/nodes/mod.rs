@@ -6,6 +6,7 @@
 //! bytes. The child is a node too, so that it can be named and seen, and has a place that keeps it.
 
 mod below;
+mod entry;
 mod fault_config;
 mod filters;
 mod nbd;
@@ -15,14 +16,12 @@ mod siblings;
 mod spec;
 mod target;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
-use heliostat_block::driver::qcow2::bitmap_directory::BitmapEntry;
-use heliostat_block::driver::qcow2::snapshot::Snapshot;
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::graph::{Claims, Place, Role};
 use heliostat_block::name::NodeName;
@@ -39,6 +38,7 @@ use below::window;
 use super::open::open_file;
 use super::{Daemon, DaemonError};
 
+pub use entry::NodeEntry;
 pub use fault_config::errno;
 pub use filters::{FaultLimits, FaultSpec, FilterEntry, NullSpec};
 pub use nbd::{NbdClientSpec, NbdEntry, NbdServerAt};
@@ -63,72 +63,6 @@ const DEPTH_MAX: usize = 32;
 
 /// The largest disk: whole sectors, as many as the host's file offsets can count.
 const SIZE_MAX: u64 = (1 << 63) - 512;
-
-/// A node as an operator made it.
-#[derive(Clone)]
-pub struct NodeEntry {
-    /// The node.
-    pub node: Arc<Node>,
-    /// QEMU's name of its driver.
-    pub driver: &'static str,
-    /// The file at the bottom; empty where there is none.
-    pub path: PathBuf,
-    /// The storage that it stands on, alone or not.
-    pub storage: Option<Arc<dyn Storage>>,
-    /// The file, where it is the node of one.
-    pub file: Option<Arc<FileStorage>>,
-    /// The connection, where it is in an export of an NBD server.
-    pub nbd: Option<NbdEntry>,
-    /// The name of the node below, through which its bytes go.
-    pub child: Option<NodeName>,
-    /// The name of the node that holds what this one does not.
-    pub backing: Option<NodeName>,
-    /// The operator said what it stands on; else the image did.
-    pub backing_is_given: bool,
-    /// The snapshots in the image.
-    pub snapshots: Vec<Snapshot>,
-    /// The persistent dirty bitmaps in the image, as they were when it was opened.
-    pub bitmaps: Vec<BitmapEntry>,
-    /// How the page cache is used.
-    pub cache: CacheUse,
-    /// The operator said how long it is.
-    pub is_fixed: bool,
-    /// The operator said how long it is, or how long a window below it is.
-    pub is_bounded: bool,
-    /// It does not begin where its storage does.
-    pub is_window: bool,
-    /// What it is, where it passes requests on to its child.
-    pub filter: Option<FilterEntry>,
-    /// Where in the node below it begins, in bytes.
-    pub window_start: u64,
-    /// The operator said where it begins.
-    pub offset_is_said: bool,
-}
-
-impl NodeEntry {
-    fn new(node: Arc<Node>, driver: &'static str, path: PathBuf, cache: CacheUse) -> Self {
-        Self {
-            node,
-            driver,
-            path,
-            storage: None,
-            file: None,
-            nbd: None,
-            child: None,
-            backing: None,
-            backing_is_given: false,
-            snapshots: Vec::new(),
-            bitmaps: Vec::new(),
-            cache,
-            is_fixed: false,
-            is_bounded: false,
-            is_window: false,
-            filter: None,
-            window_start: 0,
-            offset_is_said: false,
-        }
-    }
-}
 
 /// The nodes, oldest first.
 #[derive(Default)]

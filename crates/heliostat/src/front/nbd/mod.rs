@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_listener::Event;
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, select, select_all};
 pub use heliostat_block::nbd::handshake::TlsPolicy;
 use heliostat_host::clock::RealClock;
 use heliostat_host::runtime::{Thread, spawn_local};
@@ -137,9 +137,18 @@ impl Default for ServerSettings {
 /// Dropped, it stops as [`NbdServer::stop`] says.
 pub struct NbdServer {
     exports: Arc<Exports>,
-    address: Address,
+    addresses: Vec<Address>,
     /// `None` once it was stopped.
     thread: Option<Thread<()>>,
+}
+
+/// Where a server gets its clients from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// An address that it binds.
+    Bind(Address),
+    /// A socket that whoever started the program has bound, by its descriptor's number.
+    Inherited(i32),
 }
 
 impl NbdServer {
@@ -149,26 +158,39 @@ impl NbdServer {
     /// `PermissionDenied` for an address that others can reach when that was not asked for; `AddrInUse`; any
     /// other of the host's. The message names the address.
     pub fn start(address: &Address, settings: ServerSettings) -> io::Result<Self> {
-        if let (Address::Tcp(socket), Reach::Local) = (address, settings.reach)
-            && !socket.ip().is_loopback()
-            && settings.tls.as_ref().is_none_or(|tls| tls.policy != TlsPolicy::Required)
-        {
-            let message = format!("{address} can be reached from other hosts, which was not asked for");
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
-        }
-        let listener = Listener::bind(address)?;
-        let address = listener.address().clone();
-        let exports = Arc::new(Exports::new(settings.doors == Doors::Open));
-        let shared = Arc::clone(&exports);
-        let body = move || run(listener, shared, settings);
-        let thread = Thread::spawn("nbd", body)?;
-        Ok(Self { exports, address, thread: Some(thread) })
+        Self::start_at(&[Door::Bind(address.clone())], settings)
     }
 
-    /// Where it listens, with the port that the host chose.
+    /// The same at several addresses. Which of them a client comes from makes no difference.
+    ///
+    /// # Errors
+    /// As [`NbdServer::start`], of the first that cannot be had; then it listens at none of them. `InvalidInput` for
+    /// a descriptor that is no socket.
+    pub fn start_at(doors: &[Door], settings: ServerSettings) -> io::Result<Self> {
+        let mut listeners = Vec::with_capacity(doors.len());
+        for door in doors {
+            let listener = match door {
+                Door::Bind(address) => {
+                    check_reach(address, &settings)?;
+                    Listener::bind(address)?
+                }
+                Door::Inherited(number) => Listener::inherited(*number)?,
+            };
+            check_reach(listener.address(), &settings)?;
+            listeners.push(listener);
+        }
+        let addresses = listeners.iter().map(|listener| listener.address().clone()).collect();
+        let exports = Arc::new(Exports::new(settings.doors == Doors::Open));
+        let shared = Arc::clone(&exports);
+        let body = move || run(listeners, shared, settings);
+        let thread = Thread::spawn("nbd", body)?;
+        Ok(Self { exports, addresses, thread: Some(thread) })
+    }
+
+    /// Where it listens, with the ports that the host chose; in the order in which they were given.
     #[must_use]
-    pub const fn address(&self) -> &Address {
-        &self.address
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
     }
 
     /// Takes connections from now on, where it was started with [`Doors::Closed`].
@@ -276,7 +298,7 @@ impl Drop for Counted {
 }
 
 /// The server's thread.
-async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings) {
+async fn run(listeners: Vec<Listener>, exports: Arc<Exports>, settings: ServerSettings) {
     let shared = Shared {
         exports: Arc::clone(&exports),
         buffers: Buffers::new(),
@@ -292,10 +314,11 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
     let bound = if settings.connections_max == 0 { usize::MAX } else { settings.connections_max };
     // Those who have connected wait for it: they are to find what will be offered from the start.
     let _ = until_stopped(&exports, exports.opened()).await;
+    let mut turn = 0;
     loop {
         let next = async {
             tally.fewer_than(bound).await;
-            listener.accept().await
+            accept_any(&listeners, &mut turn).await
         };
         match until_stopped(&exports, next).await {
             None => break,
@@ -306,8 +329,32 @@ async fn run(listener: Listener, exports: Arc<Exports>, settings: ServerSettings
             Some(Err(_)) => shared.clock.sleep(ACCEPT_PAUSE).await,
         }
     }
-    drop(listener);
+    drop(listeners);
     tally.fewer_than(1).await;
+}
+
+/// Takes the next connection from whichever listener has one. Each is looked at first in its turn, so that one with
+/// many clients does not keep those of others waiting.
+async fn accept_any(listeners: &[Listener], turn: &mut usize) -> io::Result<Socket> {
+    if listeners.is_empty() {
+        return std::future::pending().await;
+    }
+    *turn = (*turn + 1) % listeners.len();
+    let (later, first) = listeners.split_at(*turn);
+    let accepts = first.iter().chain(later).map(|listener| Box::pin(listener.accept()));
+    select_all(accepts).await.0
+}
+
+/// Refuses an address beyond what was asked for.
+fn check_reach(address: &Address, settings: &ServerSettings) -> io::Result<()> {
+    if let (Address::Tcp(socket), Reach::Local) = (address, settings.reach)
+        && !socket.ip().is_loopback()
+        && settings.tls.as_ref().is_none_or(|tls| tls.policy != TlsPolicy::Required)
+    {
+        let message = format!("{address} can be reached from other hosts, which was not asked for");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+    }
+    Ok(())
 }
 
 async fn serve(socket: Socket, shared: Rc<Shared>, counted: Counted) {

@@ -1,0 +1,7 @@
+//! Any bytes as what an NBD server says to a client: its part of the handshake.
+#![no_main]
+
+#[path = "../harness/nbd_client.rs"]
+mod harness;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| harness::handshake(data));
