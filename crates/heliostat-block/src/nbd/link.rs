@@ -194,15 +194,14 @@ impl Link {
         self.given_up = (!self.requests.is_empty()).then(|| (Ticket(self.next_ticket), now + GIVE_UP_GRACE));
     }
 
-    /// A connection that owes answers that nobody needs, and has owed them for long enough: it is to be closed, and said
-    /// to be cut. What it was asked then fails.
+    /// The connections of a server that owes answers that nobody needs, and has owed them for long enough: they are to be
+    /// closed, and said to be cut. All of them: a server that hangs on one is not asked on another.
     #[must_use]
-    pub fn overdue(&self, now: Moment) -> Option<usize> {
-        let (before, _) = self.given_up.filter(|(_, until)| *until <= now)?;
-        self.lines.iter().position(|line| match line {
-            Line::Up(talk) => talk.tickets.values().any(|ticket| *ticket < before),
-            _ => false,
-        })
+    pub fn overdue(&self, now: Moment) -> Vec<usize> {
+        let Some((before, _)) = self.given_up.filter(|(_, until)| *until <= now) else { return Vec::new() };
+        let is_owed = self.up().any(|talk| talk.tickets.values().any(|ticket| *ticket < before));
+        let up = self.lines.iter().enumerate().filter(|(_, line)| is_owed && matches!(line, Line::Up(_)));
+        up.map(|(number, _)| number).collect()
     }
 
     /// Lets those fail that nobody needs and that nobody has answered.

@@ -203,7 +203,7 @@ impl Engine {
 
     /// Closes connections that owe what nobody needs.
     fn cut_overdue(&mut self, now: Moment) {
-        while let Some(line) = self.link.overdue(now) {
+        for line in self.link.overdue(now) {
             self.places[line] = Place::Empty;
             let jitter = self.throw();
             self.link.cut(line, "it did not answer, and was given up", now, jitter);

@@ -8,10 +8,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use heliostat_block::driver::qcow2::check::{self, CheckOptions, CheckReport, FindingKind, Progress, Repair};
 use heliostat_block::driver::qcow2::file::ImageFile;
+use heliostat_block::storage::Storage;
 use heliostat_host::file::FileStorage;
 use heliostat_host::open::{Access, Locking, OpenOptions};
 use heliostat_host::runtime::block_on;
@@ -19,7 +20,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::output::{self, Form, Outcome, say};
-use super::{progress, units};
+use super::{progress, remote, units};
 
 /// A check that is done before this shows no progress.
 const QUIET_MAX: Duration = Duration::from_secs(1);
@@ -62,9 +63,8 @@ impl Check {
             Some(What::Leaks) => (Access::ReadWrite, Locking::Auto, Repair::Leaks),
             Some(What::All) => (Access::ReadWrite, Locking::Auto, Repair::All),
         };
-        let storage =
-            FileStorage::open(&self.image, &OpenOptions { access, locking, ..OpenOptions::default() })?;
-        let file = ImageFile::new(Arc::new(storage));
+        let file =
+            ImageFile::new(self.storage(&OpenOptions { access, locking, ..OpenOptions::default() })?);
         let meter = RefCell::new(Meter::start(&self.image.display().to_string()));
         let show = |progress: Progress| meter.borrow_mut().show(progress);
         let options = CheckOptions { repair, progress: Some(&show), ..CheckOptions::default() };
@@ -77,6 +77,19 @@ impl Check {
             Form::Text => output::result(&self.to_text(&report))?,
         }
         Ok(Outcome::Status(report.exit_status()))
+    }
+
+    fn storage(&self, options: &OpenOptions) -> Result<Arc<dyn Storage>> {
+        match remote::open(&self.image)? {
+            Some(_) if self.repair.is_some() => {
+                bail!(
+                    "{} is an export, which is only looked at; repair it where its file is",
+                    self.image.display()
+                )
+            }
+            Some(storage) => Ok(storage),
+            None => Ok(Arc::new(FileStorage::open(&self.image, options)?)),
+        }
     }
 
     fn to_json(&self, report: &CheckReport) -> Value {

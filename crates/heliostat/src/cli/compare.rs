@@ -35,7 +35,7 @@ const PIECES_IN_FLIGHT: usize = 8;
 /// Says whether two images read the same; exit status 0 when they do, 1 when not, 2 when that cannot be told
 #[derive(Args, Debug)]
 pub struct Compare {
-    /// An image: a file or a block device
+    /// An image: a file, a block device, or the address of an NBD export
     a: PathBuf,
     /// The other one
     b: PathBuf,

@@ -12,10 +12,11 @@ use clap::{Args, ValueEnum};
 use heliostat_block::driver::qcow2::file::ImageFile;
 use heliostat_block::driver::qcow2::header::Header;
 use heliostat_block::node::{DetectZeroes, Discard, Node};
-use heliostat_host::open::{Cache, Locking};
+use heliostat_host::open::{Access, Cache, Locking, OpenOptions};
 use heliostat_host::runtime::block_on;
 
-use super::image::{self, Format};
+use super::image::{self, Format, Image};
+use super::remote;
 use crate::daemon::{
     CacheUse, Child, Daemon, DaemonError, DriverSpec, Gate, NodeSpec, Probing, Qcow2Spec, Sharing, resolved,
 };
@@ -99,7 +100,7 @@ impl Kind {
     pub fn node(self, name: &str, path: &Path, sharing: Sharing, like: &NodeSpec) -> NodeSpec {
         let file = NodeSpec {
             name: None,
-            driver: DriverSpec::at(path.to_owned(), sharing),
+            driver: remote::driver(path, sharing),
             // What the node above lets through, this one need not filter again.
             discard: Discard::Unmap,
             detect_zeroes: DetectZeroes::Off,
@@ -169,9 +170,9 @@ impl Disk {
 /// When it cannot be opened, or is not of that kind.
 pub fn size_of(path: &Path, kind: Kind) -> Result<u64> {
     if kind.format() == Format::Raw {
-        return Ok(image::open(path, Cache::Page, Locking::Off)?.node.size());
+        return Ok(looked_at(path)?.node.size());
     }
-    let storage = Arc::new(image::open_storage(path)?);
+    let storage = image::open_storage(path)?;
     let header = block_on(Header::read(&ImageFile::new(storage))).context("cannot start the I/O engine")?;
     Ok(header.with_context(|| format!("cannot open {}", path.display()))?.size)
 }
@@ -190,7 +191,7 @@ pub struct Backing {
 /// # Errors
 /// When it cannot be read, or does not say all of it.
 pub fn backing_of(path: &Path) -> Result<Option<Backing>> {
-    let storage = Arc::new(image::open_storage(path)?);
+    let storage = image::open_storage(path)?;
     let header = block_on(Header::read(&ImageFile::new(storage))).context("cannot start the I/O engine")?;
     let header = header.with_context(|| format!("cannot open {}", path.display()))?;
     let Some(name) = header.backing_file else { return Ok(None) };
@@ -200,12 +201,18 @@ pub fn backing_of(path: &Path) -> Result<Option<Backing>> {
     Ok(Some(Backing { name, format: String::from_utf8_lossy(&format).into_owned() }))
 }
 
+/// The bytes of the disk at `path`. Takes no lock.
+fn looked_at(path: &Path) -> Result<Image> {
+    let (access, locking) = (Access::ReadOnly, Locking::Off);
+    image::open_any(path, &OpenOptions { access, cache: Cache::Page, locking, ..OpenOptions::default() })
+}
+
 /// What the disk at `path` begins with. Takes no lock.
 ///
 /// # Errors
 /// When it cannot be opened or read.
 pub fn look_at(path: &Path) -> Result<Format> {
-    let image = image::open(path, Cache::Page, Locking::Off)?;
+    let image = looked_at(path)?;
     block_on(image.format()).context("cannot start the I/O engine")?
 }
 

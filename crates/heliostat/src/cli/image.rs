@@ -9,10 +9,13 @@ use heliostat_block::buffer::Buffer;
 use heliostat_block::driver::{Driver, Raw};
 use heliostat_block::name::NodeName;
 use heliostat_block::node::{Node, NodeOptions};
+use heliostat_block::storage::Storage;
 use heliostat_host::clock::RealClock;
 use heliostat_host::file::FileStorage;
 use heliostat_host::lock::User;
 use heliostat_host::open::{Access, Cache, Locking, OpenError, OpenOptions};
+
+use super::remote;
 
 /// An image that is open, to be read.
 pub struct Image {
@@ -20,7 +23,8 @@ pub struct Image {
     pub path: PathBuf,
     /// Its bytes.
     pub node: Arc<Node>,
-    storage: Arc<FileStorage>,
+    /// The file; an export has none that could be looked at.
+    storage: Option<Arc<FileStorage>>,
     /// Whether the page cache is passed by.
     pub is_direct: bool,
 }
@@ -47,16 +51,33 @@ pub fn open_as(path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
         NodeOptions { read_only: true, ..NodeOptions::default() },
         Arc::new(RealClock::new()),
     );
-    Ok(Image { path: path.to_owned(), node, storage, is_direct })
+    Ok(Image { path: path.to_owned(), node, storage: Some(storage), is_direct })
+}
+
+/// As [`open_as`], also for the address of an export, whose server lets in whom it likes.
+///
+/// # Errors
+/// When it cannot be opened; the text says what to do.
+pub fn open_any(path: &Path, options: &OpenOptions) -> Result<Image> {
+    match remote::open(path)? {
+        Some(storage) => {
+            let node = remote::node(storage);
+            Ok(Image { path: path.to_owned(), node, storage: None, is_direct: false })
+        }
+        None => Ok(open_as(path, options)?),
+    }
 }
 
 /// Opens the bytes of an image for reading, without locks.
 ///
 /// # Errors
-/// [`OpenError`], which says what to do.
-pub fn open_storage(path: &Path) -> Result<FileStorage, OpenError> {
+/// When it cannot be opened; the text says what to do.
+pub fn open_storage(path: &Path) -> Result<Arc<dyn Storage>> {
+    if let Some(storage) = remote::open(path)? {
+        return Ok(storage);
+    }
     let options = OpenOptions { access: Access::ReadOnly, locking: Locking::Off, ..OpenOptions::default() };
-    FileStorage::open(path, &options)
+    Ok(Arc::new(FileStorage::open(path, &options)?))
 }
 
 /// How an image says that it keeps its bytes.
@@ -77,7 +98,8 @@ impl Image {
     /// # Errors
     /// The host's.
     pub fn writer(&self) -> Result<Option<User>> {
-        let writer = self.storage.writer();
+        let Some(storage) = &self.storage else { return Ok(None) };
+        let writer = storage.writer();
         writer.with_context(|| format!("cannot look at the locks of {}", self.path.display()))
     }
 

@@ -10,13 +10,14 @@ use heliostat_block::error::BlockError;
 use heliostat_block::map::{Content, Mapping};
 use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
-use heliostat_host::open::{Cache, Locking};
+use heliostat_host::open::{Access, Cache, Locking, OpenOptions};
 use heliostat_host::runtime::block_on;
 use serde_json::{Value, json};
 
 use super::disk::{Disk, Kind, Trust, look_at};
 use super::image::{self, Format};
 use super::output::{self, Form, Outcome};
+use super::remote::is_export;
 use super::units;
 use crate::control::{Depth, image_info};
 use crate::daemon::{BackingSpec, DriverSpec, NodeEntry, NodeSpec, Sharing};
@@ -30,7 +31,7 @@ const LOOK_MAX: Duration = Duration::from_secs(5);
 /// Shows what an image is: size, what it takes of its host, how much of it is data, who uses it
 #[derive(Args, Debug)]
 pub struct Inspect {
-    /// The image: a file or a block device
+    /// The image: a file, a block device, or the address of an NBD export
     image: PathBuf,
     /// Show what it stands on, too, down to the lowest image
     #[arg(long)]
@@ -76,8 +77,17 @@ impl Inspect {
         let mut facts = facts?;
         // Of what it stands on the name was the image's choice: that is not opened again to ask who uses it.
         if let Some(top) = facts.first_mut() {
-            let file = image::open(&self.image, Cache::Page, Locking::Off)?;
-            top.in_use_by = file.writer()?.map(|user| user.to_string());
+            let options = OpenOptions {
+                access: Access::ReadOnly,
+                cache: Cache::Page,
+                locking: Locking::Off,
+                ..OpenOptions::default()
+            };
+            // Who else uses an export is its server's to know.
+            let file =
+                (!is_export(&self.image)).then(|| image::open_as(&self.image, &options)).transpose()?;
+            let writer = file.map(|file| file.writer()).transpose()?.flatten();
+            top.in_use_by = writer.map(|user| user.to_string());
         }
         match (form, &facts[..]) {
             (Form::Json, [only]) if !self.backing_chain => output::json(&only.to_json())?,
@@ -153,7 +163,11 @@ async fn look(node: &Arc<Node>) -> Result<Layout, BlockError> {
 
 impl Facts {
     fn kind(&self) -> &'static str {
-        if self.is_device { "block device" } else { "file" }
+        match self.is_device {
+            true => "block device",
+            false if is_export(&self.path) => "export of an NBD server",
+            false => "file",
+        }
     }
 
     fn to_json(&self) -> Value {

@@ -19,7 +19,7 @@ use crate::daemon::{NodeEntry, Sharing, resolved};
 /// The list has what `qemu-img map` has; --json gives all of it, without only what holds data.
 #[derive(Args, Debug)]
 pub struct Map {
-    /// The image: a file or a block device
+    /// The image: a file, a block device, or the address of an NBD export
     image: PathBuf,
     /// What the image is. Needed only for one that looks like another format, or names other files and is not called .qcow2
     #[arg(long, value_enum)]

@@ -37,9 +37,9 @@ const TARGET_NODE: &str = "target";
 /// Ctrl-C or SIGTERM.
 #[derive(Args, Debug)]
 pub struct Mirror {
-    /// The disk to mirror: a file or a block device
+    /// The disk to mirror: a file, a block device, or an export of an NBD server (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH)
     source: PathBuf,
-    /// What it is mirrored to
+    /// What it is mirrored to; an export must be there, and lose what it holds
     target: PathBuf,
     /// What the target is to be; by default what the source is. One that is there is taken for what it looks like
     #[arg(long, value_enum, value_name = "FORMAT")]
@@ -250,7 +250,7 @@ impl Mirror {
         };
         let cache = self.how.host_cache();
         let image =
-            image::open_as(&self.source, &OpenOptions { access, cache, locking, ..OpenOptions::default() })?;
+            image::open_any(&self.source, &OpenOptions { access, cache, locking, ..OpenOptions::default() })?;
         let found = block_on(image.format()).context("cannot start the I/O engine")??;
         Ok((image, self.how.kind(&self.source, found)))
     }

@@ -21,6 +21,7 @@ mod mirror;
 mod offer;
 mod output;
 mod progress;
+mod remote;
 mod resize;
 mod serve;
 mod session;

@@ -15,6 +15,7 @@ use super::ending;
 use super::image::{self, Format};
 use super::offer::{NODE, Offer, Offered};
 use super::output::{self, Form, Outcome, say};
+use super::remote::Patience;
 use super::units;
 use crate::daemon::{CacheUse, Daemon, NodeSpec, Sharing};
 
@@ -23,7 +24,7 @@ use crate::daemon::{CacheUse, Daemon, NodeSpec, Sharing};
 /// SIGTERM and Ctrl-C let the requests in flight end, make everything durable, and exit with status 0.
 #[derive(Args, Debug)]
 pub struct Serve {
-    /// The disk: a file or a block device
+    /// The disk: a file, a block device, or an export of an NBD server (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH)
     disk: Option<PathBuf>,
     /// Refuse writes
     #[arg(long)]
@@ -52,6 +53,8 @@ pub struct How {
     /// What the image is. Needed only for one that looks like another format, or names other files and is not called .qcow2
     #[arg(long, value_enum)]
     format: Option<FormatName>,
+    #[command(flatten)]
+    patience: Patience,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -90,7 +93,10 @@ impl How {
     /// The node for the disk at `path`.
     #[must_use]
     pub fn node(self, name: &str, path: &Path, kind: Kind, read_only: bool) -> NodeSpec {
-        kind.node(name, path, Sharing::default(), &NodeSpec { read_only, ..self.like(name, path) })
+        let like = NodeSpec { read_only, ..self.like(name, path) };
+        let mut node = kind.node(name, path, Sharing::default(), &like);
+        self.patience.lend(&mut node);
+        node
     }
 
     /// What was asked for, whatever the format.
@@ -156,11 +162,11 @@ impl Serve {
         // Looked at first: its errors say what to do, and nothing has been started yet.
         let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let options = OpenOptions { access, cache: self.how.host_cache(), ..OpenOptions::default() };
-        let image = image::open_as(path, &options).map_err(|error| match &error {
-            OpenError::Denied { attempt: Attempt::Write, .. } | OpenError::ReadOnly { .. } => {
+        let image = image::open_any(path, &options).map_err(|error| match error.downcast_ref() {
+            Some(OpenError::Denied { attempt: Attempt::Write, .. } | OpenError::ReadOnly { .. }) => {
                 anyhow!("{error}, or add --read-only")
             }
-            _ => error.into(),
+            _ => error,
         })?;
         let found = block_on(image.format()).context("cannot start the I/O engine")??;
         drop(image);

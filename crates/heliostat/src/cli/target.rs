@@ -18,7 +18,7 @@ use heliostat_host::runtime::block_on;
 use super::disk::{Backing, FormatName, Kind, look_at, size_of};
 use super::image::{self, Format};
 use super::output::say;
-use super::units;
+use super::{remote, units};
 
 /// What the operator allows to happen to a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +94,12 @@ impl Plan {
         let (source, size) = (needs.source, needs.size);
         let plan =
             |way, kind| Self { path: path.to_owned(), size, kind, backing: needs.backing.clone(), way };
+        if remote::export(path)?.is_some() {
+            // It is there, or cannot be had: an export cannot be made.
+            let kind = Kind::of(path, needs.format, look_at(path)?);
+            check_size(path, size, kind)?;
+            return Ok(plan(Way::Use, kind));
+        }
         let Some(there) = metadata(path)? else {
             if permission == Permission::Existing {
                 bail!(

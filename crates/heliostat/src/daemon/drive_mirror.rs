@@ -25,7 +25,7 @@ use super::mirror_bitmap::BitmapUseError;
 use super::new_file::Made;
 use super::nodes::Wanted;
 use super::open::{is_device, options};
-use super::{Beneath, Daemon, DaemonError, DriverSpec, MirrorSpec, NodeEntry, NodeSpec, Sharing};
+use super::{Beneath, Daemon, DaemonError, DriverSpec, MirrorSpec, NodeEntry, NodeSpec, Sharing, is_nbd};
 
 /// A mirror to a target by name.
 #[derive(Clone, Debug)]
@@ -177,12 +177,7 @@ impl Daemon {
         below: &NodeSpec,
     ) -> Result<Arc<Job>, DaemonError> {
         let target = self.make_target(below, spec.node_name.clone(), Wanted::Said(Format::Raw));
-        let target = target.map_err(|error| {
-            DaemonError::Create(format!(
-                "Protocol driver 'nbd' does not support creating new images, so an existing image must be selected as \
-                 the target; however, opening the given target as an existing image failed: {error}"
-            ))
-        })?;
+        let target = target.map_err(|error| DaemonError::Create(no_export(&error.to_string())))?;
         let started = (|| {
             if target.size() < source.node.size() {
                 return Err(DaemonError::Nbd("Cannot grow NBD nodes".to_owned()));
@@ -275,6 +270,14 @@ impl Daemon {
     }
 }
 
+/// QEMU's words where an export is to be made and cannot be opened.
+fn no_export(why: &str) -> String {
+    format!(
+        "Protocol driver 'nbd' does not support creating new images, so an existing image must be selected as the \
+         target; however, opening the given target as an existing image failed: {why}"
+    )
+}
+
 /// The export that is to be the target, where it is to hold raw bytes and stands on nothing.
 fn export_of<'a>(spec: &'a DriveMirrorSpec, source: &NodeEntry) -> Option<&'a NodeSpec> {
     let TargetName::Protocol("nbd", below) = &spec.target else { return None };
@@ -306,8 +309,8 @@ fn plan(spec: &DriveMirrorSpec, source: &NodeEntry, entries: &[NodeEntry]) -> Re
         return refused(format!("Unknown file format '{format}'"));
     }
     if let TargetName::Unusable(word, why) = &spec.target {
-        let is_known = word.starts_with("nbd");
-        return refused(if is_known { why.clone() } else { format!("Unknown protocol '{word}'") });
+        let is_known = is_nbd(word);
+        return refused(if is_known { no_export(why) } else { format!("Unknown protocol '{word}'") });
     }
     let path = match (&spec.target, layer) {
         (TargetName::Definition(_) | TargetName::Unusable(..), _) => {

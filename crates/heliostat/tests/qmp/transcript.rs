@@ -308,6 +308,8 @@ fn comparable(command: &str, mut reply: Value) -> Value {
             // Depends on the file system and the moment.
             "query-named-block-nodes" => {
                 forget_space(&mut item["image"]);
+                // Ours.
+                item.as_object_mut().map(|item| item.remove("nbd"));
                 // The file of an image that is written: ours is made longer ahead of need.
                 let is_below = item["node-name"].as_str().is_some_and(|name| name.starts_with("#block"));
                 if let Some(image) = item["image"].as_object_mut().filter(|_| is_below) {

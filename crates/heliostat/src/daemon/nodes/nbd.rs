@@ -14,7 +14,7 @@ use heliostat_host::socket::Address;
 use heliostat_host::tls::Endpoint;
 
 use super::super::{Daemon, DaemonError};
-use super::{Below, Making, NodeEntry, NodeSpec};
+use super::{Below, DriverSpec, Making, NodeEntry, NodeSpec};
 
 /// The longest name of an export, as the protocol has it.
 const EXPORT_NAME_MAX: usize = 4096;
@@ -98,6 +98,16 @@ impl NbdClientSpec {
             }
             NbdServerAt::Inet { .. } | NbdServerAt::Descriptor(_) => None,
         }
+    }
+
+    /// How it is opened to be read.
+    ///
+    /// # Errors
+    /// `Nbd`, where the address cannot be used.
+    pub fn reading(&self) -> Result<NbdOptions, DaemonError> {
+        let read_only =
+            NodeSpec { read_only: true, ..NodeSpec::new(None, DriverSpec::Nbd(Box::new(self.clone()))) };
+        Ok(NbdOptions { connections: 1, ..self.options(&read_only)? })
     }
 
     fn options(&self, node: &NodeSpec) -> Result<NbdOptions, DaemonError> {
