@@ -4,6 +4,7 @@
 //! order, on one screen. A node never cancels a request that entered, never answers for a target, and never
 //! knows which front end asked. Called by exports through a [`crate::graph::Place`], and by jobs.
 
+mod cache;
 mod kind;
 mod resize;
 
@@ -478,17 +479,6 @@ impl Node {
 
     fn failure(&self, range: ByteRange, error: std::io::Error) -> BlockError {
         BlockError::from_io(self.name.as_str(), Some(range), error)
-    }
-
-    /// Starts writing `range` back and drops it from the host's cache; see
-    /// [`crate::storage::Storage::losses`].
-    pub(crate) fn losses(&self) -> u64 {
-        self.blocks.below().losses()
-    }
-
-    /// [`crate::storage::Storage::start_writeback`].
-    pub(crate) fn start_writeback(&self, range: ByteRange) {
-        self.blocks.below().start_writeback(range);
     }
 }
 

@@ -10,6 +10,7 @@
 //! still has it, from being carried out after. So a loss is counted ([`Link::losses`]), and who must be sure, writes
 //! again what was not flushed.
 
+mod again;
 mod request;
 mod status;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use self::again::{compare, pause};
 pub use self::request::{LinkError, Ticket, Wanted};
 use self::request::{Request, Standing};
 pub use self::status::{LinkState, LinkStatus};
@@ -26,11 +28,9 @@ use super::client_reply::{Answered, Conversation};
 use super::client_request::AskError;
 use super::outbox::Outbox;
 use super::wire::transmission_flag;
-use super::{Access, Cookie, Violation};
+use super::{Cookie, Violation};
 use crate::clock::Moment;
-use crate::limits::{
-    GIVE_UP_GRACE, NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX, RECONNECT_PAUSE_FIRST, RECONNECT_PAUSE_LAST,
-};
+use crate::limits::{GIVE_UP_GRACE, NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX};
 
 /// How a link is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -473,44 +473,4 @@ impl Talk {
         self.tickets.insert(cookie, ticket);
         Ok(())
     }
-}
-
-/// How long to wait before the next attempt, when there were `attempts` in vain: not at all at first, then twice as long
-/// each time, up to a bound; a part of it is chance, so that the clients of a server that is back do not come all at
-/// once.
-fn pause(attempts: u32, jitter: u32) -> Duration {
-    let Some(doublings) = attempts.checked_sub(1) else { return Duration::ZERO };
-    let longest = RECONNECT_PAUSE_FIRST.saturating_mul(1 << doublings.min(16)).min(RECONNECT_PAUSE_LAST);
-    let half = longest / 2;
-    half + half.mul_f64(f64::from(jitter) / f64::from(u32::MAX))
-}
-
-/// Says what of an export that was found again is not as it was, if anything that somebody relies on.
-fn compare(first: &Found, again: &Found) -> Result<(), String> {
-    let (was, is) = (&first.terms, &again.terms);
-    let lost = |flag: u16| first.flags & flag != 0 && again.flags & flag == 0;
-    if was.size != is.size {
-        return Err(format!("the export has {} bytes now, not {}", is.size, was.size));
-    }
-    if was.access == Access::Writable && is.access == Access::ReadOnly {
-        return Err("the export is read-only now".to_owned());
-    }
-    if is.block_sizes.minimum() > was.block_sizes.minimum() {
-        return Err(format!(
-            "the export's minimum block size is {} now, not {}",
-            is.block_sizes.minimum(),
-            was.block_sizes.minimum()
-        ));
-    }
-    if is.block_sizes.payload_max() < was.block_sizes.payload_max() {
-        return Err(format!(
-            "the export takes {} bytes at once now, not {}",
-            is.block_sizes.payload_max(),
-            was.block_sizes.payload_max()
-        ));
-    }
-    if lost(transmission_flag::SEND_FLUSH) {
-        return Err("the export takes no flushes now".to_owned());
-    }
-    Ok(())
 }

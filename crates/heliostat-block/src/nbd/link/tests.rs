@@ -10,7 +10,7 @@ use super::*;
 use crate::buffer::Buffer;
 use crate::limits::{NBD_REPLAYS_MAX, RECONNECT_PAUSE_LAST};
 use crate::nbd::wire::{SIMPLE_REPLY_MAGIC, transmission_flag as flag};
-use crate::nbd::{BlockSizes, ReplyStyle, Terms};
+use crate::nbd::{Access, BlockSizes, ReplyStyle, Terms};
 use crate::range::ByteRange;
 use crate::storage::Durability;
 
