@@ -93,7 +93,7 @@ impl Session {
                 }
                 JobEvent::Cancelled => break Ended::Cancelled,
                 JobEvent::Degraded(Some(reason)) => {
-                    meter.say(&format!("mirror: degraded: {reason}; writes are remembered and copied later"));
+                    meter.say(format!("mirror: degraded: {reason}; writes are remembered and copied later"));
                 }
                 JobEvent::Degraded(None) => meter.say("mirror: the target answers again"),
                 JobEvent::Status(_) | JobEvent::Pending => {}
