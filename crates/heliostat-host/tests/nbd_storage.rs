@@ -265,7 +265,7 @@ fn opening_says_why_it_failed() {
     let socket = directory.path().join("socket");
     let once = NbdOptions { open_timeout: Duration::ZERO, ..options(&socket) };
     let error = NbdStorage::open(once.clone()).unwrap_err();
-    assert!(error.to_string().starts_with("cannot connect to "), "{error}");
+    assert!(error.to_string().starts_with("Failed to connect to "), "{error}");
     let server = Server::nbdkit(&socket, &["-r", "memory", "1M"]);
     drop(NbdStorage::open(NbdOptions { read_only: true, ..server.options() }).unwrap());
     let error = NbdStorage::open(once).unwrap_err();

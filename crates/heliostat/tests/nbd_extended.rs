@@ -6,13 +6,21 @@ mod common;
 #[path = "common/nbd.rs"]
 mod nbd;
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
+use bytes::Bytes;
+use heliostat::front::nbd::ServerSettings;
+use heliostat_block::buffer::Buffer;
 use heliostat_block::nbd::wire::{
     EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, OPTION_MAGIC, cmd, cmd_flag, opt, rep,
+};
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::{
+    Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
 use heliostat_host::open::Cache;
 
@@ -157,6 +165,84 @@ fn a_long_read_leaves_holes_out_unless_it_must_come_in_one() {
     let whole = client.ask(cmd::READ, cmd_flag::DF, 0, len, &[]);
     let [(1, 1, 0, payload)] = &whole[..] else { panic!("in pieces") };
     assert_eq!(payload[8..], [vec![0; 131_072], data, vec![0; 126_976]].concat());
+}
+
+/// A disk with a hole in its first half, of which the other half cannot be read.
+struct Torn;
+
+const HALF: u64 = 128 << 10;
+
+impl Storage for Torn {
+    fn traits(&self) -> Traits {
+        Traits {
+            block_size: 1,
+            preferred_size: 4096,
+            read_only: false,
+            can_discard: false,
+            can_zero_fast: false,
+            can_resize: false,
+            remote: false,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        2 * HALF
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        None
+    }
+
+    fn read(&self, _offset: u64, _buffer: Buffer) -> IoFuture<'_, Buffer> {
+        IoFuture::ready(Err(io::Error::other("torn")))
+    }
+
+    fn write(&self, _offset: u64, _data: Bytes, _durability: Durability) -> IoFuture<'_, ()> {
+        IoFuture::ready(Ok(()))
+    }
+
+    fn write_zeroes(
+        &self,
+        _range: ByteRange,
+        _space: ZeroSpace,
+        _effort: ZeroEffort,
+        _durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        IoFuture::ready(Ok(()))
+    }
+
+    fn discard(&self, _range: ByteRange) -> IoFuture<'_, ()> {
+        IoFuture::ready(Ok(()))
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        IoFuture::ready(Ok(()))
+    }
+
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        let half = |start, end, status| {
+            let range = ByteRange::from_bounds(start, end).intersection(range)?;
+            Some(Extent { range, status })
+        };
+        let halves = [half(0, HALF, ExtentStatus::Hole), half(HALF, 2 * HALF, ExtentStatus::Data)];
+        IoFuture::ready(Ok(halves.into_iter().flatten().collect()))
+    }
+}
+
+#[test]
+fn a_read_that_fails_in_the_middle_says_where() {
+    let served = Served::start(ServerSettings::default());
+    served.export("disk", served.node("disk", Arc::new(Torn)));
+    let mut client = Bare::connect(&served);
+    let chunks = client.ask(cmd::READ, 0, 0, 2 * HALF, &[]);
+    let [hole, (1, 0x8002, 0, failure)] = &chunks[..] else { panic!("{chunks:?}") };
+    let len = u32::try_from(HALF).unwrap();
+    assert_eq!(*hole, (0, 2, 0, [&0_u64.to_be_bytes()[..], &len.to_be_bytes()].concat()));
+    assert_eq!(failure[..4], 5_u32.to_be_bytes());
+    assert_eq!(failure[failure.len() - 8..], HALF.to_be_bytes());
+    // In one piece, nothing is known of a part.
+    let whole = client.ask(cmd::READ, cmd_flag::DF, 0, 2 * HALF, &[]);
+    assert!(matches!(&whole[..], [(1, 0x8001, 0, _)]), "{whole:?}");
 }
 
 #[test]

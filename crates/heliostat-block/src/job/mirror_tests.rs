@@ -243,13 +243,18 @@ fn a_copy_of_which_a_part_had_landed_when_a_flush_failed_is_copied_again() {
 
 // ---------------------------------------------------------------------- losses that no error tells of
 
+/// Options under which no sample is taken, which would find out such a loss as well.
+fn unsampled() -> MirrorOptions {
+    MirrorOptions { sync: SyncMode::Top, ..options() }
+}
+
 #[test]
 fn what_the_target_lost_before_a_flush_is_copied_again() {
     for at in 0..40 {
         let (source, target) = (disk(7), disk(0xff));
         let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
         let mut steps = 0;
-        let end = complete(&bench, options(), || {
+        let end = complete(&bench, unsampled(), || {
             if steps == at {
                 target.lose();
             }
@@ -257,6 +262,17 @@ fn what_the_target_lost_before_a_flush_is_copied_again() {
         });
         assert_eq!(end, JobEvent::Completed(None), "lost before step {at}");
         assert_eq!(target.durable(), source.shown(), "lost before step {at}");
+    }
+}
+
+#[test]
+fn what_the_target_lost_beside_a_flush_that_succeeds_is_copied_again() {
+    for count in 1..4 {
+        let (source, target) = (disk(7), disk(0));
+        target.lose_at_flushes(count);
+        let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+        assert_eq!(complete(&bench, unsampled(), || ()), JobEvent::Completed(None));
+        assert_eq!(target.durable(), source.shown(), "{count} flushes");
     }
 }
 
@@ -282,7 +298,7 @@ fn zeroes_that_the_target_only_showed_are_written_when_it_lost_them() {
 fn a_copy_of_which_a_part_had_landed_at_a_loss_is_copied_again() {
     let (source, target) = (disk(1), disk(0));
     let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
-    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let (job, mirror) = bench.mirror(unsampled(), |_, _| ());
     let (mut lost, mut held) = (false, false);
     bench.run(mirror.run(), || match (job.status(), held) {
         (JobStatus::Ready, false) => {

@@ -67,12 +67,24 @@ struct State {
     cached: BTreeSet<usize>,
     flushes_to_fail: u32,
     losses: u64,
+    /// Flushes that find it cut off, and succeed when it is back.
+    flushes_to_lose: u32,
     flushes: u32,
     holds_writes: bool,
     /// Writes that a test holds up.
     held: usize,
     /// What it says of its layout, where a test wants to say it.
     says: Option<Says>,
+}
+
+impl State {
+    fn lose(&mut self) {
+        for sector in std::mem::take(&mut self.cached) {
+            let bytes = sector * SECTOR..((sector + 1) * SECTOR).min(self.shown.len());
+            self.shown[bytes.clone()].copy_from_slice(&self.durable[bytes]);
+        }
+        self.losses += 1;
+    }
 }
 
 impl Disk {
@@ -83,6 +95,7 @@ impl Disk {
             cached: BTreeSet::new(),
             flushes_to_fail: 0,
             losses: 0,
+            flushes_to_lose: 0,
             flushes: 0,
             holds_writes: false,
             held: 0,
@@ -128,13 +141,12 @@ impl Disk {
 
     /// It loses what was not flushed, and says by its count that it may have.
     pub(crate) fn lose(&self) {
-        let mut state = self.state();
-        for sector in std::mem::take(&mut state.cached) {
-            let bytes = sector * SECTOR..((sector + 1) * SECTOR).min(state.shown.len());
-            let State { shown, durable, .. } = &mut *state;
-            shown[bytes.clone()].copy_from_slice(&durable[bytes]);
-        }
-        state.losses += 1;
+        self.state().lose();
+    }
+
+    /// So it does at each of the next `count` flushes, which succeed.
+    pub(crate) fn lose_at_flushes(&self, count: u32) {
+        self.state().flushes_to_lose = count;
     }
 
     /// Its extents are what `says` says.
@@ -245,6 +257,10 @@ impl Storage for Disk {
 
     fn flush(&self) -> IoFuture<'_, ()> {
         let mut state = self.state();
+        if state.flushes_to_lose > 0 {
+            state.flushes_to_lose -= 1;
+            state.lose();
+        }
         let cached = std::mem::take(&mut state.cached);
         state.flushes += 1;
         if state.flushes_to_fail > 0 {

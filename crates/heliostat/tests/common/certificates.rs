@@ -1,6 +1,7 @@
 //! Certificates in QEMU's folder layout, made by the test that uses them.
 
 #![allow(dead_code, reason = "each test file uses only its part of this")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -56,7 +56,10 @@ impl Mirror {
     /// Compares what is in doubt, when it can.
     pub(super) async fn settle_doubt(&mut self) {
         let now = self.clock.now();
-        let is_held = self.failure.is_some() || self.job.orders().paused || self.rest.until(now).is_some();
+        // One that was resumed says so before it touches the target again.
+        let is_paused = self.job.orders().paused
+            || matches!(self.job.status(), JobStatus::Paused | JobStatus::Standby);
+        let is_held = self.failure.is_some() || is_paused || self.rest.until(now).is_some();
         let is_over = self.job.status() == JobStatus::Aborting || self.job.orders().cancelled;
         if self.doubt.is_looking() || is_held || is_over {
             return;

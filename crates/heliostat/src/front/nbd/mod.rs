@@ -179,12 +179,21 @@ impl NbdServer {
             check_reach(listener.address(), &settings)?;
             listeners.push(listener);
         }
+        if listeners.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a server needs an address"));
+        }
         let addresses = listeners.iter().map(|listener| listener.address().clone()).collect();
         let exports = Arc::new(Exports::new(settings.doors == Doors::Open));
         let shared = Arc::clone(&exports);
         let body = move || run(listeners, shared, settings);
         let thread = Thread::spawn("nbd", body)?;
         Ok(Self { exports, addresses, thread: Some(thread) })
+    }
+
+    /// The first of the addresses at which it listens, with the port that the host chose.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.addresses[0]
     }
 
     /// Where it listens, with the ports that the host chose; in the order in which they were given.
@@ -336,9 +345,7 @@ async fn run(listeners: Vec<Listener>, exports: Arc<Exports>, settings: ServerSe
 /// Takes the next connection from whichever listener has one. Each is looked at first in its turn, so that one with
 /// many clients does not keep those of others waiting.
 async fn accept_any(listeners: &[Listener], turn: &mut usize) -> io::Result<Socket> {
-    if listeners.is_empty() {
-        return std::future::pending().await;
-    }
+    // `start_at` refuses a server without any.
     *turn = (*turn + 1) % listeners.len();
     let (later, first) = listeners.split_at(*turn);
     let accepts = first.iter().chain(later).map(|listener| Box::pin(listener.accept()));
