@@ -6,6 +6,7 @@
 
 mod cache;
 mod kind;
+mod reach;
 mod resize;
 
 use std::sync::Arc;
@@ -248,18 +249,6 @@ impl Node {
         let mut hurry = Hurry::default();
         self.driver().hurry(&mut hurry);
         hurry
-    }
-
-    /// Nobody needs what is in flight here any more; see [`crate::storage::Storage::give_up`].
-    pub fn give_up(&self) {
-        self.driver().give_up();
-    }
-
-    /// Why requests cannot be carried out at this moment, where somebody has to come back for that; see
-    /// [`crate::storage::Storage::out_of_reach`].
-    #[must_use]
-    pub fn out_of_reach(&self) -> Option<String> {
-        self.driver().out_of_reach()
     }
 
     /// How many mirrors hear of its writes.

@@ -11,6 +11,7 @@
 //! again what was not flushed.
 
 mod again;
+mod given_up;
 mod request;
 mod status;
 #[cfg(test)]
@@ -30,7 +31,7 @@ use super::outbox::Outbox;
 use super::wire::transmission_flag;
 use super::{Cookie, Violation};
 use crate::clock::Moment;
-use crate::limits::{GIVE_UP_GRACE, NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX};
+use crate::limits::{NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX};
 
 /// How a link is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,42 +186,6 @@ impl Link {
     /// The next request that has ended.
     pub fn next_ended(&mut self) -> Option<(Ticket, Result<Answered, LinkError>)> {
         self.ended.pop_front()
-    }
-
-    /// Nobody needs the requests that are there: those that get no answer within [`GIVE_UP_GRACE`] fail. Until there is
-    /// a new connection, none waits for one.
-    pub fn give_up(&mut self, now: Moment) {
-        self.is_impatient = !matches!(self.phase, Phase::Up | Phase::Opening) || !self.requests.is_empty();
-        self.given_up = (!self.requests.is_empty()).then(|| (Ticket(self.next_ticket), now + GIVE_UP_GRACE));
-    }
-
-    /// The connections of a server that owes answers that nobody needs, and has owed them for long enough: they are to be
-    /// closed, and said to be cut. All of them: a server that hangs on one is not asked on another.
-    #[must_use]
-    pub fn overdue(&self, now: Moment) -> Vec<usize> {
-        let Some((before, _)) = self.given_up.filter(|(_, until)| *until <= now) else { return Vec::new() };
-        let is_owed = self.up().any(|talk| talk.tickets.values().any(|ticket| *ticket < before));
-        let up = self.lines.iter().enumerate().filter(|(_, line)| is_owed && matches!(line, Line::Up(_)));
-        up.map(|(number, _)| number).collect()
-    }
-
-    /// Lets those fail that nobody needs and that nobody has answered.
-    fn end_given_up(&mut self, now: Moment) {
-        let Some((before, _)) = self.given_up.filter(|(_, until)| *until <= now) else { return };
-        let unneeded: Vec<_> = self.queue.range(..before).copied().collect();
-        for ticket in unneeded {
-            self.queue.remove(&ticket);
-            self.end(ticket, Err(LinkError::Lost("it did not answer, and was given up".to_owned())));
-        }
-        self.look_at_given_up();
-    }
-
-    /// Forgets what was given up when none of it is there any more. A server that has answered all of it is well.
-    fn look_at_given_up(&mut self) {
-        if self.given_up.is_some_and(|(before, _)| self.requests.range(..before).next().is_none()) {
-            self.given_up = None;
-            self.is_impatient &= !matches!(self.phase, Phase::Up);
-        }
     }
 
     /// Hands requests that wait to the connections, and lets those fail that have waited for too long.
