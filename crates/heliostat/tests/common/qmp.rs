@@ -147,8 +147,8 @@ impl Qmp {
     /// The connection's.
     pub fn send(&mut self, text: &str) -> io::Result<()> {
         self.stream.set_write_timeout(Some(wait::LIMIT))?;
-        self.stream.write_all(text.as_bytes())?;
-        self.stream.write_all(b"\n")
+        // At once: who has understood `quit` may be gone before a newline that comes after it.
+        self.stream.write_all(format!("{text}\n").as_bytes())
     }
 
     /// Reads the next message of any kind, passing by the events that are kept.
