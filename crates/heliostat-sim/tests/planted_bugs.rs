@@ -10,16 +10,12 @@ use heliostat_sim::{Seen, Trace, group, run, run_with_cuts};
 const SEEDS: u64 = 400;
 
 fn is_found(bug: Bug) {
-    is_found_within(bug, SEEDS);
+    is_found_by(run, bug, 0..SEEDS);
 }
 
-fn is_found_within(bug: Bug, seeds: u64) {
-    is_found_by(run, bug, seeds);
-}
-
-fn is_found_by(run: fn(u64, Trace) -> Result<Seen, String>, bug: Bug, seeds: u64) {
+fn is_found_by(run: fn(u64, Trace) -> Result<Seen, String>, bug: Bug, mut seeds: impl Iterator<Item = u64>) {
     std::panic::set_hook(Box::new(|_| {}));
-    let found = (0..seeds).find_map(|seed| {
+    let found = seeds.find_map(|seed| {
         plant(Some(bug));
         run(seed, Trace::Off).err().map(|what| (seed, what))
     });
@@ -67,7 +63,7 @@ fn a_failed_flush_that_is_simply_tried_again_is_found() {
 
 #[test]
 fn a_loss_that_nobody_heeds_is_found() {
-    is_found_by(run_with_cuts, Bug::LossNotHeeded, SEEDS);
+    is_found_by(run_with_cuts, Bug::LossNotHeeded, 0..SEEDS);
 }
 
 #[test]
@@ -83,7 +79,7 @@ fn a_failed_write_that_is_not_marked_is_found() {
 #[test]
 fn a_failed_half_that_is_not_marked_is_found() {
     // After an error writes are not doubled for a while, so there are few such halves.
-    is_found_within(Bug::FailedHalfNotMarked, 5 * SEEDS);
+    is_found_by(run, Bug::FailedHalfNotMarked, 0..5 * SEEDS);
 }
 
 #[test]
@@ -94,7 +90,7 @@ fn a_doubled_write_beside_a_copy_is_found() {
 #[test]
 fn a_failed_flush_that_forgets_copies_on_their_way_is_found() {
     // It takes a flush that fails between two pieces of a copy that nothing repeats.
-    is_found_within(Bug::FlushForgetsCopies, 10 * SEEDS);
+    is_found_by(run, Bug::FlushForgetsCopies, 0..10 * SEEDS);
 }
 
 #[test]
@@ -115,7 +111,8 @@ fn a_source_that_is_not_flushed_before_the_target_stands_on_it_is_found() {
 #[test]
 fn a_bitmap_that_a_refused_pivot_keeps_is_found() {
     // It takes a copy on one disk that is left behind, and a pivot to another that is refused.
-    is_found_within(Bug::BitmapNotTakenBack, 10 * SEEDS);
+    // The seed that has found it comes first; a change of what is drawn may need all of them again, which takes minutes.
+    is_found_by(run, Bug::BitmapNotTakenBack, [2732].into_iter().chain(0..20 * SEEDS));
 }
 
 #[test]

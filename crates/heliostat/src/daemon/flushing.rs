@@ -3,12 +3,37 @@
 //! It knows no nodes and closes no gates. Called by `snapshot`.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use heliostat_block::clock::{Clock, Moment};
+use heliostat_block::node::Node;
 
 use super::DaemonError;
+
+/// The longest that guests of all disks wait at closed gates, for what is in flight at the slowest and for the flush
+/// behind them: less than the 30 s after which drivers in guests take a disk for dead.
+pub(super) const GATES_MAX: Duration = Duration::from_secs(20);
+
+/// The longest that is flushed beside clients, while no other change of nodes, exports or jobs can be made: for some ten
+/// gigabytes in the host's page cache on a slow disk. What has become durable until then need not be flushed again when
+/// it is tried again.
+const BESIDE_CLIENTS_MAX: Duration = Duration::from_secs(120);
+
+/// How long it is waited.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    pub(super) beside_clients: Duration,
+    /// From their closing on.
+    pub(super) gates: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { beside_clients: BESIDE_CLIENTS_MAX, gates: GATES_MAX }
+    }
+}
 
 /// How long a flush takes after which gates may close: the one behind them has what came meanwhile, and takes about as
 /// long.
@@ -48,6 +73,12 @@ pub(super) async fn until<T>(
         Either::Left((done, _)) => Some(done),
         Either::Right(_) => None,
     }
+}
+
+/// What says which of `nodes`, whose gates were closed, have not come to rest.
+pub(super) fn undrained(nodes: &[Arc<Node>], limit: Duration) -> DaemonError {
+    let busy = nodes.iter().filter(|node| node.in_flight() > 0).map(|node| format!("'{}'", node.name()));
+    DaemonError::Undrained { nodes: busy.collect::<Vec<_>>().join(", "), limit }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, Metadata};
+use std::io;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -116,13 +117,9 @@ impl Made {
         let at = at.clone();
         match renameat_with(CWD, &at, CWD, &self.path, RenameFlags::EXCHANGE) {
             Ok(()) => self.place = Place::Swapped { old: at },
-            // Not every file system can, and somebody else may have removed it.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOENT) => {
-                fs::rename(&at, &self.path).map_err(|error| {
-                    let errno = error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error);
-                    refusal(&self.path, errno)
-                })?;
-                self.place = Place::Anothers;
+            // Not every file system can. What is there gets a second name first, so that it can come back.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                self.place = Place::Swapped { old: take_over(&at, &self.path)? };
             }
             Err(errno) => return Err(refusal(&self.path, errno)),
         }
@@ -149,6 +146,21 @@ impl Drop for Made {
             Place::Swapped { old } => fs::rename(old, &self.path),
         };
     }
+}
+
+/// Gives `at` the name `path`, in one step. Answers under which name what was there still is.
+fn take_over(at: &Path, path: &Path) -> Result<PathBuf, DaemonError> {
+    let mut kept = at.as_os_str().to_owned();
+    kept.push("-old");
+    let kept = PathBuf::from(kept);
+    let refused =
+        |error: io::Error| refusal(path, error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error));
+    fs::hard_link(path, &kept).map_err(refused)?;
+    fs::rename(at, path).map_err(|error| {
+        let _ = fs::remove_file(&kept);
+        refused(error)
+    })?;
+    Ok(kept)
 }
 
 fn refusal(path: &Path, errno: Errno) -> DaemonError {
@@ -248,6 +260,18 @@ mod tests {
         assert_eq!(made.take_place().unwrap().unwrap(), there);
         assert!(fs::read(&there).unwrap().starts_with(b"QFI\xfb"));
         assert_eq!(fs::metadata(&there).unwrap().permissions().mode() & 0o777, 0o640);
+        drop(made);
+        assert!(fs::read(&there).unwrap() == OLD);
+        assert_eq!(names(folder.path()), ["link", "there"]);
+    }
+
+    #[test]
+    fn where_names_cannot_be_swapped_what_was_there_has_a_second_one_and_comes_back() {
+        let (folder, mut made) = made_over("there");
+        let there = folder.path().join("there");
+        let at = made.now_at().to_owned();
+        made.place = Place::Swapped { old: take_over(&at, &there).unwrap() };
+        assert!(fs::read(&there).unwrap().starts_with(b"QFI\xfb"));
         drop(made);
         assert!(fs::read(&there).unwrap() == OLD);
         assert_eq!(names(folder.path()), ["link", "there"]);

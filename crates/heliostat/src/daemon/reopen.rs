@@ -15,6 +15,8 @@ use heliostat_host::file::{FileStorage, Way};
 use heliostat_host::open::Cache;
 use heliostat_host::runtime;
 
+use super::flusher::Wanted;
+use super::flushing::{Bounds, undrained, until};
 use super::{
     BackingSpec, Child, Daemon, DaemonError, DriverSpec, NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry,
     NodeSpec,
@@ -44,7 +46,8 @@ impl Daemon {
     ///
     /// # Errors
     /// `ReopenNameMissing`, `NodeNameNotFound`; `Fixed` for what cannot be changed; `BackingMissing`, `HasWriters`,
-    /// `OpenedReadOnly`, `DetectZeroes`, `NodeBusy`, `NodeInUse`, `Unflushed`. Nothing has changed then.
+    /// `OpenedReadOnly`, `DetectZeroes`, `NodeBusy`, `NodeInUse`, `Unflushed`, `UnendedFlush`, `Undrained`. Nothing has
+    /// changed then.
     pub fn reopen_nodes(&self, specs: &[NodeSpec]) -> Result<(), DaemonError> {
         let _change = self.begin_change()?;
         let entries = self.nodes();
@@ -52,21 +55,32 @@ impl Daemon {
         let changes = changes.collect::<Result<Vec<_>, _>>()?;
         self.check_acyclic(&changes)?;
         self.check_files(&changes)?;
-        let done = runtime::block_on(self.change_all(changes)).map_err(DaemonError::Engine)?;
+        let done = runtime::block_on(self.change_within(Bounds::default(), changes));
+        let done = done.map_err(DaemonError::Engine)?;
         // What it stood on may have been made for it.
         self.drop_orphans();
         done
     }
 
-    async fn change_all(&self, changes: Vec<Change>) -> Result<(), DaemonError> {
+    async fn change_within(&self, bounds: Bounds, changes: Vec<Change>) -> Result<(), DaemonError> {
+        let clock = self.clock().as_ref();
         let nodes = self.to_be_quiet(&changes);
-        for node in nodes.iter().filter(|node| !node.options().read_only) {
-            node.enter().await.flush().await.map_err(DaemonError::Unflushed)?;
-        }
-        let mut drained = Vec::new();
-        for node in &nodes {
-            drained.push(node.drain().await);
-        }
+        let flusher = self.flushers.start()?;
+        let written = nodes.iter().filter(|node| !node.options().read_only);
+        let written = written.map(|node| Wanted::Beside(Arc::clone(node))).collect();
+        let flushed = until(clock, clock.now() + bounds.beside_clients, flusher.flush(written)).await;
+        let unended = || DaemonError::UnendedFlush { nodes: flusher.unended(), limit: bounds.beside_clients };
+        flushed.ok_or_else(unended)?.map_err(DaemonError::Unflushed)?;
+        let drain = async {
+            let mut drained = Vec::new();
+            for node in &nodes {
+                drained.push(node.drain().await);
+            }
+            drained
+        };
+        // The gates open again where this ends early.
+        let drained = until(clock, clock.now() + bounds.gates, drain).await;
+        let drained = drained.ok_or_else(|| undrained(&nodes, bounds.gates))?;
         let moves: Vec<_> = changes.iter().filter_map(Change::moves).collect();
         self.change_backings(&moves).map_err(|node| DaemonError::NodeInUse(node.name().clone()))?;
         for change in changes {
@@ -405,7 +419,9 @@ fn check_nbd(wanted: &NbdClientSpec, entry: &NodeEntry) -> Result<(), DaemonErro
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::time::Duration;
 
+    use futures_util::FutureExt;
     use heliostat_block::storage::Durability;
 
     use super::super::CacheUse;
@@ -459,6 +475,36 @@ mod tests {
 
     fn direct(file: &NodeSpec, direct: bool) -> NodeSpec {
         NodeSpec { cache: CacheUse { direct, ..CacheUse::default() }, ..file.clone() }
+    }
+
+    #[test]
+    fn a_node_that_does_not_come_to_rest_is_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let (daemon, file) = with_window(folder.path());
+        let (top, node) = (daemon.node("top").unwrap(), daemon.node("file").unwrap());
+        let change = |gates| {
+            let spec = NodeSpec { detect_zeroes: DetectZeroes::On, ..file.clone() };
+            let change = |node: &Arc<Node>| Change {
+                node: Arc::clone(node),
+                spec: spec.clone(),
+                backing: Below::AsItIs,
+                file: None,
+                group: None,
+                way: None,
+            };
+            let bounds = Bounds { gates, ..Bounds::default() };
+            runtime::block_on(daemon.change_within(bounds, vec![change(&top), change(&node)])).unwrap()
+        };
+        let request = node.enter().now_or_never().expect("the gate is open");
+        let refused = change(Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(&refused, DaemonError::Undrained { nodes, .. } if nodes == "'file'"), "{refused}");
+        for node in [&top, &node] {
+            assert!(node.enter().now_or_never().is_some(), "the gates are open again");
+            assert_eq!(node.options().detect_zeroes, DetectZeroes::Off, "nothing has changed");
+        }
+        drop(request);
+        change(Duration::from_secs(20)).unwrap();
+        assert_eq!(node.options().detect_zeroes, DetectZeroes::On);
     }
 
     #[test]

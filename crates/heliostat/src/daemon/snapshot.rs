@@ -423,7 +423,7 @@ mod tests {
 
     use std::time::Duration;
 
-    use super::moment::{Bounds, GATES_MAX};
+    use super::super::flushing::{Bounds, GATES_MAX};
     use super::*;
     use crate::daemon::nodes::NODES_MAX;
     use crate::daemon::{

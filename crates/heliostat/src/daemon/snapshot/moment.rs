@@ -5,7 +5,6 @@
 //! and checks no argument: that is done before.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use heliostat_block::graph::{GraphError, NamedBitmaps, Onto};
 use heliostat_block::name::NodeName;
@@ -14,33 +13,10 @@ use heliostat_block::node::{Node, NodeOptions};
 use heliostat_host::runtime;
 
 use super::super::flusher::Wanted;
-use super::super::flushing::{flush_until_short, until};
+use super::super::flushing::{Bounds, flush_until_short, undrained, until};
 use super::super::new_file::Made;
 use super::super::{Daemon, DaemonError, NodeEntry};
 use super::{Planned, Snapshots};
-
-/// The longest that guests of all disks wait at closed gates, for what is in flight at the slowest and for the flush
-/// behind them: less than the 30 s after which drivers in guests take a disk for dead.
-pub(super) const GATES_MAX: Duration = Duration::from_secs(20);
-
-/// The longest that is flushed beside clients, while no other change of nodes, exports or jobs can be made: for some ten
-/// gigabytes in the host's page cache on a slow disk. What has become durable until then need not be flushed again when
-/// it is tried again.
-const BESIDE_CLIENTS_MAX: Duration = Duration::from_secs(120);
-
-/// How long it is waited.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Bounds {
-    pub(super) beside_clients: Duration,
-    /// From their closing on.
-    pub(super) gates: Duration,
-}
-
-impl Default for Bounds {
-    fn default() -> Self {
-        Self { beside_clients: BESIDE_CLIENTS_MAX, gates: GATES_MAX }
-    }
-}
 
 impl Snapshots {
     /// Takes all of them at a moment at which nothing is in flight at any of them, and makes the `changes` of bitmaps at
@@ -147,9 +123,4 @@ impl Daemon {
             layer.set_options(NodeOptions { read_only: true, ..layer.options() });
         }
     }
-}
-
-fn undrained(nodes: &[Arc<Node>], limit: Duration) -> DaemonError {
-    let busy = nodes.iter().filter(|node| node.in_flight() > 0).map(|node| format!("'{}'", node.name()));
-    DaemonError::Undrained { nodes: busy.collect::<Vec<_>>().join(", "), limit }
 }
