@@ -13,8 +13,11 @@ use std::time::Duration;
 use bytes::BytesMut;
 use heliostat::front::nbd::ServerSettings;
 use heliostat_block::buffer::Buffer;
+use heliostat_block::nbd::Cookie;
 use heliostat_block::nbd::client_reply::Answered;
 use heliostat_block::nbd::client_request::Ask;
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::Durability;
 
 use common::wait;
 use nbd::{Guest, Memory, Served};
@@ -100,6 +103,28 @@ fn who_needs_more_than_is_left_gets_it_when_others_have_ended() {
         first.wait(cookie).unwrap();
     }
     let Ok(Answered::Data(buffer)) = second.wait(large) else { panic!("no data") };
+    assert_eq!(buffer[..], vec![7; DISK]);
+}
+
+/// Starts a write of the largest size, and sends the first half of its data.
+fn half_send(guest: &mut Guest) -> Cookie {
+    let range = ByteRange::new(0, DISK.try_into().unwrap()).unwrap();
+    guest.send(Ask::Write { range, durability: Durability::Cached }, &vec![7; DISK / 2]).unwrap()
+}
+
+#[test]
+fn a_write_that_is_half_here_is_received_to_its_end_whoever_waits() {
+    let (served, _) = tight(Duration::from_secs(3600));
+    let mut writers = [served.guest("disk"), served.guest("disk")];
+    let cookies = writers.each_mut().map(half_send);
+    // There is not enough left for this one, so it waits.
+    let mut third = served.guest("disk");
+    let large = third.send(Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) }, &[]).unwrap();
+    for (writer, cookie) in writers.iter_mut().zip(cookies) {
+        writer.stream.write_all(&vec![7; DISK / 2]).unwrap();
+        writer.wait(cookie).unwrap();
+    }
+    let Ok(Answered::Data(buffer)) = third.wait(large) else { panic!("no data") };
     assert_eq!(buffer[..], vec![7; DISK]);
 }
 

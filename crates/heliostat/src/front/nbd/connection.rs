@@ -367,7 +367,10 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             };
             self.count_held();
             let shared_room = self.share.room().saturating_sub(REQUEST_COST);
-            if shared_room == 0 && self.stage == Stage::Serving {
+            // What is being received is counted already: it must come to its end, or its memory waits for others
+            // who wait for that memory.
+            let is_receiving = self.requests.receiving() > 0;
+            if shared_room == 0 && !is_receiving && self.stage == Stage::Serving {
                 (self.is_full, self.is_starved) = (true, true);
                 return;
             }
