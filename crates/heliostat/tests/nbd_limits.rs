@@ -141,6 +141,16 @@ fn who_reads_nothing_is_given_up_when_others_wait_for_long() {
 }
 
 #[test]
+fn who_announces_data_and_sends_none_is_given_up_when_others_wait_for_long() {
+    let (served, _) = tight(Duration::from_millis(50));
+    let mut stalled = [served.guest("disk"), served.guest("disk")];
+    let _cookies = stalled.each_mut().map(half_send);
+    let mut guest = served.guest("disk");
+    let large = Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) };
+    assert!(matches!(guest.ask(large, &[]), Ok(Answered::Data(_))));
+}
+
+#[test]
 fn who_reads_nothing_is_left_alone_while_nobody_waits() {
     let (served, _) = tight(Duration::from_millis(20));
     let mut idle = served.guest("disk");
