@@ -45,7 +45,8 @@ pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
 pub const MEMORY_DEFAULT: u64 = 512 << 20;
 
 /// How long a client may neither read its answers nor send the data that it has announced while others wait for
-/// memory, when nothing is said. Longer than a guest is stopped to be looked at, shorter than what others' block layers take for an error.
+/// memory, when nothing is said. Longer than a guest is stopped to be looked at, shorter than what others' block layers
+/// take for an error.
 pub const SLOW_READER_TIME_DEFAULT: Duration = Duration::from_secs(20);
 
 /// How long to wait when the host has no descriptor left for a new connection.
