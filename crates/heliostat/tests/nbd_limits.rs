@@ -8,6 +8,7 @@ mod nbd;
 
 use std::io::{ErrorKind, Write};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -126,6 +127,20 @@ fn a_write_that_is_half_here_is_received_to_its_end_whoever_waits() {
     }
     let Ok(Answered::Data(buffer)) = third.wait(large) else { panic!("no data") };
     assert_eq!(buffer[..], vec![7; DISK]);
+}
+
+#[test]
+fn requests_by_the_thousand_are_all_answered_though_they_come_at_once() {
+    let (served, memory) = tight(Duration::from_secs(3600));
+    let mut guest = served.guest("disk");
+    let mut output = BytesMut::new();
+    let cookies: Vec<_> =
+        (0..5000).map(|_| guest.conversation.ask(Ask::Flush, &mut output).unwrap()).collect();
+    guest.stream.write_all(&output).unwrap();
+    for cookie in cookies {
+        guest.wait(cookie).unwrap();
+    }
+    assert_eq!(memory.flushes.load(Ordering::SeqCst), 5000);
 }
 
 #[test]

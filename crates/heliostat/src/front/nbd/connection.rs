@@ -30,6 +30,7 @@ use super::flights::{Awake, Flights};
 use super::greeting::handshake;
 use super::pace::Pace;
 use super::patience::Patience;
+use super::stint::Stint;
 use super::{Shared, until_stopped};
 use crate::serve::{Buffers, Permit, Permits, bytes_held, carry_out, detached};
 
@@ -58,10 +59,6 @@ const PINNING_MAX: usize = 16;
 
 /// A payload that fills less than this of its receive buffer counts as short.
 const PINNING_LEN: usize = RECEIVE_LEN / 4;
-
-/// How long a connection may go on while others sleep: so long, the thread looks neither at its ring nor at
-/// other sockets. Short beside a disk's request, long beside the cost of that look.
-const TURN_MAX: Duration = Duration::from_micros(50);
 
 /// Serves a client from its first byte to its last answer.
 pub(super) async fn serve(stream: Stream, shared: &Shared) {
@@ -147,9 +144,12 @@ struct Connection<'a, F, M> {
     flights: Flights<F>,
     /// Whether the next request must wait for others to end.
     is_full: bool,
+    /// Whether there may be more requests in the input: they were broken off for others' sake.
+    has_more: bool,
     /// Whether others must end for that, or read their answers.
     is_starved: bool,
     patience: Patience,
+    stint: Stint,
     last_answer: Instant,
     /// How the client reads its answers.
     reading: Pace,
@@ -187,8 +187,10 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             start,
             flights: Flights::new(),
             is_full: false,
+            has_more: false,
             is_starved: false,
             patience: Patience::new(),
+            stint: Stint::new(Instant::now()),
             last_answer: Instant::now(),
             reading: Pace::default(),
             sending: Pace::default(),
@@ -201,8 +203,8 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Does what can be done now. Ready when the connection is over.
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.awake.wake();
-        let began = Instant::now();
-        let mut now = began;
+        let mut now = Instant::now();
+        self.stint = Stint::new(now);
         loop {
             let has_moved = self.step(cx);
             let before = std::mem::replace(&mut now, Instant::now());
@@ -215,7 +217,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             }
             // Giving way costs a look at the ring, so it is done for others' sake, and for the ring's now and
             // then.
-            if !self.awake.is_alone() || now.duration_since(began) >= TURN_MAX {
+            if !self.awake.is_alone() || self.stint.is_over(now) {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -243,10 +245,10 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         }
         let mut has_moved = self.flights.poll_ended(cx);
         if self.stage.listens() {
-            if self.is_full {
+            if self.is_full || self.has_more {
                 self.take_requests(cx);
             }
-            has_moved |= self.receive(cx);
+            has_moved |= self.receive(cx) || self.has_more;
         }
         has_moved |= self.send();
         if !self.stage.listens() {
@@ -268,7 +270,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
 
     /// Receives what is there and starts what is in it. Says whether anything came.
     fn receive(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.is_full {
+        if self.is_full || self.has_more {
             return false;
         }
         let mut is_long = false;
@@ -307,6 +309,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Starts the requests in the input, as far as there is room for them.
     fn take_requests(&mut self, cx: &mut Context<'_>) {
         self.is_full = false;
+        self.has_more = false;
         self.is_starved = false;
         while self.stage.listens() {
             let Some(own_room) = self.room() else {
@@ -337,6 +340,11 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 Ok(Parsed::Incomplete) => return,
                 // After a violation nothing more can be understood; what came before it is answered.
                 Ok(Parsed::Disconnect) | Err(_) => self.stage = Stage::Ending,
+            }
+            // Those that end at once are bounded by nothing else. Who is to end soon goes through them all.
+            if self.stage == Stage::Serving && self.stint.is_over_after_one_more(Instant::now) {
+                self.has_more = true;
+                return;
             }
         }
     }

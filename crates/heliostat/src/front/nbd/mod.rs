@@ -11,6 +11,7 @@ mod flights;
 mod greeting;
 mod pace;
 mod patience;
+mod stint;
 
 use std::cell::Cell;
 use std::fmt;
