@@ -78,7 +78,7 @@ fn held_up_writes_of_one_guest_leave_something_for_the_others() {
     let (served, memory) = tight(Duration::from_secs(3600));
     memory.hold();
     let mut hog = served.guest("disk");
-    // As much as one may have where two share: a third is left.
+    // One may have half of all.
     let held: Vec<_> = (0..32).map(|index| hog.send_write(index * 1_048_576, &[7; MIB])).collect();
     memory.wait_started(30);
     let mut guest = served.guest("disk");

@@ -41,8 +41,8 @@ pub const CONNECTIONS_DEFAULT: usize = 100;
 /// the other side of the world needs two seconds.
 pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
 
-/// The memory that the connections of one server may hold together when nothing is said: eight that hold all that one
-/// may hold.
+/// The memory that the connections of one server may hold together when nothing is said: eight times what
+/// one may hold.
 pub const MEMORY_DEFAULT: u64 = 512 << 20;
 
 /// How long a client may neither read its answers nor send the data that it has announced while others wait for
