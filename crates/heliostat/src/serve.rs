@@ -200,7 +200,7 @@ pub async fn carry_out(seat: Arc<Seat>, buffers: Buffers, request: Request, perm
             }
         }
         Command::BlockStatus { range, extents, contexts } => {
-            match seat.contexts.describe(&tracked, range, &contexts).await {
+            match seat.contexts.describe(&tracked, range, extents, &contexts).await {
                 Ok(said) => reply.status(range, extents, &said),
                 Err(error) => fail(reply, &error),
             }

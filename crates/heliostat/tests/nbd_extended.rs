@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use heliostat::front::nbd::ServerSettings;
@@ -168,7 +169,11 @@ fn a_long_read_leaves_holes_out_unless_it_must_come_in_one() {
 }
 
 /// A disk with a hole in its first half, of which the other half cannot be read.
-struct Torn;
+#[derive(Default)]
+struct Torn {
+    /// How far it was asked for its layout.
+    looked: AtomicU64,
+}
 
 const HALF: u64 = 128 << 10;
 
@@ -220,6 +225,7 @@ impl Storage for Torn {
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        self.looked.fetch_max(range.end(), Ordering::SeqCst);
         let half = |start, end, status| {
             let range = ByteRange::from_bounds(start, end).intersection(range)?;
             Some(Extent { range, status })
@@ -230,9 +236,27 @@ impl Storage for Torn {
 }
 
 #[test]
+fn who_wants_one_piece_gets_all_of_it_and_nothing_behind_it_is_looked_for() {
+    let served = Served::start(ServerSettings::default());
+    let disk = Arc::<Torn>::default();
+    served.export("disk", served.node("disk", Arc::clone(&disk)));
+    let mut client = Bare::connect(&served);
+    let mut one = |offset: u64| {
+        let chunks = client.ask(cmd::BLOCK_STATUS, cmd_flag::REQ_ONE, offset, 2 * HALF - offset, &[]);
+        let [(1, 6, _, payload)] = &chunks[..] else { panic!("{chunks:?}") };
+        assert_eq!(payload[4..8], 1_u32.to_be_bytes());
+        u64::from_be_bytes(payload[8..16].try_into().unwrap())
+    };
+    assert_eq!(one(HALF - 4096), 4096);
+    assert!(disk.looked.load(Ordering::SeqCst) < 2 * HALF, "it looked at everything");
+    assert_eq!(one(0), HALF);
+    assert_eq!(one(HALF), HALF);
+}
+
+#[test]
 fn a_read_that_fails_in_the_middle_says_where() {
     let served = Served::start(ServerSettings::default());
-    served.export("disk", served.node("disk", Arc::new(Torn)));
+    served.export("disk", served.node("disk", Arc::<Torn>::default()));
     let mut client = Bare::connect(&served);
     let chunks = client.ask(cmd::READ, 0, 0, 2 * HALF, &[]);
     let [hole, (1, 0x8002, 0, failure)] = &chunks[..] else { panic!("{chunks:?}") };

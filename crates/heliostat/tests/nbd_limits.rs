@@ -8,13 +8,17 @@ mod nbd;
 
 use std::io::{ErrorKind, Write};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use heliostat::front::nbd::ServerSettings;
 use heliostat_block::buffer::Buffer;
+use heliostat_block::nbd::Cookie;
 use heliostat_block::nbd::client_reply::Answered;
 use heliostat_block::nbd::client_request::Ask;
+use heliostat_block::range::ByteRange;
+use heliostat_block::storage::Durability;
 
 use common::wait;
 use nbd::{Guest, Memory, Served};
@@ -74,7 +78,7 @@ fn held_up_writes_of_one_guest_leave_something_for_the_others() {
     let (served, memory) = tight(Duration::from_secs(3600));
     memory.hold();
     let mut hog = served.guest("disk");
-    // As much as one may have where two share: a third is left.
+    // One may have half of all.
     let held: Vec<_> = (0..32).map(|index| hog.send_write(index * 1_048_576, &[7; MIB])).collect();
     memory.wait_started(30);
     let mut guest = served.guest("disk");
@@ -103,6 +107,42 @@ fn who_needs_more_than_is_left_gets_it_when_others_have_ended() {
     assert_eq!(buffer[..], vec![7; DISK]);
 }
 
+/// Starts a write of the largest size, and sends the first half of its data.
+fn half_send(guest: &mut Guest) -> Cookie {
+    let range = ByteRange::new(0, DISK.try_into().unwrap()).unwrap();
+    guest.send(Ask::Write { range, durability: Durability::Cached }, &vec![7; DISK / 2]).unwrap()
+}
+
+#[test]
+fn a_write_that_is_half_here_is_received_to_its_end_whoever_waits() {
+    let (served, _) = tight(Duration::from_secs(3600));
+    let mut writers = [served.guest("disk"), served.guest("disk")];
+    let cookies = writers.each_mut().map(half_send);
+    // There is not enough left for this one, so it waits.
+    let mut third = served.guest("disk");
+    let large = third.send(Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) }, &[]).unwrap();
+    for (writer, cookie) in writers.iter_mut().zip(cookies) {
+        writer.stream.write_all(&vec![7; DISK / 2]).unwrap();
+        writer.wait(cookie).unwrap();
+    }
+    let Ok(Answered::Data(buffer)) = third.wait(large) else { panic!("no data") };
+    assert_eq!(buffer[..], vec![7; DISK]);
+}
+
+#[test]
+fn requests_by_the_thousand_are_all_answered_though_they_come_at_once() {
+    let (served, memory) = tight(Duration::from_secs(3600));
+    let mut guest = served.guest("disk");
+    let mut output = BytesMut::new();
+    let cookies: Vec<_> =
+        (0..5000).map(|_| guest.conversation.ask(Ask::Flush, &mut output).unwrap()).collect();
+    guest.stream.write_all(&output).unwrap();
+    for cookie in cookies {
+        guest.wait(cookie).unwrap();
+    }
+    assert_eq!(memory.flushes.load(Ordering::SeqCst), 5000);
+}
+
 #[test]
 fn who_reads_nothing_is_given_up_when_others_wait_for_long() {
     let (served, memory) = tight(Duration::from_millis(50));
@@ -113,6 +153,16 @@ fn who_reads_nothing_is_given_up_when_others_wait_for_long() {
     let large = Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) };
     assert!(matches!(guest.ask(large, &[]), Ok(Answered::Data(_))));
     drop(memory);
+}
+
+#[test]
+fn who_announces_data_and_sends_none_is_given_up_when_others_wait_for_long() {
+    let (served, _) = tight(Duration::from_millis(50));
+    let mut stalled = [served.guest("disk"), served.guest("disk")];
+    let _cookies = stalled.each_mut().map(half_send);
+    let mut guest = served.guest("disk");
+    let large = Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) };
+    assert!(matches!(guest.ask(large, &[]), Ok(Answered::Data(_))));
 }
 
 #[test]

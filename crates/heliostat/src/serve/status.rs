@@ -11,9 +11,16 @@ use heliostat_block::error::BlockError;
 use heliostat_block::limits::NBD_EXTENTS_MAX;
 use heliostat_block::named_bitmap::NamedBitmap;
 use heliostat_block::nbd::context::{Context, Described};
+use heliostat_block::nbd::request::ExtentsWanted;
 use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
 use heliostat_block::tracked::Tracked;
+
+/// How far is looked at first for a client that wants one piece: what a guest's file system has in one place mostly.
+const FIRST_LOOK: u64 = 64 << 10;
+
+/// How much further each look goes than the one before: four more for all of what 32 bits can ask for.
+const LOOK_GROWTH: u64 = 16;
 
 /// A bitmap that clients may ask for.
 #[derive(Clone, Debug)]
@@ -106,7 +113,8 @@ impl Contexts {
         })
     }
 
-    /// What the contexts with these ids say of `range`; each may stop early.
+    /// What the contexts with these ids say of `range`; each may stop early, and with [`ExtentsWanted::One`] does so
+    /// soon behind its first piece.
     ///
     /// # Errors
     /// What a node says.
@@ -114,28 +122,71 @@ impl Contexts {
         &self,
         tracked: &Tracked,
         range: ByteRange,
+        wanted: ExtentsWanted,
         ids: &[u32],
     ) -> Result<Vec<(u32, Vec<Described>)>, BlockError> {
         let mut said = Vec::with_capacity(ids.len());
         for id in ids {
-            let source = Context::index_of(*id).and_then(|index| self.0.get(index));
-            let described = match source {
-                Some(Source::Depth) => {
-                    let ends: Vec<u64> = chain(tracked.node()).skip(1).map(|node| node.size()).collect();
-                    Described::depths(&tracked.node().map(range).await?, &ends)
-                }
-                Some(Source::Bitmap(bitmap)) => {
-                    let found = bitmap.find(tracked.node());
-                    let bits: Option<Arc<DirtyBitmap>> = found.and_then(|(_, bitmap)| bitmap.bits);
-                    Described::dirty(range, bits.as_deref(), NBD_EXTENTS_MAX / ids.len())
-                }
-                // Ids are checked against what was offered.
-                Some(Source::Allocation) | None => {
-                    tracked.extents(range).await?.into_iter().map(Described::allocation).collect()
-                }
+            // Ids are checked against what was offered.
+            let index = Context::index_of(*id);
+            let source = index.and_then(|index| self.0.get(index)).unwrap_or(&Source::Allocation);
+            let described = match wanted {
+                ExtentsWanted::One => vec![source.first(tracked, range).await?],
+                ExtentsWanted::Many => source.describe(tracked, range, NBD_EXTENTS_MAX / ids.len()).await?,
             };
             said.push((*id, described));
         }
         Ok(said)
+    }
+}
+
+impl Source {
+    /// What it says of `range`: of a bitmap at most `max` pieces, of nodes as many as they say at once.
+    async fn describe(
+        &self,
+        tracked: &Tracked,
+        range: ByteRange,
+        max: usize,
+    ) -> Result<Vec<Described>, BlockError> {
+        match self {
+            Self::Depth => {
+                let ends: Vec<u64> = chain(tracked.node()).skip(1).map(|node| node.size()).collect();
+                Ok(Described::depths(&tracked.node().map(range).await?, &ends))
+            }
+            Self::Bitmap(bitmap) => {
+                let found = bitmap.find(tracked.node());
+                let bits: Option<Arc<DirtyBitmap>> = found.and_then(|(_, bitmap)| bitmap.bits);
+                Ok(Described::dirty(range, bits.as_deref(), max))
+            }
+            Self::Allocation => {
+                Ok(tracked.extents(range).await?.into_iter().map(Described::allocation).collect())
+            }
+        }
+    }
+
+    /// What it says of the start of `range`, which is not empty. Looks a short way first and then ever further, as
+    /// long as nothing else comes: so one piece costs no look at thousands behind it.
+    async fn first(&self, tracked: &Tracked, range: ByteRange) -> Result<Described, BlockError> {
+        let mut first = Described { range: ByteRange::from_bounds(range.offset(), range.offset()), flags: 0 };
+        let mut len = FIRST_LOOK;
+        while first.range.end() < range.end() {
+            let at = first.range.end();
+            let look = ByteRange::from_bounds(at, at.saturating_add(len).min(range.end()));
+            for piece in self.describe(tracked, look, 1).await? {
+                if first.range.is_empty() {
+                    first.flags = piece.flags;
+                }
+                if piece.flags != first.flags || piece.range.offset() != first.range.end() {
+                    return Ok(first);
+                }
+                first.range = ByteRange::from_bounds(range.offset(), piece.range.end());
+            }
+            // Who stops early has had enough.
+            if first.range.end() < look.end() {
+                break;
+            }
+            len = len.saturating_mul(LOOK_GROWTH);
+        }
+        Ok(first)
     }
 }

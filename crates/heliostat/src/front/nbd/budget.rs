@@ -1,9 +1,9 @@
 //! [`Budget`]: the memory that all connections of a server may hold together; [`Share`]: what one of them holds.
 //!
 //! What is held: data of requests in flight, payloads on their way, answers that wait for their client to read. A
-//! connection may have as much as would be left for the others: so however many clients read slowly or not at all,
-//! something remains. Who needs more than that waits in a queue, and is served in its turn. Stays on the server's
-//! thread; never blocks. Called by the connections' loops.
+//! connection may have as much as would then be left for the others: one alone half of all, the next half of the rest. So
+//! however many clients read slowly or not at all, something remains. Who needs more than that waits in a queue, and
+//! may have all that is free when it is the first there. Stays on the server's thread; never blocks. Called by the connections' loops.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -12,12 +12,12 @@ use std::task::Waker;
 
 use heliostat_block::limits::NBD_PAYLOAD_MAX;
 
-/// What those get who are not the next in the queue and hold nothing: a guest's usual request, so that guests go on
-/// one request at a time while somebody waits for much.
-const SMALL: u64 = 1 << 20;
-
 /// What a request counts for beside its data: the memory of what carries it out, and of its answer.
 pub(super) const REQUEST_COST: u64 = 4 << 10;
+
+/// What those get who are not the next in the queue and hold nothing: a guest's usual request of 1 MiB at most, so
+/// that guests go on one request at a time while somebody waits for much.
+const SMALL: u64 = (1 << 20) + REQUEST_COST;
 
 /// The memory that the connections of a server may hold together.
 #[derive(Debug)]
@@ -25,9 +25,19 @@ pub(super) struct Budget {
     max: u64,
     held: Cell<u64>,
     /// Who waits, by number, in the order in which they came.
-    queue: RefCell<VecDeque<(u64, Waker)>>,
+    queue: RefCell<VecDeque<Waiter>>,
     /// The number of the next connection.
     next: Cell<u64>,
+}
+
+/// A connection that waits.
+#[derive(Debug)]
+struct Waiter {
+    number: u64,
+    waker: Waker,
+    /// When more than this is free, it may go on though it is not the next. `None` when it must be that, or must get
+    /// rid of what it holds.
+    beside: Option<u64>,
 }
 
 /// What one connection holds.
@@ -53,7 +63,8 @@ enum Turn {
 fn room(max: u64, held: u64, own: u64, turn: Turn) -> u64 {
     let free = max.saturating_sub(held);
     match turn {
-        Turn::Free => free.saturating_sub(own),
+        // Of what it would hold then, and of what would be left, the first is not more.
+        Turn::Free => free.saturating_sub(own) / 2,
         Turn::Next => free,
         Turn::Later if own == 0 => free.min(SMALL),
         Turn::Later => 0,
@@ -74,10 +85,23 @@ impl Budget {
         Share { budget: Rc::clone(self), number, held: 0 }
     }
 
-    fn wake_next(&self) {
-        if let Some((_, waker)) = self.queue.borrow().front() {
-            waker.wake_by_ref();
+    /// Wakes those that may go on: the next, and those that need little and found less. Once each, until they queue
+    /// up again.
+    fn wake_waiters(&self) {
+        let free = self.free();
+        for (place, waiter) in self.queue.borrow_mut().iter_mut().enumerate() {
+            if place == 0 || waiter.beside.take_if(|beside| free > *beside).is_some() {
+                waiter.waker.wake_by_ref();
+            }
         }
+    }
+
+    fn free(&self) -> u64 {
+        self.max.saturating_sub(self.held.get())
+    }
+
+    fn is_next(&self, number: u64) -> bool {
+        self.queue.borrow().front().is_some_and(|waiter| waiter.number == number)
     }
 }
 
@@ -87,7 +111,7 @@ impl Share {
         let Budget { max, held, queue, .. } = &*self.budget;
         let turn = match queue.borrow().front() {
             None => Turn::Free,
-            Some((number, _)) if *number == self.number => Turn::Next,
+            Some(waiter) if waiter.number == self.number => Turn::Next,
             Some(_) => Turn::Later,
         };
         room(*max, held.get(), self.held, turn)
@@ -100,16 +124,22 @@ impl Share {
         let is_less = bytes < self.held;
         self.held = bytes;
         if is_less {
-            self.budget.wake_next();
+            self.budget.wake_waiters();
         }
     }
 
     /// Queues up, unless it has done so. `waker` is woken when there may be room.
     pub(super) fn wait(&self, waker: &Waker) {
+        let free = self.budget.free();
+        // Where all of a small request's was there and was not enough, more is no use.
+        let beside = (self.held == 0 && free < SMALL).then_some(free);
         let mut queue = self.budget.queue.borrow_mut();
-        match queue.iter_mut().find(|(number, _)| *number == self.number) {
-            Some((_, before)) => before.clone_from(waker),
-            None => queue.push_back((self.number, waker.clone())),
+        match queue.iter_mut().find(|waiter| waiter.number == self.number) {
+            Some(before) => {
+                before.waker.clone_from(waker);
+                before.beside = beside;
+            }
+            None => queue.push_back(Waiter { number: self.number, waker: waker.clone(), beside }),
         }
     }
 
@@ -117,22 +147,22 @@ impl Share {
     pub(super) fn stop_waiting(&self) {
         let mut queue = self.budget.queue.borrow_mut();
         let before = queue.len();
-        queue.retain(|(number, _)| *number != self.number);
+        queue.retain(|waiter| waiter.number != self.number);
         let has_left = queue.len() < before;
         drop(queue);
         if has_left {
-            self.budget.wake_next();
+            self.budget.wake_waiters();
         }
     }
 
     /// Says whether it is the first in the queue.
     pub(super) fn is_next(&self) -> bool {
-        self.budget.queue.borrow().front().is_some_and(|(number, _)| *number == self.number)
+        self.budget.is_next(self.number)
     }
 
     /// Says whether another connection waits.
     pub(super) fn others_wait(&self) -> bool {
-        self.budget.queue.borrow().iter().any(|(number, _)| *number != self.number)
+        self.budget.queue.borrow().iter().any(|waiter| waiter.number != self.number)
     }
 }
 
@@ -145,26 +175,87 @@ impl Drop for Share {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn a_connection_may_have_as_much_as_would_be_left() {
+    fn a_connection_may_have_as_much_as_would_then_be_left() {
         let table = [
-            (512, 0, 0, Turn::Free, 512),
-            (512, 100, 100, Turn::Free, 312),
+            (512, 0, 0, Turn::Free, 256 * MIB),
+            (512, 100, 100, Turn::Free, 156 * MIB),
             (512, 256, 256, Turn::Free, 0),
-            (512, 400, 0, Turn::Free, 112),
+            (512, 400, 0, Turn::Free, 56 * MIB),
             (512, 600, 0, Turn::Free, 0),
-            (512, 400, 300, Turn::Next, 112),
+            (512, 400, 300, Turn::Next, 112 * MIB),
             (512, 400, 300, Turn::Later, 0),
-            (512, 400, 0, Turn::Later, 1),
+            (512, 400, 0, Turn::Later, MIB + REQUEST_COST),
+            (512, 511, 0, Turn::Later, MIB),
             (512, 512, 0, Turn::Later, 0),
         ];
         for (max, held, own, turn, expected) in table {
-            assert_eq!(room(max * MIB, held * MIB, own * MIB, turn), expected * MIB, "{held} {own} {turn:?}");
+            let room = room(max * MIB, held * MIB, own * MIB, turn);
+            assert_eq!(room, expected, "{held} {own} {turn:?}");
+            let (own, left) = (own * MIB + room, (max * MIB).saturating_sub(held * MIB + room));
+            assert!(turn != Turn::Free || room == 0 || own <= left, "{held} {own}: not as much is left");
         }
+    }
+
+    /// What the largest request counts for.
+    const LARGEST: u64 = 32 * MIB + REQUEST_COST;
+
+    #[test]
+    fn the_smallest_budget_has_room_for_the_largest_request() {
+        let budget = Budget::new(0);
+        let [mut hog, next] = [budget.share(), budget.share()];
+        assert!(next.room() >= LARGEST, "alone");
+        // One takes all that it may, a little at a time.
+        while hog.room() > REQUEST_COST {
+            let held = hog.held + hog.room().min(64 << 10);
+            hog.hold(held);
+        }
+        assert!(next.room() < LARGEST, "half of what is left");
+        next.wait(Waker::noop());
+        assert!(next.room() >= LARGEST, "all that is left");
+    }
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+
+    impl Wake for Bell {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn freed_memory_wakes_the_next_and_those_that_need_little() {
+        let budget = Budget::new(0);
+        let [mut hog, first, small, mut busy, large] = std::array::from_fn(|_| budget.share());
+        let bells: [Arc<Bell>; 4] = Default::default();
+        let rung = || bells.each_ref().map(|bell| bell.0.swap(0, Ordering::SeqCst));
+        let wait = |share: &Share, bell: usize| share.wait(&Waker::from(Arc::clone(&bells[bell])));
+        busy.hold(MIB);
+        // It found room for a small request, and needs more.
+        wait(&first, 0);
+        wait(&large, 1);
+        hog.hold(budget.max - MIB);
+        wait(&small, 2);
+        wait(&busy, 3);
+        hog.hold(budget.max - 2 * MIB);
+        assert_eq!(rung(), [1, 0, 1, 0]);
+        hog.hold(budget.max - 3 * MIB);
+        assert_eq!(rung(), [1, 0, 0, 0], "it was woken and has not been here since");
+        assert!(small.room() > MIB);
+        small.stop_waiting();
+        assert_eq!(rung(), [1, 0, 0, 0]);
+        first.stop_waiting();
+        assert_eq!(rung(), [0, 1, 0, 0], "the next now");
     }
 
     #[test]
@@ -185,7 +276,7 @@ mod tests {
                 break;
             }
         }
-        assert!(budget.share().room() >= 4 * MIB, "{}", budget.share().room());
+        assert!(budget.share().room() >= 2 * MIB, "{}", budget.share().room());
     }
 
     #[test]
@@ -198,12 +289,12 @@ mod tests {
         first.wait(waker);
         assert!(first.others_wait() && second.others_wait() && guest.others_wait());
         assert_eq!(first.room(), 0, "not its turn");
-        assert_eq!(guest.room(), MIB);
+        assert_eq!(guest.room(), MIB + REQUEST_COST);
         assert!(second.room() > 20 * MIB);
         second.hold(20 * MIB);
         second.stop_waiting();
         assert!(first.room() > 3 * MIB && !first.others_wait(), "its turn now");
         drop(first);
-        assert!(guest.room() > 40 * MIB, "gone with all that it held, and its place in the queue");
+        assert!(guest.room() > 20 * MIB, "gone with all that it held, and its place in the queue");
     }
 }

@@ -7,19 +7,19 @@
 //! server's thread.
 
 use std::future::{Future, poll_fn};
-use std::io::{self, IoSlice};
+use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Bytes;
 use event_listener::EventListener;
 use futures_util::future::{Either, select};
 use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::LocalFuture;
 use heliostat_block::convert::u64_from;
-use heliostat_block::nbd::handshake::{Agreed, Handshake, Offers, Step, TlsPolicy};
+use heliostat_block::nbd::handshake::Agreed;
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
 use heliostat_host::stream::Stream;
@@ -27,15 +27,18 @@ use heliostat_host::stream::Stream;
 use super::budget::{REQUEST_COST, Share};
 use super::exports::Client;
 use super::flights::{Awake, Flights};
+use super::greeting::handshake;
+use super::pace::Pace;
 use super::patience::Patience;
-use super::{ServerTls, Shared, until_stopped};
+use super::stint::Stint;
+use super::{Shared, until_stopped};
 use crate::serve::{Buffers, Permit, Permits, bytes_held, carry_out, detached};
 
 /// How long answers are kept for a client that does not read them when its connection is to end.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(3);
 
 /// What one receive takes at most: 60 writes of 4 KiB, so that their cost is shared by many.
-const RECEIVE_LEN: usize = 256 << 10;
+pub(super) const RECEIVE_LEN: usize = 256 << 10;
 
 /// What one receive takes at most after a long payload: the next one is likely long too, and what is received
 /// before its length is known must be copied into its buffer.
@@ -57,10 +60,6 @@ const PINNING_MAX: usize = 16;
 /// A payload that fills less than this of its receive buffer counts as short.
 const PINNING_LEN: usize = RECEIVE_LEN / 4;
 
-/// How long a connection may go on while others sleep: so long, the thread looks neither at its ring nor at
-/// other sockets. Short beside a disk's request, long beside the cost of that look.
-const TURN_MAX: Duration = Duration::from_micros(50);
-
 /// Serves a client from its first byte to its last answer.
 pub(super) async fn serve(stream: Stream, shared: &Shared) {
     let mut input = Bytes::new();
@@ -78,74 +77,9 @@ pub(super) async fn serve(stream: Stream, shared: &Shared) {
     poll_fn(|cx| connection.turn(cx)).await;
 }
 
-/// Agrees with the client on an export, inside TLS where one of both wants that. `None` when the connection is to be
-/// closed.
-async fn handshake(
-    mut stream: Stream,
-    shared: &Shared,
-    input: &mut Bytes,
-) -> Option<(Stream, Client, Agreed)> {
-    let exports = &shared.exports;
-    let mut output = BytesMut::new();
-    let policy = shared.tls.as_ref().map_or(TlsPolicy::None, |tls| tls.policy);
-    let mut handshake = Handshake::new(&mut output).with_tls(policy);
-    loop {
-        send_all(&stream, &mut output).await.ok()?;
-        let (offered, offers) = exports.offers(stream.peer());
-        let offers = Offers { exports: &offers, shutting_down: exports.is_stopping() };
-        match handshake.step(input, offers, &mut output).ok()? {
-            Step::Answered => {}
-            Step::Incomplete => receive(&stream, &shared.buffers, input).await.ok()?,
-            Step::StartTls => {
-                send_all(&stream, &mut output).await.ok()?;
-                stream = start_tls(stream, shared.tls.as_ref()?).await?;
-            }
-            Step::Agreed(agreed) => {
-                let client = exports.enter(&offered[agreed.offer])?;
-                send_all(&stream, &mut output).await.ok()?;
-                return Some((stream, client, agreed));
-            }
-            Step::Aborted => {
-                send_all(&stream, &mut output).await.ok()?;
-                return None;
-            }
-        }
-    }
-}
-
-/// Goes over to TLS. `None` when that fails, or who is there is not let in.
-async fn start_tls(stream: Stream, tls: &ServerTls) -> Option<Stream> {
-    let stream = stream.accept_tls(&tls.credentials).await.ok()?;
-    tls.admits(stream.peer()).then_some(stream)
-}
-
-async fn send_all(stream: &Stream, output: &mut BytesMut) -> io::Result<()> {
-    while !output.is_empty() {
-        match stream.send_now(&[IoSlice::new(output)]) {
-            Ok(sent) => output.advance(sent),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-/// Waits until something has come, and appends it to `input`. The end of the stream is an error.
-async fn receive(stream: &Stream, buffers: &Buffers, input: &mut Bytes) -> io::Result<()> {
-    let mut buffer = None;
-    loop {
-        match receive_now(stream, buffers, &mut buffer, RECEIVE_LEN, input) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
-            Err(error) => return Err(error),
-        }
-    }
-}
-
 /// Appends what is there, at most `len` bytes, to `input`, which holds much less than [`RECEIVE_LEN`]. The
 /// memory is taken from `spare`, and left there when nothing came.
-fn receive_now(
+pub(super) fn receive_now(
     stream: &Stream,
     buffers: &Buffers,
     spare: &mut Option<Buffer>,
@@ -210,13 +144,20 @@ struct Connection<'a, F, M> {
     flights: Flights<F>,
     /// Whether the next request must wait for others to end.
     is_full: bool,
+    /// Whether there may be more requests in the input: they were broken off for others' sake.
+    has_more: bool,
     /// Whether others must end for that, or read their answers.
     is_starved: bool,
     patience: Patience,
+    stint: Stint,
     last_answer: Instant,
+    /// How the client reads its answers.
+    reading: Pace,
+    /// How it sends the payload that memory is kept for.
+    sending: Pace,
     changed: EventListener,
     last_answers: Option<LocalFuture<'static, ()>>,
-    /// When to look whether the client reads at all.
+    /// When to look whether the client gets on.
     slow: Option<LocalFuture<'static, ()>>,
 }
 
@@ -246,9 +187,13 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             start,
             flights: Flights::new(),
             is_full: false,
+            has_more: false,
             is_starved: false,
             patience: Patience::new(),
+            stint: Stint::new(Instant::now()),
             last_answer: Instant::now(),
+            reading: Pace::default(),
+            sending: Pace::default(),
             changed: shared.exports.listen(),
             last_answers: None,
             slow: None,
@@ -258,8 +203,8 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Does what can be done now. Ready when the connection is over.
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.awake.wake();
-        let began = Instant::now();
-        let mut now = began;
+        let mut now = Instant::now();
+        self.stint = Stint::new(now);
         loop {
             let has_moved = self.step(cx);
             let before = std::mem::replace(&mut now, Instant::now());
@@ -272,7 +217,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             }
             // Giving way costs a look at the ring, so it is done for others' sake, and for the ring's now and
             // then.
-            if !self.awake.is_alone() || now.duration_since(began) >= TURN_MAX {
+            if !self.awake.is_alone() || self.stint.is_over(now) {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -300,10 +245,10 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         }
         let mut has_moved = self.flights.poll_ended(cx);
         if self.stage.listens() {
-            if self.is_full {
+            if self.is_full || self.has_more {
                 self.take_requests(cx);
             }
-            has_moved |= self.receive(cx);
+            has_moved |= self.receive(cx) || self.has_more;
         }
         has_moved |= self.send();
         if !self.stage.listens() {
@@ -325,7 +270,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
 
     /// Receives what is there and starts what is in it. Says whether anything came.
     fn receive(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.is_full {
+        if self.is_full || self.has_more {
             return false;
         }
         let mut is_long = false;
@@ -333,7 +278,12 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             Some(room) => {
                 is_long = true;
                 let received = self.stream.recv_now(room);
-                self.requests.payload_received(received.as_ref().copied().unwrap_or(0));
+                let count = received.as_ref().copied().unwrap_or(0);
+                self.requests.payload_received(count);
+                self.sending.moved(count);
+                if self.requests.payload_room().is_none() {
+                    self.sending.rest();
+                }
                 received
             }
             None => {
@@ -359,6 +309,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
     /// Starts the requests in the input, as far as there is room for them.
     fn take_requests(&mut self, cx: &mut Context<'_>) {
         self.is_full = false;
+        self.has_more = false;
         self.is_starved = false;
         while self.stage.listens() {
             let Some(own_room) = self.room() else {
@@ -367,7 +318,10 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             };
             self.count_held();
             let shared_room = self.share.room().saturating_sub(REQUEST_COST);
-            if shared_room == 0 && self.stage == Stage::Serving {
+            // What is being received is counted already: it must come to its end, or its memory waits for others
+            // who wait for that memory.
+            let is_receiving = self.requests.receiving() > 0;
+            if shared_room == 0 && !is_receiving && self.stage == Stage::Serving {
                 (self.is_full, self.is_starved) = (true, true);
                 return;
             }
@@ -386,6 +340,11 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 Ok(Parsed::Incomplete) => return,
                 // After a violation nothing more can be understood; what came before it is answered.
                 Ok(Parsed::Disconnect) | Err(_) => self.stage = Stage::Ending,
+            }
+            // Those that end at once are bounded by nothing else. Who is to end soon goes through them all.
+            if self.stage == Stage::Serving && self.stint.is_over_after_one_more(Instant::now) {
+                self.has_more = true;
+                return;
             }
         }
     }
@@ -418,7 +377,10 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         let mut has_sent = false;
         while !self.replies.is_empty() {
             match self.replies.show(|slices| self.stream.send_now(slices)) {
-                Ok(sent) => self.replies.sent(sent),
+                Ok(sent) => {
+                    self.replies.sent(sent);
+                    self.reading.moved(sent);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => {
                     self.stage = Stage::Gone;
@@ -426,6 +388,9 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 }
             }
             has_sent = true;
+        }
+        if self.replies.is_empty() {
+            self.reading.rest();
         }
         if has_sent {
             self.last_answer = Instant::now();
@@ -469,26 +434,43 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             // Nobody wakes who has become the next only now.
             has_news |= !was_next && self.share.is_next();
         }
-        if self.replies.is_empty() {
-            self.slow = None;
-        } else {
+        if !self.replies.is_empty() {
             has_news |= pin!(self.stream.writable()).poll(cx).is_ready();
-            has_news |= self.is_given_up(cx);
         }
-        has_news
+        has_news | self.is_given_up(cx)
     }
 
-    /// Gives a client up that has read nothing for long, if others wait for the memory of its answers. Says whether
-    /// it did.
+    /// For how long the client has not got on with what only it can end; `None` where there is nothing like that.
+    fn lag(&mut self) -> Option<Duration> {
+        let is_reading = !self.replies.is_empty();
+        // While the server does not read, it is not the client's fault.
+        let is_sending = self.requests.receiving() > 0 && !self.is_full && self.stage.listens();
+        if !is_reading {
+            self.reading.rest();
+        }
+        if !is_sending {
+            self.sending.rest();
+        }
+        let now = (is_reading || is_sending).then(Instant::now)?;
+        let reading = is_reading.then(|| self.reading.lag(now));
+        reading.max(is_sending.then(|| self.sending.lag(now)))
+    }
+
+    /// Gives a client up that has long not got on, if others wait for the memory that is kept for it. Says whether it
+    /// did.
     fn is_given_up(&mut self, cx: &mut Context<'_>) -> bool {
         let (clock, patience) = (self.shared.clock, self.shared.slow_reader_time);
         loop {
+            let Some(lag) = self.lag() else {
+                self.slow = None;
+                return false;
+            };
             let slow = self.slow.get_or_insert_with(|| clock.sleep(patience));
             if slow.as_mut().poll(cx).is_pending() {
                 return false;
             }
             self.slow = None;
-            if self.last_answer.elapsed() >= patience && self.share.others_wait() {
+            if lag >= patience && self.share.others_wait() {
                 self.stage = Stage::Gone;
                 return true;
             }

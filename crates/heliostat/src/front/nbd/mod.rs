@@ -8,7 +8,10 @@ mod budget;
 mod connection;
 mod exports;
 mod flights;
+mod greeting;
+mod pace;
 mod patience;
+mod stint;
 
 use std::cell::Cell;
 use std::fmt;
@@ -38,12 +41,13 @@ pub const CONNECTIONS_DEFAULT: usize = 100;
 /// the other side of the world needs two seconds.
 pub const HANDSHAKE_TIME_DEFAULT: Duration = Duration::from_secs(10);
 
-/// The memory that the connections of one server may hold together when nothing is said: eight that hold all that one
-/// may hold.
+/// The memory that the connections of one server may hold together when nothing is said: eight times what
+/// one may hold.
 pub const MEMORY_DEFAULT: u64 = 512 << 20;
 
-/// How long a client may read nothing of its answers while others wait for memory, when nothing is said. Longer than
-/// a guest is stopped to be looked at, shorter than what others' block layers take for an error.
+/// How long a client may neither read its answers nor send the data that it has announced while others wait for
+/// memory, when nothing is said. Longer than a guest is stopped to be looked at, shorter than what others' block layers
+/// take for an error.
 pub const SLOW_READER_TIME_DEFAULT: Duration = Duration::from_secs(20);
 
 /// How long to wait when the host has no descriptor left for a new connection.
@@ -105,7 +109,8 @@ pub struct ServerSettings {
     /// The most bytes that all connections hold together: of requests in flight and of answers that are not read. At
     /// least two of the largest requests.
     pub memory_max: u64,
-    /// How long a client may read nothing of its answers while others wait for that memory.
+    /// How long a client may neither read its answers nor send the data that it has announced, beside a few bytes,
+    /// while others wait for that memory.
     pub slow_reader_time: Duration,
 }
 
