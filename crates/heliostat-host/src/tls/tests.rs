@@ -386,7 +386,28 @@ fn a_revoked_certificate_is_refused() {
         let (at_server, at_client) = refusals(&server(dir.path()), &client(dir.path()), "localhost").await;
         assert_eq!(at_server, "the peer's certificate was not accepted: it was revoked");
         assert_eq!(at_client, "the peer ended TLS: our certificate was revoked");
+        lost_revocations(dir.path()).await;
     });
+}
+
+/// What is no longer there to say so is revoked all the same.
+async fn lost_revocations(dir: &Path) {
+    let (server, client) = (server(dir), client(dir));
+    let list = dir.join("ca-crl.pem");
+    let bytes = fs::read(&list).unwrap();
+    let why = "the peer's certificate was not accepted: it was revoked";
+    fs::remove_file(&list).unwrap();
+    assert_eq!(refusals(&server, &client, "localhost").await.0, why);
+    assert!(server.trouble().unwrap().contains("ca-crl.pem: it was there and is gone"));
+    std::os::unix::fs::symlink("nowhere", &list).unwrap();
+    assert_eq!(refusals(&server, &client, "localhost").await.0, why);
+    assert!(server.trouble().unwrap().contains("ca-crl.pem: No such file or directory"));
+    let text = "Unable to access credentials ca-crl.pem: No such file or directory";
+    assert_refused(dir, Endpoint::Server, text);
+    fs::remove_file(&list).unwrap();
+    fs::write(&list, bytes).unwrap();
+    assert_eq!(refusals(&server, &client, "localhost").await.0, why);
+    assert_eq!(server.trouble(), None);
 }
 
 #[test]
