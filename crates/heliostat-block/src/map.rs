@@ -24,6 +24,8 @@ pub enum Content {
     Zero,
     /// Nothing, in any layer: zeroes.
     Hole,
+    /// Whatever a read finds, see [`ExtentStatus::Absent`].
+    Absent,
 }
 
 /// Where a range of a node is.
@@ -110,7 +112,11 @@ impl Node {
         let mut found = Vec::new();
         for Extent { range, status } in self.extents_of_layer(range).await? {
             // A hole of a file has its place in it.
-            let content = if status == ExtentStatus::Data { Content::Data } else { Content::Zero };
+            let content = match status {
+                ExtentStatus::Data => Content::Data,
+                ExtentStatus::Zero | ExtentStatus::Hole => Content::Zero,
+                ExtentStatus::Absent => Content::Absent,
+            };
             let offset = Some(raw.start() + range.offset());
             Mapping { range, depth: 0, content, offset }.append_to(&mut found);
         }

@@ -84,7 +84,7 @@ mod state {
     use std::cell::{Cell, RefCell};
 
     use super::Bug;
-    use crate::storage::{Extent, ExtentStatus};
+    use crate::storage::Extent;
 
     thread_local! {
         static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
@@ -104,7 +104,7 @@ mod state {
     }
 
     pub(crate) fn remember_holes(extents: &[Extent]) {
-        let holes = extents.iter().filter(|extent| extent.status != ExtentStatus::Data);
+        let holes = extents.iter().filter(|extent| !extent.status.may_hold_data());
         if is_planted(Bug::OldHoleBelieved) {
             OLD_HOLES.with_borrow_mut(|old| old.extend(holes));
         }

@@ -52,6 +52,17 @@ pub enum ExtentStatus {
     Zero,
     /// Not allocated in this layer: reads as zeroes, or as the backing node where there is one.
     Hole,
+    /// Said to hold nothing of its own, and may read as anything all the same: what a dirty bitmap that is shown in
+    /// the place of extents calls dirty. Stands in for no read.
+    Absent,
+}
+
+impl ExtentStatus {
+    /// Says whether only a read can tell what is there, all layers below included.
+    #[must_use]
+    pub const fn may_hold_data(self) -> bool {
+        matches!(self, Self::Data | Self::Absent)
+    }
 }
 
 /// A range with one status.

@@ -97,7 +97,7 @@ fn a_dirty_bitmap_shows_as_extents() {
     let storage = NbdStorage::open(options("qemu:dirty-bitmap:b0")).unwrap();
     let extents = run(Driver::Auto, storage.extents(range(0, MIB))).unwrap();
     let extents: Vec<_> = extents.iter().map(|extent| (extent.range, extent.status)).collect();
-    let (clean, dirty) = (ExtentStatus::Hole, ExtentStatus::Data);
+    let (clean, dirty) = (ExtentStatus::Data, ExtentStatus::Absent);
     let rest = range(192 << 10, MIB - (192 << 10));
     assert_eq!(extents, [(range(0, 128 << 10), clean), (range(128 << 10, 64 << 10), dirty), (rest, clean)]);
     let once = NbdOptions { open_timeout: Duration::ZERO, ..options("qemu:dirty-bitmap:b1") };

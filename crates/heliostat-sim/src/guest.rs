@@ -12,7 +12,7 @@ use heliostat_block::convert::usize_from;
 use heliostat_block::error::{BlockError, ErrorKind};
 use heliostat_block::graph::Place;
 use heliostat_block::range::ByteRange;
-use heliostat_block::storage::{Durability, ExtentStatus, ZeroEffort, ZeroSpace};
+use heliostat_block::storage::{Durability, ZeroEffort, ZeroSpace};
 use heliostat_block::tracked::Tracked;
 
 use crate::bench::{Bench, QUICK};
@@ -178,7 +178,7 @@ impl Guest {
         let zeroes: Vec<_> = answer
             .iter()
             .flatten()
-            .filter(|extent| extent.status != ExtentStatus::Data)
+            .filter(|extent| !extent.status.may_hold_data())
             .map(|extent| extent.range)
             .collect();
         if let Err(wrong) = self.bench.oracle().end_extents(&id, &zeroes) {

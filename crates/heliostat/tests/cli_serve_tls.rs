@@ -118,10 +118,15 @@ fn serve_says_which_file_is_missing_and_what_an_address_needs() {
     let said = refused(&["--nbd", socket, "--tls-dir", "/nonexistent"]);
     assert!(said.contains("--tls-dir: Unable to access credentials /nonexistent/ca-cert.pem"), "{said}");
     let said = refused(&["--nbd", "0.0.0.0:0"]);
-    assert!(said.contains("add TLS (--tls-dir)"), "{said}");
+    assert!(said.contains("add TLS that asks for certificates (--tls-dir"), "{said}");
     let said = refused(&["--nbd", "0.0.0.0:0", "--tls-dir", "/nonexistent", "--tls", "optional"]);
     assert!(said.contains("can be reached from other hosts"), "{said}");
+    let any = ["--nbd", "0.0.0.0:0", "--tls-dir", "/nonexistent", "--tls-any-client"];
+    let said = refused(&any);
+    assert!(said.contains("can be reached from other hosts"), "{said}");
     // Past the address, to the certificates.
+    let said = refused(&[&any[..], &["--allow-remote"]].concat());
+    assert!(said.contains("Unable to access credentials"), "{said}");
     let said = refused(&["--nbd", "0.0.0.0:0", "--tls-dir", "/nonexistent"]);
     assert!(said.contains("Unable to access credentials"), "{said}");
     let said = refused(&["--nbd", socket, "--tls-dir", "/nonexistent", "--tls-allow", "friend"]);

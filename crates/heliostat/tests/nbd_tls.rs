@@ -333,3 +333,25 @@ fn required_tls_may_be_reached_from_anywhere() {
     let refused = NbdServer::start(&anywhere, settings(&dir, TlsPolicy::Optional)).map(|_| ());
     assert_eq!(refused.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
 }
+
+#[test]
+fn tls_opens_an_address_to_other_hosts_only_where_it_asks_for_certificates() {
+    let authority = Authority::new("ca");
+    let start = |policy, peers| {
+        let settings = CredentialsSettings { dir: authority.server(), endpoint: Endpoint::Server, peers };
+        let credentials = Credentials::load(settings).unwrap();
+        let tls = Some(ServerTls { credentials, policy, admits: None });
+        let anywhere = Address::Tcp(SocketAddr::from(([0, 0, 0, 0], 0)));
+        NbdServer::start(&anywhere, ServerSettings { tls, ..ServerSettings::default() })
+            .map(|_| ())
+            .map_err(|error| error.kind())
+    };
+    assert_eq!(start(TlsPolicy::Required, PeerCheck::Required), Ok(()));
+    for (policy, peers) in [
+        (TlsPolicy::Required, PeerCheck::None),
+        (TlsPolicy::Optional, PeerCheck::Required),
+        (TlsPolicy::Optional, PeerCheck::None),
+    ] {
+        assert_eq!(start(policy, peers), Err(std::io::ErrorKind::PermissionDenied));
+    }
+}

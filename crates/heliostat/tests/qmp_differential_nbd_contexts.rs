@@ -279,3 +279,53 @@ fn a_raw_file_and_what_stands_on_it_has_the_same_map() {
         equal(&seen);
     }
 }
+
+/// QEMU shows what is dirty as a hole of which nothing is known, ours the same: nobody may take it for zeroes.
+#[test]
+fn an_export_of_a_node_that_shows_a_bitmap_has_the_bytes_and_the_bitmap() {
+    let (Some(qemu_nbd), Some(_)) = (common::tool("qemu-nbd"), common::tool("nbdinfo")) else { return };
+    let seen = Seen::default();
+    let servers = Mutex::new(Vec::new());
+    let mut script = Script::new();
+    script.extend([
+        Do(
+            "blockdev-add",
+            json!({
+                "driver": "nbd", "node-name": "n", "server": { "type": "unix", "path": "DIR/theirs" },
+                "read-only": true, "x-dirty-bitmap": "qemu:dirty-bitmap:saved",
+            }),
+        ),
+        serve(),
+        export("n", json!({ "name": "disk" })),
+        look(&seen, &["base:allocation"]),
+        Meanwhile(Box::new(|peer: &Peer| {
+            let uri = format!("nbd+unix:///disk?socket={}", peer.folder().join("nbd").display());
+            let reads = ["-c", "read -P 3 0 64k", "-c", "read -P 2 128k 64k", "-c", "read -P 3 1M 128k"];
+            // One that asks for pieces of which holes are left out, in one read of all of it.
+            let copy = peer.folder().join("copy");
+            let copied =
+                Command::new("nbdcopy").args(["--request-size=2097152", &uri]).arg(&copy).output().unwrap();
+            assert!(copied.status.success(), "{copied:?}");
+            for disk in [uri.as_str(), copy.to_str().unwrap()] {
+                let output =
+                    Command::new("qemu-io").args(["-r", "-f", "raw", disk]).args(reads).output().unwrap();
+                let text = String::from_utf8_lossy(&output.stdout);
+                assert!(output.status.success() && !text.contains("failed"), "{disk}: {text}");
+            }
+        })),
+    ]);
+    compare_on(&script, |peer| {
+        make_images(peer.folder());
+        let socket = peer.folder().join("theirs");
+        let mut command = Command::new(&qemu_nbd);
+        command.args(["-t", "-r", "-e", "0", "-f", "qcow2", "-B", "saved", "-k"]).arg(&socket);
+        let mut server =
+            common::process::Daemon::start(command.arg(peer.folder().join("top.qcow2"))).unwrap();
+        server.listens(&socket).unwrap();
+        servers.lock().unwrap().push(server);
+    });
+    let maps = seen.lock().unwrap();
+    let [ours, theirs] = &maps[..] else { panic!("{} looks", maps.len()) };
+    assert_eq!(ours, theirs);
+    assert!(ours[1].to_string().contains(r#""description":"hole""#), "{ours:?}");
+}

@@ -130,7 +130,7 @@ impl Route {
     /// `lacked` is what [`Route::lacks_backing`] said before the target was asked: it may have been given one since.
     pub(crate) fn reads_zero(&self, extent: &Extent, lacked: bool) -> bool {
         match extent.status {
-            ExtentStatus::Data => false,
+            ExtentStatus::Data | ExtentStatus::Absent => false,
             ExtentStatus::Zero => true,
             ExtentStatus::Hole => !lacked && !self.lacks_backing(),
         }
@@ -157,7 +157,9 @@ impl Route {
             let extents = extents.map_err(|e| (Operation::Read, e))?;
             for extent in extents.iter().filter_map(|e| Some((e.range.intersection(rest)?, e.status))) {
                 match extent {
-                    (part, ExtentStatus::Data) => self.copy_data(part, &mut copied).await?,
+                    (part, ExtentStatus::Data | ExtentStatus::Absent) => {
+                        self.copy_data(part, &mut copied).await?;
+                    }
                     (part, ExtentStatus::Zero | ExtentStatus::Hole) => self.zero(part, &mut copied).await?,
                 }
                 from = extent.0.end();

@@ -68,7 +68,7 @@ pub(crate) async fn scan(route: &Route, from: u64, belief: Belief) -> Result<Sca
         end = extent.range.end();
         match (extent.status, belief) {
             (ExtentStatus::Hole, _) if is_top => {}
-            (ExtentStatus::Data, _) | (_, Belief::Nothing) => dirty.push(extent.range),
+            (ExtentStatus::Data | ExtentStatus::Absent, _) | (_, Belief::Nothing) => dirty.push(extent.range),
             (ExtentStatus::Zero | ExtentStatus::Hole, Belief::AllZero) => {}
             (ExtentStatus::Zero | ExtentStatus::Hole, Belief::WhatItSays) => {
                 end = not_zero(route, extent.range, &mut dirty).await;

@@ -110,7 +110,8 @@ impl Conversation {
         }
     }
 
-    /// The same, where the context selected is a dirty bitmap: what is dirty counts as data, the rest as a hole.
+    /// The same, where the context selected is a dirty bitmap: what is dirty counts as
+    /// [`ExtentStatus::Absent`], the rest as data.
     #[must_use]
     pub const fn with_bitmap(mut self) -> Self {
         self.reads_bitmap = true;
@@ -455,9 +456,10 @@ fn fill(filled: &mut Vec<ByteRange>, range: ByteRange) -> Result<(), Violation> 
     Ok(())
 }
 
-/// What a dirty bitmap says.
+/// What a dirty bitmap says, as QEMU shows it: its bit where `base:allocation` has the one of a hole, and nothing of
+/// zeroes.
 fn dirt(flags: u64) -> ExtentStatus {
-    if flags & u64::from(STATE_DIRTY) != 0 { ExtentStatus::Data } else { ExtentStatus::Hole }
+    if flags & u64::from(STATE_DIRTY) != 0 { ExtentStatus::Absent } else { ExtentStatus::Data }
 }
 
 /// What `base:allocation` says. A hole that is not known to read as zeroes counts as data.

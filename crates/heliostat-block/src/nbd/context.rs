@@ -87,6 +87,7 @@ impl Described {
             ExtentStatus::Data => 0,
             ExtentStatus::Zero => state::ZERO,
             ExtentStatus::Hole => state::HOLE | state::ZERO,
+            ExtentStatus::Absent => state::HOLE,
         };
         Self { range: extent.range, flags }
     }

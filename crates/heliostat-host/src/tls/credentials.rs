@@ -12,7 +12,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use rustls::{ClientConfig, ServerConfig};
 
-use super::load::{self, Side};
+use super::load::{self, Loaded, Side};
 use crate::blocking::Share;
 
 /// Which part of a connection credentials are for.
@@ -64,6 +64,8 @@ type Tell = dyn Fn(&CredentialsError) + Send + Sync;
 
 struct InForce {
     side: Side,
+    /// Revocations are in force, which end with no file.
+    revokes: bool,
     /// Of the files when they were read last, successfully or not.
     stamps: Stamps,
 }
@@ -91,8 +93,8 @@ impl Credentials {
         tell: impl Fn(&CredentialsError) + Send + Sync + 'static,
     ) -> Result<Arc<Self>, CredentialsError> {
         let stamps = stamps(&settings);
-        let side = load::load(&settings)?;
-        let in_force = Mutex::new(InForce { side, stamps });
+        let Loaded { side, revokes } = load::load(&settings, false)?;
+        let in_force = Mutex::new(InForce { side, revokes, stamps });
         Ok(Arc::new(Self { settings, in_force, trouble: Mutex::default(), tell: Box::new(tell) }))
     }
 
@@ -111,7 +113,7 @@ impl Credentials {
     /// Takes files that have changed. Blocks; to be called on a thread that may.
     ///
     /// # Errors
-    /// When the changed ones cannot be used. The old ones stay in force. Said once for each change.
+    /// When the changed ones cannot be used, or a list of what is revoked is gone. The old ones stay in force. Said once for each change.
     pub fn refresh(&self) -> Result<(), CredentialsError> {
         self.renew(&mut self.in_force.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -122,12 +124,12 @@ impl Credentials {
             return Ok(());
         }
         in_force.stamps = stamps;
-        let loaded = load::load(&self.settings);
+        let loaded = load::load(&self.settings, in_force.revokes);
         *self.lock_trouble() = loaded.as_ref().err().map(ToString::to_string);
         if let Err(error) = &loaded {
             (self.tell)(error);
         }
-        in_force.side = loaded?;
+        Loaded { side: in_force.side, revokes: in_force.revokes } = loaded?;
         Ok(())
     }
 
@@ -182,7 +184,8 @@ fn stamps(settings: &CredentialsSettings) -> Stamps {
 }
 
 fn stamp(path: &Path) -> Stamp {
-    let data = std::fs::metadata(path).ok()?;
+    // A link that leads nowhere has a stamp of its own.
+    let data = std::fs::metadata(path).or_else(|_| std::fs::symlink_metadata(path)).ok()?;
     let (dev, inode, len) = (data.st_dev(), data.st_ino(), data.st_size());
     Some((dev, inode, len, data.st_mtime(), data.st_mtime_nsec(), data.st_ctime(), data.st_ctime_nsec()))
 }

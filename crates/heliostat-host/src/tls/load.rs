@@ -33,6 +33,13 @@ pub(super) enum Side {
     Client(Arc<ClientConfig>),
 }
 
+/// What the files make.
+pub(super) struct Loaded {
+    pub(super) side: Side,
+    /// Whether there is a list of what is revoked.
+    pub(super) revokes: bool,
+}
+
 type Result<T> = std::result::Result<T, CredentialsError>;
 
 /// The files of an endpoint: authorities, what they have revoked, certificate, key.
@@ -58,14 +65,16 @@ struct Authorities {
     path: PathBuf,
 }
 
-pub(super) fn load(settings: &CredentialsSettings) -> Result<Side> {
+/// Reads the files. `revokes`: there was a list of what is revoked before, so there must be one.
+pub(super) fn load(settings: &CredentialsSettings, revokes: bool) -> Result<Loaded> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let authorities = authorities(&settings.dir)?;
+    let authorities = authorities(&settings.dir, revokes)?;
+    let revokes = !authorities.revoked.is_empty();
     let identity = identity(settings)?;
     match (settings.endpoint, identity) {
         (Endpoint::Server, Some(identity)) => {
             let config = server(settings.peers, &authorities, identity, &provider)?;
-            Ok(Side::Server(Arc::new(config)))
+            Ok(Loaded { side: Side::Server(Arc::new(config)), revokes })
         }
         (Endpoint::Server, None) => {
             let [_, _, certificate, _] = file_names(Endpoint::Server);
@@ -77,7 +86,7 @@ pub(super) fn load(settings: &CredentialsSettings) -> Result<Side> {
         }
         (Endpoint::Client, identity) => {
             let config = client(settings.peers, &authorities, identity, &provider)?;
-            Ok(Side::Client(Arc::new(config)))
+            Ok(Loaded { side: Side::Client(Arc::new(config)), revokes })
         }
     }
 }
@@ -133,7 +142,7 @@ fn certificates(path: &Path, purpose: &str) -> Result<Vec<CertificateDer<'static
     Ok(found)
 }
 
-fn authorities(dir: &Path) -> Result<Authorities> {
+fn authorities(dir: &Path, revokes: bool) -> Result<Authorities> {
     let path = dir.join(CA_CERT);
     let purpose_of_it = purpose(CA_CERT);
     let mut roots = RootCertStore::empty();
@@ -154,7 +163,7 @@ fn authorities(dir: &Path) -> Result<Authorities> {
         return Err(error);
     }
     let crl_path = dir.join(CA_CRL);
-    let revoked = if crl_path.exists() {
+    let revoked = if is_there(&crl_path)? {
         let bytes = read(&crl_path, purpose(CA_CRL))?;
         let lists: std::result::Result<Vec<_>, _> =
             CertificateRevocationListDer::pem_slice_iter(&bytes).collect();
@@ -167,7 +176,26 @@ fn authorities(dir: &Path) -> Result<Authorities> {
     } else {
         Vec::new()
     };
+    if revokes && revoked.is_empty() {
+        return Err(CredentialsError(format!(
+            "Unable to access credentials {}: it was there and is gone, and what it revoked stays revoked (put it \
+             back; without revocations, an empty list)",
+            crl_path.display()
+        )));
+    }
     Ok(Authorities { roots: Arc::new(roots), revoked, path })
+}
+
+/// Says whether there is a file, or anything else of that name. What cannot be looked at is not taken for absent: a
+/// list of what was revoked would then count no longer.
+fn is_there(path: &Path) -> Result<bool> {
+    match path.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => {
+            Err(CredentialsError(format!("Unable to access credentials {}: {error}", path.display())))
+        }
+    }
 }
 
 /// Refuses a certificate whose time is not now.
@@ -199,7 +227,7 @@ fn check_time(path: &Path, certificate: &CertificateDer<'_>) -> Result<()> {
 fn identity(settings: &CredentialsSettings) -> Result<Option<Identity>> {
     let [_, _, certificate, key] = file_names(settings.endpoint);
     let (certificate_path, key_path) = (settings.dir.join(certificate), settings.dir.join(key));
-    if !certificate_path.exists() && !key_path.exists() {
+    if !is_there(&certificate_path)? && !is_there(&key_path)? {
         return Ok(None);
     }
     let chain = certificates(&certificate_path, purpose(certificate))?;

@@ -22,11 +22,16 @@ use rustls::pki_types::ServerName;
 use rustls::server::UnbufferedServerConnection;
 use rustls::{AlertDescription, CertificateError};
 
+use crate::runtime::yield_now;
 use crate::socket::Socket;
 use block::Block;
 pub use credentials::{Credentials, CredentialsError, CredentialsSettings, Endpoint, PeerCheck};
 use engine::{Engine, Say, Sink, Turn};
 pub use peer::Peer;
+
+/// How often one read may receive without finding a byte. A record of the longest kind takes one, one that had begun
+/// before it another.
+const RECEIVES_MAX: usize = 2;
 
 /// A byte stream inside TLS, used on one thread. Its handshake is over.
 ///
@@ -52,6 +57,8 @@ struct State {
     unreported: usize,
     /// There may be a whole record in the input.
     may_have_more: bool,
+    /// Much was received and brought nothing: other tasks are to have their turn before more is.
+    gives_way: bool,
     end: Option<End>,
 }
 
@@ -109,6 +116,7 @@ impl TlsStream {
             plain_read: 0,
             unreported: 0,
             may_have_more: true,
+            gives_way: false,
             end: None,
         };
         let mut stream = Self { socket, peer: None, state: RefCell::new(state) };
@@ -135,7 +143,11 @@ impl TlsStream {
             }
             match state.receive(&self.socket) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.socket.readable().await?,
-                result => result?,
+                // A handshake has a few flights, so this costs little; a peer that sends on and on is not alone here.
+                result => {
+                    result?;
+                    yield_now().await;
+                }
             }
         }
     }
@@ -149,7 +161,7 @@ impl TlsStream {
     /// Reads what is there, into `buffer`. 0 means that the peer has said that it will send no more.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing is there; `UnexpectedEof` when the stream ended without the peer's word, so
+    /// `WouldBlock` when nothing is there, or only records without a byte; `UnexpectedEof` when the stream ended without the peer's word, so
     /// that somebody may have cut it; `InvalidData` when the peer broke the rules or said that we did; else any
     /// of the host's.
     pub fn recv_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -157,7 +169,7 @@ impl TlsStream {
             return Ok(0);
         }
         let mut state = self.state.borrow_mut();
-        loop {
+        for receives in 0.. {
             let read = state.read_plain(buffer);
             if read > 0 {
                 return Ok(read);
@@ -171,9 +183,13 @@ impl TlsStream {
             match &state.end {
                 Some(End::Goodbye) => return Ok(0),
                 Some(end) => return Err(end.error()),
+                None if receives == RECEIVES_MAX => break,
                 None => state.receive(&self.socket)?,
             }
         }
+        // The peer sends records with nothing in them faster than they are read.
+        state.gives_way = true;
+        Err(io::ErrorKind::WouldBlock.into())
     }
 
     /// Writes as much of `slices`, one after the other, as there is room for.
@@ -204,6 +220,10 @@ impl TlsStream {
     /// # Cancel safety
     /// As [`Socket::readable`].
     pub async fn readable(&self) -> io::Result<()> {
+        if std::mem::take(&mut self.state.borrow_mut().gives_way) {
+            yield_now().await;
+            return Ok(());
+        }
         {
             let mut state = self.state.borrow_mut();
             if state.plain_read < state.plain.len() || state.may_have_more || state.end.is_some() {

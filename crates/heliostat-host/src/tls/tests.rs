@@ -386,7 +386,28 @@ fn a_revoked_certificate_is_refused() {
         let (at_server, at_client) = refusals(&server(dir.path()), &client(dir.path()), "localhost").await;
         assert_eq!(at_server, "the peer's certificate was not accepted: it was revoked");
         assert_eq!(at_client, "the peer ended TLS: our certificate was revoked");
+        lost_revocations(dir.path()).await;
     });
+}
+
+/// What is no longer there to say so is revoked all the same.
+async fn lost_revocations(dir: &Path) {
+    let (server, client) = (server(dir), client(dir));
+    let list = dir.join("ca-crl.pem");
+    let bytes = fs::read(&list).unwrap();
+    let why = "the peer's certificate was not accepted: it was revoked";
+    fs::remove_file(&list).unwrap();
+    assert_eq!(refusals(&server, &client, "localhost").await.0, why);
+    assert!(server.trouble().unwrap().contains("ca-crl.pem: it was there and is gone"));
+    std::os::unix::fs::symlink("nowhere", &list).unwrap();
+    assert_eq!(refusals(&server, &client, "localhost").await.0, why);
+    assert!(server.trouble().unwrap().contains("ca-crl.pem: No such file or directory"));
+    let text = "Unable to access credentials ca-crl.pem: No such file or directory";
+    assert_refused(dir, Endpoint::Server, text);
+    fs::remove_file(&list).unwrap();
+    fs::write(&list, bytes).unwrap();
+    assert_eq!(refusals(&server, &client, "localhost").await.0, why);
+    assert_eq!(server.trouble(), None);
 }
 
 #[test]
@@ -500,4 +521,86 @@ fn nothing_is_kept_for_a_stream_that_waits() {
         assert!(server.state.borrow().input.has_no_memory());
         assert!(server.state.borrow().output.has_no_memory());
     });
+}
+
+/// How many records in which there is nothing to read are sent: of 40 bytes each.
+const NOTHINGS: u64 = 100_000;
+
+/// A session's ticket: a server may send as many as it likes. Of empty records rustls takes only a few.
+const TICKET: [u8; 19] = [4, 0, 0, 14, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 7, 0, 0, 22];
+
+/// Sends records without a byte to read, all ready before the first goes, so that the socket is full all the while.
+/// rustls would not make them, so it gives its key away.
+async fn send_nothing(server: &TlsStream, spare: Engine) {
+    use aws_lc_rs::aead;
+    let Engine::Server(connection) = std::mem::replace(&mut server.state.borrow_mut().engine, spare) else {
+        panic!("a server")
+    };
+    #[expect(deprecated, reason = "there are neither tickets nor new keys here")]
+    let secrets = connection.dangerous_extract_secrets().unwrap();
+    let (first, rustls::ConnectionTrafficSecrets::Aes256Gcm { key, iv }) = secrets.tx else {
+        panic!("another cipher")
+    };
+    let key = aead::LessSafeKey::new(aead::UnboundKey::new(&aead::AES_256_GCM, key.as_ref()).unwrap());
+    let mut records = Vec::new();
+    for number in first..first + NOTHINGS {
+        let header = [23, 3, 3, 0, 35];
+        let mut nonce: [u8; 12] = iv.as_ref().try_into().unwrap();
+        nonce[4..].iter_mut().zip(number.to_be_bytes()).for_each(|(byte, of_number)| *byte ^= of_number);
+        let mut sealed = TICKET.to_vec();
+        let nonce = aead::Nonce::assume_unique_for_key(nonce);
+        key.seal_in_place_append_tag(nonce, aead::Aad::from(header), &mut sealed).unwrap();
+        records.extend_from_slice(&header);
+        records.extend_from_slice(&sealed);
+    }
+    let mut rest = &records[..];
+    while !rest.is_empty() {
+        match server.socket.send_now(&[IoSlice::new(rest)]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                server.socket.writable().await.unwrap();
+            }
+            // Nobody reads any more.
+            Err(_) => return,
+            Ok(count) => rest = &rest[count..],
+        }
+    }
+}
+
+#[test]
+fn records_without_a_byte_do_not_keep_the_thread_from_others() {
+    for driver in BOTH {
+        let dir = folder(&ca("ca"));
+        let path = dir.path().to_owned();
+        let (one, other) = Socket::pair().unwrap();
+        let other = other.detach();
+        let peer = std::thread::spawn(move || {
+            block_on_with(driver, async move {
+                let mut config = server(&path).server().await.unwrap();
+                Arc::make_mut(&mut config).enable_secret_extraction = true;
+                let engine = || Engine::Server(UnbufferedServerConnection::new(Arc::clone(&config)).unwrap());
+                let server = TlsStream::new(other.attach(), engine()).await.unwrap();
+                send_nothing(&server, engine()).await;
+            })
+            .unwrap();
+        });
+        block_on_with(driver, async {
+            let client = TlsStream::connect(one, &client(dir.path()), "localhost").await.unwrap();
+            // Else it would be a look at an empty socket.
+            client.socket.readable().await.unwrap();
+            let mut buffer = [0; 16];
+            let reads = std::pin::pin!(recv(&client, &mut buffer));
+            let others = std::pin::pin!(async {
+                for _ in 0..5 {
+                    crate::runtime::yield_now().await;
+                }
+            });
+            if let futures_util::future::Either::Left((read, _)) =
+                futures_util::future::select(reads, others).await
+            {
+                panic!("all was read before a turn: {read:?}");
+            }
+        })
+        .unwrap();
+        peer.join().unwrap();
+    }
 }

@@ -13,7 +13,7 @@ use heliostat_block::convert::usize_from;
 use heliostat_block::driver::Preallocation;
 use heliostat_block::error::BlockError;
 use heliostat_block::range::ByteRange;
-use heliostat_block::storage::{Durability, ExtentStatus, ZeroEffort, ZeroSpace};
+use heliostat_block::storage::{Durability, ZeroEffort, ZeroSpace};
 
 use super::bench::Bench;
 use crate::oracle::Put;
@@ -220,7 +220,7 @@ impl Client {
             .iter()
             .flatten()
             .flatten()
-            .filter(|extent| extent.status != ExtentStatus::Data)
+            .filter(|extent| !extent.status.may_hold_data())
             .map(|extent| extent.range)
             .collect();
         let checked = bench.oracle().end_extents(&id, &zeroes);

@@ -53,7 +53,7 @@ pub enum Scheme {
 pub enum Reach {
     /// Programs on this host.
     Loopback,
-    /// Anybody who can reach this host (`--allow-remote`, or TLS).
+    /// Anybody who can reach this host (`--allow-remote`, or TLS that asks for certificates).
     Anybody,
 }
 
@@ -87,7 +87,8 @@ impl fmt::Display for AddressError {
             Self::Remote(address) => write!(
                 f,
                 "{address} can be reached from other hosts, and NBD asks nobody for a password; \
-                 add TLS (--tls-dir), or --allow-remote if plain text for anybody is what you want"
+                 add TLS that asks for certificates (--tls-dir without --tls-any-client), or --allow-remote if \
+                 anybody may come"
             ),
         }
     }

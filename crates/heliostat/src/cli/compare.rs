@@ -17,7 +17,7 @@ use heliostat_block::convert::{u64_from, usize_from};
 use heliostat_block::error::BlockError;
 use heliostat_block::node::Node;
 use heliostat_block::range::ByteRange;
-use heliostat_block::storage::{Extent, ExtentStatus};
+use heliostat_block::storage::Extent;
 use heliostat_host::runtime::block_on;
 use serde_json::json;
 
@@ -246,7 +246,7 @@ impl Side {
             self.ahead = self.node.enter().await.extents(rest).await?.into();
         }
         Ok(match self.ahead.front() {
-            Some(extent) => (extent.status == ExtentStatus::Data, extent.range.end()),
+            Some(extent) => (extent.status.may_hold_data(), extent.range.end()),
             None => (true, self.node.size()),
         })
     }

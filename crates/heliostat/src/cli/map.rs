@@ -70,7 +70,7 @@ fn to_json(mapping: &Mapping) -> Value {
         "length": mapping.range.len(),
         "depth": mapping.depth,
         "present": mapping.content != Content::Hole,
-        "zero": !is_data || mapping.content == Content::Hollow,
+        "zero": matches!(mapping.content, Content::Hollow | Content::Zero | Content::Hole),
         "data": is_data,
         "compressed": mapping.content == Content::Compressed,
     });
@@ -104,7 +104,7 @@ fn table(mappings: &[Mapping], files: &[String]) -> String {
         let place = match (mapping.content, mapping.offset) {
             (Content::Data, Some(offset)) => hex(offset),
             (Content::Data | Content::Compressed, _) => "compressed".to_owned(),
-            (Content::Hollow | Content::Zero | Content::Hole, _) => continue,
+            (Content::Hollow | Content::Zero | Content::Hole | Content::Absent, _) => continue,
         };
         let file = files.get(mapping.depth).map_or("", String::as_str);
         let (start, len) = (hex(mapping.range.offset()), hex(mapping.range.len()));

@@ -42,7 +42,7 @@ pub struct Offer {
     /// yet; default 512M
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size, requires = "nbd")]
     nbd_memory: Option<u64>,
-    /// Let other hosts reach a TCP address without TLS. NBD asks nobody for a password
+    /// Let other hosts reach a TCP address without TLS, or with --tls-any-client. NBD asks nobody for a password
     #[arg(long)]
     allow_remote: bool,
     #[command(flatten)]
@@ -94,8 +94,11 @@ impl Offer {
     /// # Errors
     /// When nothing can listen there, or it must be asked for.
     pub fn resolve(&self) -> Result<Vec<NbdAddress>> {
-        let reach =
-            if self.allow_remote || self.tls.is_required() { Reach::Anybody } else { Reach::Loopback };
+        let reach = if self.allow_remote || self.tls.keeps_strangers_out() {
+            Reach::Anybody
+        } else {
+            Reach::Loopback
+        };
         let mut addresses = Vec::new();
         for endpoint in &self.nbd {
             addresses.extend(endpoint.resolve(reach).context("--nbd")?);

@@ -26,7 +26,7 @@ pub struct Tls {
     /// Let in only whoever's certificate has this distinguished name or fingerprint; may be given again
     #[arg(long, value_name = "C=GB,O=Example,CN=client|sha256:DIGITS", requires = "tls_dir")]
     tls_allow: Vec<Client>,
-    /// Ask clients for no certificate: whoever can connect is let in
+    /// Ask clients for no certificate: whoever can connect is let in, from other hosts only with --allow-remote
     #[arg(long, requires = "tls_dir", conflicts_with = "tls_allow")]
     tls_any_client: bool,
 }
@@ -40,10 +40,10 @@ enum Need {
 }
 
 impl Tls {
-    /// Whether nobody is served without TLS.
+    /// Whether nobody is served without TLS and a certificate.
     #[must_use]
-    pub fn is_required(&self) -> bool {
-        self.tls_dir.is_some() && self.tls == Need::Required
+    pub fn keeps_strangers_out(&self) -> bool {
+        self.tls_dir.is_some() && self.tls == Need::Required && !self.tls_any_client
     }
 
     /// Whether there is TLS at all.

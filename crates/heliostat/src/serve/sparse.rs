@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use heliostat_block::range::ByteRange;
-use heliostat_block::storage::{Extent, ExtentStatus};
+use heliostat_block::storage::Extent;
 
 /// Shorter reads cost less than the look.
 pub const LEN_MIN: u64 = 64 << 10;
@@ -91,7 +91,7 @@ fn holes(range: ByteRange, extents: &[Extent]) -> Vec<ByteRange> {
         if extent.range.offset() > at || end <= at {
             break;
         }
-        if extent.status != ExtentStatus::Data {
+        if !extent.status.may_hold_data() {
             match joined.last_mut() {
                 Some(last) if last.end() == at => *last = ByteRange::from_bounds(last.offset(), end),
                 _ => joined.push(ByteRange::from_bounds(at, end)),
@@ -114,7 +114,7 @@ fn holes(range: ByteRange, extents: &[Extent]) -> Vec<ByteRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ExtentStatus::{Data, Hole, Zero};
+    use heliostat_block::storage::ExtentStatus::{self, Absent, Data, Hole, Zero};
 
     const K: u64 = 1 << 10;
 
@@ -135,6 +135,7 @@ mod tests {
         let all = range(10, 256 * K);
         assert_eq!(plan_of(&[]), [Step::Read(all)]);
         assert_eq!(plan_of(&[(10, 256 * K, Data)]), [Step::Read(all)]);
+        assert_eq!(plan_of(&[(10, 256 * K, Absent)]), [Step::Read(all)]);
         assert_eq!(plan_of(&[(0, 999 * K, Hole)]), [Step::Hole(all)]);
         assert_eq!(
             plan_of(&[(10, 64 * K, Hole)]),

@@ -120,8 +120,7 @@ impl Qcow2 {
             };
             let from = at;
             for Extent { range, status } in extents {
-                let status =
-                    if status == ExtentStatus::Data { ExtentStatus::Data } else { ExtentStatus::Zero };
+                let status = if status.may_hold_data() { ExtentStatus::Data } else { ExtentStatus::Zero };
                 at = range.end().min(end);
                 let range = ByteRange::from_bounds(guest(range.offset()), guest(at));
                 append(&mut found, Extent { range, status });

@@ -12,7 +12,7 @@ use super::state::{Attempt, State};
 use crate::buffer::Buffer;
 use crate::convert::usize_from;
 use crate::range::ByteRange;
-use crate::storage::{Durability, ExtentStatus, IoFuture, ZeroSpace};
+use crate::storage::{Durability, IoFuture, ZeroSpace};
 
 /// Clusters that are changed at once, while the lock is held: some tens of microseconds.
 const CLUSTERS_AT_ONCE: u64 = 512;
@@ -266,7 +266,7 @@ impl Qcow2 {
             let Some(backing) = self.backing() else { return Ok(false) };
             let extents = backing.extents_below(below).await.map_err(io::Error::from)?;
             let is_all = extents.last().is_some_and(|last| last.range.end() >= below.end());
-            if !is_all || extents.iter().any(|extent| extent.status == ExtentStatus::Data) {
+            if !is_all || extents.iter().any(|extent| extent.status.may_hold_data()) {
                 return Ok(false);
             }
         }

@@ -27,7 +27,7 @@ pub use heliostat_block::nbd::handshake::TlsPolicy;
 use heliostat_host::clock::RealClock;
 use heliostat_host::runtime::{Thread, spawn_local};
 use heliostat_host::socket::{Address, Listener, Socket};
-use heliostat_host::tls::{Credentials, Peer};
+use heliostat_host::tls::{Credentials, Peer, PeerCheck};
 
 use crate::serve::Buffers;
 use budget::Budget;
@@ -78,6 +78,11 @@ pub struct ServerTls {
 pub type Admits = Arc<dyn Fn(&Peer) -> bool + Send + Sync>;
 
 impl ServerTls {
+    /// Whether nobody is served without TLS and a certificate.
+    fn keeps_strangers_out(&self) -> bool {
+        self.policy == TlsPolicy::Required && self.credentials.settings().peers == PeerCheck::Required
+    }
+
     /// Says whether whoever has set up TLS is let in. Nobody is who has shown no certificate where there is a rule.
     fn admits(&self, peer: Option<&Peer>) -> bool {
         self.admits.as_ref().is_none_or(|admits| peer.is_some_and(|peer| admits(peer)))
@@ -96,7 +101,7 @@ impl fmt::Debug for ServerTls {
 /// How a server is to be.
 #[derive(Clone, Debug)]
 pub struct ServerSettings {
-    /// Who may reach it. Where TLS is required, anybody may.
+    /// Who may reach it. Where TLS is required, and a certificate of who comes, anybody may.
     pub reach: Reach,
     /// Whether clients may speak to it inside TLS, or must.
     pub tls: Option<ServerTls>,
@@ -361,7 +366,7 @@ async fn accept_any(listeners: &[Listener], turn: &mut usize) -> io::Result<Sock
 fn check_reach(address: &Address, settings: &ServerSettings) -> io::Result<()> {
     if let (Address::Tcp(socket), Reach::Local) = (address, settings.reach)
         && !socket.ip().is_loopback()
-        && settings.tls.as_ref().is_none_or(|tls| tls.policy != TlsPolicy::Required)
+        && !settings.tls.as_ref().is_some_and(ServerTls::keeps_strangers_out)
     {
         let message = format!("{address} can be reached from other hosts, which was not asked for");
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
