@@ -54,6 +54,13 @@ pub const NBD_LINE_REQUESTS_MAX: usize = 128;
 /// be killed by it for ever.
 pub const NBD_REPLAYS_MAX: u32 = 32;
 
+/// Connections beside others that a server may close before it has answered anything on them, within
+/// [`NBD_UNWELCOME_TIME`] of their making, before it gets one only: each costs all others.
+pub const NBD_UNWELCOME_MAX: u32 = 3;
+
+/// See [`NBD_UNWELCOME_MAX`]. Long enough for a server that looks at the connection in a busy thread first.
+pub const NBD_UNWELCOME_TIME: Duration = Duration::from_secs(1);
+
 /// The pause before the second attempt to reach an NBD server again; the first is made at once. Each is twice the
 /// one before.
 pub const RECONNECT_PAUSE_FIRST: Duration = Duration::from_millis(100);

@@ -204,10 +204,25 @@ impl Engine {
     /// Closes connections that owe what nobody needs.
     fn cut_overdue(&mut self, now: Moment) {
         for line in self.link.overdue(now) {
-            self.places[line] = Place::Empty;
-            let jitter = self.throw();
-            self.link.cut(line, "it did not answer, and was given up", now, jitter);
-            self.tell(now);
+            self.cut(line, "it did not answer, and was given up", now);
+        }
+    }
+
+    /// Closes a connection that is lost, and those that the link wants no more for that.
+    fn cut(&mut self, line: usize, reason: &str, now: Moment) {
+        self.places[line] = Place::Empty;
+        let jitter = self.throw();
+        self.link.cut(line, reason, now, jitter);
+        self.sweep();
+        self.tell(now);
+    }
+
+    /// Closes the connections that the link does not want any more.
+    fn sweep(&mut self) {
+        for (line, place) in self.places.iter_mut().enumerate() {
+            if !self.link.is_wanted(line) {
+                *place = Place::Empty;
+            }
         }
     }
 
@@ -272,10 +287,7 @@ impl Engine {
                 Ok(moved) => has_moved |= moved,
                 Err(reason) => {
                     has_moved = true;
-                    self.places[line] = Place::Empty;
-                    let jitter = self.throw();
-                    self.link.cut(line, &reason, now, jitter);
-                    self.tell(now);
+                    self.cut(line, &reason, now);
                 }
             }
         }
