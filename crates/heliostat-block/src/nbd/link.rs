@@ -16,6 +16,7 @@
 //! with it, and made again.
 
 mod again;
+mod cut;
 mod given_up;
 mod request;
 mod status;
@@ -36,7 +37,7 @@ use super::outbox::Outbox;
 use super::wire::transmission_flag;
 use super::{Cookie, Violation};
 use crate::clock::Moment;
-use crate::limits::{NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX, NBD_UNWELCOME_MAX, NBD_UNWELCOME_TIME};
+use crate::limits::{NBD_LINE_REQUESTS_MAX, NBD_UNWELCOME_MAX};
 
 /// How a link is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +96,8 @@ pub struct Link {
     since: Moment,
     /// What was found when it first came up. Everything later is held to it.
     found: Option<Found>,
+    /// Whether the server said, on the connection that was made last, that several make no difference.
+    is_shared: bool,
     lines: Vec<Line>,
     requests: BTreeMap<Ticket, Request>,
     /// Those that no connection has; in their order.
@@ -130,6 +133,7 @@ impl Link {
             phase: Phase::Opening,
             since: now,
             found: None,
+            is_shared: false,
             lines,
             requests: BTreeMap::new(),
             queue: BTreeSet::new(),
@@ -288,11 +292,8 @@ impl Link {
 
     /// How many connections are wanted: one, and the others beside it.
     fn wanted_lines(&self) -> usize {
-        let is_shared = self.found.as_ref().is_some_and(|found| {
-            found.flags & transmission_flag::CAN_MULTI_CONN != 0
-                && matches!(self.phase, Phase::Up)
-                && self.unwelcome < NBD_UNWELCOME_MAX
-        });
+        let is_shared =
+            self.is_shared && matches!(self.phase, Phase::Up) && self.unwelcome < NBD_UNWELCOME_MAX;
         match self.phase {
             Phase::Closed => 0,
             _ if is_shared => self.lines.len(),
@@ -305,8 +306,8 @@ impl Link {
     /// A connection was made, and this is what was found there.
     ///
     /// # Errors
-    /// What is not as it was; the connection is to be closed then, and counts as failed. `jitter` is any number, another
-    /// one each time.
+    /// What is not as it was; the connection is to be closed then, and counts as failed, and all that the link does not
+    /// want any more ([`Link::is_wanted`]). `jitter` is any number, another one each time.
     pub fn connected(&mut self, line: usize, found: Found, now: Moment, jitter: u32) -> Result<(), String> {
         if let Some(first) = &self.found
             && let Err(change) = compare(first, &found)
@@ -316,6 +317,14 @@ impl Link {
                 self.was_there = false;
             }
             self.rest(line, now, jitter);
+            return Err(change);
+        }
+        self.is_shared = found.flags & transmission_flag::CAN_MULTI_CONN != 0;
+        if !self.is_shared && self.up().next().is_some() {
+            let change = "the server allows one connection only now".to_owned();
+            self.cut_all(&change, now, jitter);
+            self.rest(line, now, jitter);
+            self.go_down(&change, true, now);
             return Err(change);
         }
         let conversation = Conversation::new(&found);
@@ -346,58 +355,6 @@ impl Link {
             self.was_there = false;
         }
         self.rest(line, now, jitter);
-    }
-
-    /// A connection was lost, and all others with it (see the module): all of them are to be closed, also those that are
-    /// being made. What was in flight is sent again. `jitter` as for [`Link::connected`].
-    pub fn cut(&mut self, line: usize, reason: &str, now: Moment, jitter: u32) {
-        let Some(talk) = self.lines[line].talk() else { return };
-        let is_early = !talk.has_answered && now < talk.since + NBD_UNWELCOME_TIME;
-        let has_others = self.up().count() > 1;
-        if has_others && is_early {
-            self.unwelcome = self.unwelcome.saturating_add(1);
-        }
-        self.cut_all(reason, now, jitter);
-        self.rest(line, now, jitter);
-        if matches!(self.phase, Phase::Up) {
-            self.was_there = has_others;
-            self.enter(Phase::Down(reason.to_owned()), now);
-        }
-    }
-
-    /// Takes back what is in flight, and puts all connections off.
-    fn cut_all(&mut self, reason: &str, now: Moment, jitter: u32) {
-        let mut may_be_lost = self.changes > self.settled;
-        for line in 0..self.lines.len() {
-            if matches!(self.lines[line], Line::Resting(_)) {
-                continue;
-            }
-            // It is not the fault of this one: the attempt does not count.
-            let resting = Line::Resting(now + pause(self.attempts[line], jitter));
-            if let Line::Up(talk) = std::mem::replace(&mut self.lines[line], resting) {
-                may_be_lost |= self.take_back(*talk, reason);
-            }
-        }
-        if may_be_lost {
-            self.losses += 1;
-            self.settled = self.changes;
-        }
-    }
-
-    /// Takes back what is in flight on a connection that is lost. Says whether something of that changes what is stored.
-    fn take_back(&mut self, talk: Talk, reason: &str) -> bool {
-        let mut buffers: BTreeMap<Cookie, _> = talk.conversation.abandon().collect();
-        let mut changes_something = false;
-        for (cookie, ticket) in talk.tickets {
-            let Some(request) = self.requests.get_mut(&ticket) else { continue };
-            changes_something |= request.changes_something();
-            if request.take_back(buffers.remove(&cookie)) > NBD_REPLAYS_MAX {
-                self.end(ticket, Err(LinkError::Lost(reason.to_owned())));
-            } else {
-                self.queue.insert(ticket);
-            }
-        }
-        changes_something
     }
 
     /// Whether a connection is in use or being made. One that is not is to be closed.

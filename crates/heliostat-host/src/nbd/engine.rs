@@ -240,7 +240,11 @@ impl Engine {
             self.places[line] = Place::Empty;
             let jitter = self.throw();
             let failed = match reached {
-                Ok(reached) => self.take_in(line, reached, now, jitter).err(),
+                Ok(reached) => {
+                    let failed = self.take_in(line, reached, now, jitter).err();
+                    self.sweep();
+                    failed
+                }
                 Err(reason) => {
                     self.link.connect_failed(line, reason.clone(), now, jitter);
                     Some(reason)

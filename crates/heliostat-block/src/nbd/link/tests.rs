@@ -339,6 +339,40 @@ fn a_server_that_does_not_say_that_it_may_gets_one_connection() {
 }
 
 #[test]
+fn a_server_that_comes_back_for_one_connection_gets_one() {
+    let alone = Found { flags: ALL & !flag::CAN_MULTI_CONN, ..found() };
+    let mut link = up(0, 4);
+    link.cut(2, "gone", at(5000), 0);
+    reconnect(&mut link, at(5000), &alone);
+    assert_eq!((link.status(at(5000)).connections, link.next_to_connect(at(1 << 30))), (1, None));
+    assert_eq!(link.wakes_at(), None);
+    // And as many as before when it allows it again.
+    link.cut(0, "gone", at(10_000), 0);
+    reconnect(&mut link, at(20_000), &found());
+    reconnect(&mut link, at(20_000), &found());
+    assert_eq!(link.status(at(20_000)).connections, 4);
+}
+
+#[test]
+fn a_further_connection_to_a_server_that_allows_one_only_ends_the_others() {
+    let alone = Found { flags: ALL & !flag::CAN_MULTI_CONN, ..found() };
+    let mut link = Link::new(settings(0, 3), at(0));
+    let line = link.next_to_connect(at(0)).unwrap();
+    link.connected(line, found(), at(0), 0).unwrap();
+    let ticket = link.submit(write(0, Durability::Cached));
+    link.hand_out(at(0));
+    let further = link.next_to_connect(at(0)).unwrap();
+    link.connected(further, alone.clone(), at(1), 0).unwrap_err();
+    assert!((0..3).all(|line| !link.is_wanted(line)), "the first one may end at another server");
+    link.hand_out(at(1));
+    reconnect(&mut link, at(1000), &alone);
+    link.hand_out(at(1000));
+    answer(&mut link, 0, 1);
+    assert_eq!(ended(&mut link), [(ticket, Ok(()))]);
+    assert_eq!((link.losses(), link.status(at(1000)).connections), (2, 1));
+}
+
+#[test]
 fn a_request_that_kills_every_server_fails_in_the_end() {
     let mut link = up(60_000, 1);
     let ticket = link.submit(write(0, Durability::Cached));
