@@ -112,8 +112,8 @@ pub struct Link {
     changes: u64,
     /// Of those, how many a flush has made durable, or a loss has been counted for.
     settled: u64,
-    /// Nobody needs requests before this ticket any more; those without an answer by then end.
-    given_up: Option<(Ticket, Moment)>,
+    /// Nobody needs requests before these tickets any more; those without an answer by then end. In their order.
+    given_up: VecDeque<(Ticket, Moment)>,
     /// Requests do not wait for a server that is not there, until it is there again.
     is_impatient: bool,
     /// When the last connection was lost the server was still there on others: requests wait for one attempt to reach it.
@@ -143,7 +143,7 @@ impl Link {
             losses: 0,
             changes: 0,
             settled: 0,
-            given_up: None,
+            given_up: VecDeque::new(),
             is_impatient: false,
             was_there: false,
             unwelcome: 0,
@@ -287,7 +287,7 @@ impl Link {
             }
             _ => None,
         };
-        resting.chain(expiry).chain(self.given_up.map(|(_, until)| until)).min()
+        resting.chain(expiry).chain(self.given_up.front().map(|(_, until)| *until)).min()
     }
 
     /// How many connections are wanted: one, and the others beside it.
@@ -332,7 +332,7 @@ impl Link {
         self.lines[line] = Line::Up(Box::new(Talk::new(conversation, now)));
         self.was_there = false;
         // With answers still owed on another connection it is not well.
-        self.is_impatient &= self.given_up.is_some();
+        self.is_impatient &= !self.given_up.is_empty();
         match self.phase {
             Phase::Up => {}
             Phase::Opening => self.enter(Phase::Up, now),

@@ -1,6 +1,7 @@
 //! Tests of the link: tables of what it does when, and conversations with our own server that are cut at every byte.
 
 mod cuts;
+mod given_up;
 
 use std::time::Duration;
 
