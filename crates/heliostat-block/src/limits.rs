@@ -46,6 +46,13 @@ pub const NBD_EXTENTS_MAX: usize = 4096;
 /// ones send a handful.
 pub const NBD_CHUNKS_MAX: usize = 4096;
 
+/// The longest list of extents in one answer that a client passes over, in bytes: 512 times what it keeps. Servers bound
+/// theirs to 16 MiB or less.
+pub const NBD_EXTENTS_LEN_MAX: usize = 32 << 20;
+
+/// The most errors in one answer that a client takes; it keeps the first. A server may say several, each for an offset.
+pub const NBD_FAILURES_MAX: usize = 64;
+
 /// Requests that a client has in flight on one connection: as many as the Linux client sends, which every server must
 /// live with. More wait for answers.
 pub const NBD_LINE_REQUESTS_MAX: usize = 128;
