@@ -46,6 +46,13 @@ pub const NBD_EXTENTS_MAX: usize = 4096;
 /// ones send a handful.
 pub const NBD_CHUNKS_MAX: usize = 4096;
 
+/// The longest list of extents in one answer that a client passes over, in bytes: 512 times what it keeps. Servers bound
+/// theirs to 16 MiB or less.
+pub const NBD_EXTENTS_LEN_MAX: usize = 32 << 20;
+
+/// The most errors in one answer that a client takes; it keeps the first. A server may say several, each for an offset.
+pub const NBD_FAILURES_MAX: usize = 64;
+
 /// Requests that a client has in flight on one connection: as many as the Linux client sends, which every server must
 /// live with. More wait for answers.
 pub const NBD_LINE_REQUESTS_MAX: usize = 128;
@@ -53,6 +60,13 @@ pub const NBD_LINE_REQUESTS_MAX: usize = 128;
 /// How many connections may be lost with a request in flight on them before it fails: a server that dies of it would
 /// be killed by it for ever.
 pub const NBD_REPLAYS_MAX: u32 = 32;
+
+/// Connections beside others that a server may close before it has answered anything on them, within
+/// [`NBD_UNWELCOME_TIME`] of their making, before it gets one only: each costs all others.
+pub const NBD_UNWELCOME_MAX: u32 = 3;
+
+/// See [`NBD_UNWELCOME_MAX`]. Long enough for a server that looks at the connection in a busy thread first.
+pub const NBD_UNWELCOME_TIME: Duration = Duration::from_secs(1);
 
 /// The pause before the second attempt to reach an NBD server again; the first is made at once. Each is twice the
 /// one before.

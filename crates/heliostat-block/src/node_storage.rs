@@ -8,7 +8,9 @@
 //! node alone has drained what it sent below (docs/decisions/0015).
 
 use std::io;
+use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
@@ -21,6 +23,7 @@ use crate::node::Node;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
 use crate::throttle::Hurry;
+use crate::tracked::Tracked;
 
 /// Which layers [`Storage::extents`] speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,23 +39,53 @@ enum Layers {
 pub struct NodeStorage {
     at: Arc<Spot>,
     layers: Layers,
+    /// How many requests are in the node from here.
+    inside: Arc<AtomicU64>,
+}
+
+/// A request in the node.
+struct Inside<'a> {
+    tracked: Tracked,
+    count: &'a AtomicU64,
+}
+
+impl Deref for Inside<'_> {
+    type Target = Tracked;
+
+    fn deref(&self) -> &Tracked {
+        &self.tracked
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        // Before it leaves the node, which never has fewer.
+        self.count.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl NodeStorage {
     /// The bytes of `node`, as a client sees them.
     #[must_use]
     pub fn new(node: Arc<Node>) -> Arc<Self> {
-        Arc::new(Self { at: Spot::of(node), layers: Layers::All })
+        Arc::new(Self { at: Spot::of(node), layers: Layers::All, inside: Arc::default() })
     }
 
     /// The same for a filter, which shows the layers below as the node does, and goes to another node when `at` does.
-    pub(crate) const fn of_layer(at: Arc<Spot>) -> Self {
-        Self { at, layers: Layers::Top }
+    pub(crate) fn of_layer(at: Arc<Spot>) -> Self {
+        Self { at, layers: Layers::Top, inside: Arc::default() }
     }
 
     /// The node.
     pub(crate) fn node(&self) -> Arc<Node> {
         self.at.node()
+    }
+
+    /// Enters the node.
+    async fn enter(&self) -> Inside<'_> {
+        let tracked = self.at.enter().await;
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        Inside { tracked, count: &self.inside }
     }
 }
 
@@ -76,13 +109,13 @@ impl Storage for NodeStorage {
             }
             // The caller has seen to it that nobody is in the way, or a request that is held up above could hold
             // up all others for as long.
-            let tracked = self.at.enter().await;
+            let tracked = self.enter().await;
             Ok(tracked.node().resize_beside_others(size).await?)
         })
     }
 
     fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
-        IoFuture::pending(async move { self.at.enter().await.node().driver().expect_writes(end).await })
+        IoFuture::pending(async move { self.enter().await.node().driver().expect_writes(end).await })
     }
 
     fn allocated_size(&self) -> Option<u64> {
@@ -90,11 +123,11 @@ impl Storage for NodeStorage {
     }
 
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
-        IoFuture::pending(async move { Ok(self.at.enter().await.read(offset, buffer).await?) })
+        IoFuture::pending(async move { Ok(self.enter().await.read(offset, buffer).await?) })
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
-        IoFuture::pending(async move { Ok(self.at.enter().await.write(offset, data, durability).await?) })
+        IoFuture::pending(async move { Ok(self.enter().await.write(offset, data, durability).await?) })
     }
 
     fn write_zeroes(
@@ -105,12 +138,12 @@ impl Storage for NodeStorage {
         durability: Durability,
     ) -> IoFuture<'_, ()> {
         IoFuture::pending(async move {
-            Ok(self.at.enter().await.write_zeroes(range, space, effort, durability).await?)
+            Ok(self.enter().await.write_zeroes(range, space, effort, durability).await?)
         })
     }
 
     fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
-        IoFuture::pending(async move { Ok(self.at.enter().await.discard(range).await?) })
+        IoFuture::pending(async move { Ok(self.enter().await.discard(range).await?) })
     }
 
     fn flush(&self) -> IoFuture<'_, ()> {
@@ -118,12 +151,12 @@ impl Storage for NodeStorage {
         if self.node().traits().read_only {
             return IoFuture::ready(io::Result::Ok(()));
         }
-        IoFuture::pending(async move { Ok(self.at.enter().await.flush().await?) })
+        IoFuture::pending(async move { Ok(self.enter().await.flush().await?) })
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
         IoFuture::pending(async move {
-            let tracked = self.at.enter().await;
+            let tracked = self.enter().await;
             Ok(match self.layers {
                 Layers::All => tracked.extents(range).await?,
                 Layers::Top => tracked.node().extents_of_layer(range).await?,
@@ -147,8 +180,14 @@ impl Storage for NodeStorage {
         self.node().driver().hurry(hurry);
     }
 
+    /// Only where all that is in flight in the node came from here: below, it cannot be told apart from what others wait
+    /// for.
     fn give_up(&self) {
-        self.node().give_up();
+        let node = self.node();
+        let ours = self.inside.load(Ordering::SeqCst);
+        if node.in_flight() == ours {
+            node.give_up();
+        }
     }
 
     fn out_of_reach(&self) -> Option<String> {

@@ -17,7 +17,9 @@ use super::wire::{
 use super::{Cookie, Errno, ReplyStyle, Terms, Violation};
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
-use crate::limits::{NBD_CHUNKS_MAX, NBD_EXTENTS_MAX, NBD_OPTION_LEN_MAX};
+use crate::limits::{
+    NBD_CHUNKS_MAX, NBD_EXTENTS_LEN_MAX, NBD_EXTENTS_MAX, NBD_FAILURES_MAX, NBD_OPTION_LEN_MAX,
+};
 use crate::range::ByteRange;
 use crate::storage::{Extent, ExtentStatus};
 
@@ -66,6 +68,8 @@ pub struct Conversation {
 struct Waiting {
     expects: Expects,
     failure: Option<Failure>,
+    /// How often it was said to have failed.
+    failures: usize,
 }
 
 #[derive(Debug)]
@@ -152,7 +156,7 @@ impl Conversation {
             Ask::BlockStatus { range, .. } => Expects::Extents { range, extents: Vec::new() },
             _ => Expects::Done,
         };
-        self.waiting.insert(cookie, Waiting { expects, failure: None });
+        self.waiting.insert(cookie, Waiting { expects, failure: None, failures: 0 });
         Ok(cookie)
     }
 
@@ -253,7 +257,7 @@ impl Conversation {
         let structured = self.terms.replies.has_chunks();
         let waiting = self.waiting(cookie)?;
         if error != 0 {
-            waiting.fail(error, String::new());
+            waiting.fail(error, String::new())?;
         }
         match &mut waiting.expects {
             Expects::Data { .. } if structured => Err(Violation::Server("a simple reply to a read")),
@@ -285,6 +289,9 @@ impl Conversation {
             chunk::NONE if len == 0 && is_last => 0,
             chunk::OFFSET_DATA if len > 8 => 8,
             chunk::OFFSET_HOLE if len == 12 => 12,
+            chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT if len > NBD_EXTENTS_LEN_MAX => {
+                return Err(Violation::Server("extents without end"));
+            }
             chunk::BLOCK_STATUS if !is_extended && len >= 12 && len % 8 == 4 => 4,
             chunk::BLOCK_STATUS_EXT if is_extended && len >= 24 && len % 16 == 8 => 8,
             chunk::ERROR_BIT.. if (6..=NBD_OPTION_LEN_MAX).contains(&len) => len,
@@ -399,8 +406,7 @@ impl Conversation {
         let len = usize::from(head.get_u16());
         let text = head.get(..len).ok_or(Violation::Server("a malformed error"))?;
         let message = String::from_utf8_lossy(text).into_owned();
-        self.waiting(cookie)?.fail(error, message);
-        Ok(())
+        self.waiting(cookie)?.fail(error, message)
     }
 
     /// The answer to a request of which nothing more will come.
@@ -433,8 +439,13 @@ impl Eaten {
 
 impl Waiting {
     /// Takes note of a failure; the first one counts.
-    fn fail(&mut self, error: u32, message: String) {
+    fn fail(&mut self, error: u32, message: String) -> Result<(), Violation> {
+        self.failures += 1;
+        if self.failures > NBD_FAILURES_MAX {
+            return Err(Violation::Server("an answer with errors without end"));
+        }
         self.failure.get_or_insert(Failure { errno: Errno::from_code(error), message });
+        Ok(())
     }
 }
 

@@ -9,8 +9,14 @@
 //! ask. It is sent again, and answered when the server has answered that; nothing keeps the first one, if the server
 //! still has it, from being carried out after. So a loss is counted ([`Link::losses`]), and who must be sure, writes
 //! again what was not flushed.
+//!
+//! # One server
+//! Connections that are used at the same time are taken to end at one server: a flush on one covers what was answered
+//! on the others. A connection that is lost may have been lost because another server is there now. So all are lost
+//! with it, and made again.
 
 mod again;
+mod cut;
 mod given_up;
 mod request;
 mod status;
@@ -31,7 +37,7 @@ use super::outbox::Outbox;
 use super::wire::transmission_flag;
 use super::{Cookie, Violation};
 use crate::clock::Moment;
-use crate::limits::{NBD_LINE_REQUESTS_MAX, NBD_REPLAYS_MAX};
+use crate::limits::{NBD_LINE_REQUESTS_MAX, NBD_UNWELCOME_MAX};
 
 /// How a link is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,6 +67,9 @@ struct Talk {
     conversation: Conversation,
     tickets: BTreeMap<Cookie, Ticket>,
     outbox: Outbox,
+    /// Since when; and whether the server has answered a request on it.
+    since: Moment,
+    has_answered: bool,
 }
 
 /// How the link as a whole is.
@@ -87,6 +96,8 @@ pub struct Link {
     since: Moment,
     /// What was found when it first came up. Everything later is held to it.
     found: Option<Found>,
+    /// Whether the server said, on the connection that was made last, that several make no difference.
+    is_shared: bool,
     lines: Vec<Line>,
     requests: BTreeMap<Ticket, Request>,
     /// Those that no connection has; in their order.
@@ -101,10 +112,14 @@ pub struct Link {
     changes: u64,
     /// Of those, how many a flush has made durable, or a loss has been counted for.
     settled: u64,
-    /// Nobody needs requests before this ticket any more; those without an answer by then end.
-    given_up: Option<(Ticket, Moment)>,
+    /// Nobody needs requests before these tickets any more; those without an answer by then end. In their order.
+    given_up: VecDeque<(Ticket, Moment)>,
     /// Requests do not wait for a server that is not there, until it is there again.
     is_impatient: bool,
+    /// When the last connection was lost the server was still there on others: requests wait for one attempt to reach it.
+    was_there: bool,
+    /// Connections beside others that the server closed at once.
+    unwelcome: u32,
 }
 
 impl Link {
@@ -118,6 +133,7 @@ impl Link {
             phase: Phase::Opening,
             since: now,
             found: None,
+            is_shared: false,
             lines,
             requests: BTreeMap::new(),
             queue: BTreeSet::new(),
@@ -127,8 +143,10 @@ impl Link {
             losses: 0,
             changes: 0,
             settled: 0,
-            given_up: None,
+            given_up: VecDeque::new(),
             is_impatient: false,
+            was_there: false,
+            unwelcome: 0,
         }
     }
 
@@ -228,7 +246,7 @@ impl Link {
 
     /// Whether, when down, requests wait still.
     fn waits(&self, now: Moment) -> bool {
-        !self.is_impatient && now < self.since + self.settings.reconnect_delay
+        !self.is_impatient && (self.was_there || now < self.since + self.settings.reconnect_delay)
     }
 
     fn end(&mut self, ticket: Ticket, outcome: Result<Answered, LinkError>) {
@@ -264,17 +282,18 @@ impl Link {
             _ => None,
         });
         let expiry = match self.phase {
-            Phase::Down(_) if !self.queue.is_empty() => Some(self.since + self.settings.reconnect_delay),
+            Phase::Down(_) if !self.queue.is_empty() && !self.was_there => {
+                Some(self.since + self.settings.reconnect_delay)
+            }
             _ => None,
         };
-        resting.chain(expiry).chain(self.given_up.map(|(_, until)| until)).min()
+        resting.chain(expiry).chain(self.given_up.front().map(|(_, until)| *until)).min()
     }
 
     /// How many connections are wanted: one, and the others beside it.
     fn wanted_lines(&self) -> usize {
-        let is_shared = self.found.as_ref().is_some_and(|found| {
-            found.flags & transmission_flag::CAN_MULTI_CONN != 0 && matches!(self.phase, Phase::Up)
-        });
+        let is_shared =
+            self.is_shared && matches!(self.phase, Phase::Up) && self.unwelcome < NBD_UNWELCOME_MAX;
         match self.phase {
             Phase::Closed => 0,
             _ if is_shared => self.lines.len(),
@@ -287,24 +306,33 @@ impl Link {
     /// A connection was made, and this is what was found there.
     ///
     /// # Errors
-    /// What is not as it was; the connection is to be closed then, and counts as failed. `jitter` is any number, another
-    /// one each time.
+    /// What is not as it was; the connection is to be closed then, and counts as failed, and all that the link does not
+    /// want any more ([`Link::is_wanted`]). `jitter` is any number, another one each time.
     pub fn connected(&mut self, line: usize, found: Found, now: Moment, jitter: u32) -> Result<(), String> {
         if let Some(first) = &self.found
             && let Err(change) = compare(first, &found)
         {
             if self.up().next().is_none() {
                 self.phase = Phase::Changed(change.clone());
+                self.was_there = false;
             }
             self.rest(line, now, jitter);
             return Err(change);
         }
+        self.is_shared = found.flags & transmission_flag::CAN_MULTI_CONN != 0;
+        if !self.is_shared && self.up().next().is_some() {
+            let change = "the server allows one connection only now".to_owned();
+            self.cut_all(&change, now, jitter);
+            self.rest(line, now, jitter);
+            self.go_down(&change, true, now);
+            return Err(change);
+        }
         let conversation = Conversation::new(&found);
         let conversation = if self.settings.reads_bitmap { conversation.with_bitmap() } else { conversation };
-        let talk = Talk { conversation, tickets: BTreeMap::new(), outbox: Outbox::default() };
-        self.lines[line] = Line::Up(Box::new(talk));
+        self.lines[line] = Line::Up(Box::new(Talk::new(conversation, now)));
+        self.was_there = false;
         // With answers still owed on another connection it is not well.
-        self.is_impatient &= self.given_up.is_some();
+        self.is_impatient &= !self.given_up.is_empty();
         match self.phase {
             Phase::Up => {}
             Phase::Opening => self.enter(Phase::Up, now),
@@ -324,33 +352,15 @@ impl Link {
     pub fn connect_failed(&mut self, line: usize, reason: String, now: Moment, jitter: u32) {
         if let Phase::Down(_) | Phase::Changed(_) = self.phase {
             self.phase = Phase::Down(reason);
+            self.was_there = false;
         }
         self.rest(line, now, jitter);
     }
 
-    /// A connection was lost. What was in flight on it is sent again. `jitter` as for [`Link::connected`].
-    pub fn cut(&mut self, line: usize, reason: &str, now: Moment, jitter: u32) {
-        let Line::Up(talk) = std::mem::replace(&mut self.lines[line], Line::Resting(now)) else { return };
-        let Talk { conversation, tickets, .. } = *talk;
-        let mut buffers: BTreeMap<Cookie, _> = conversation.abandon().collect();
-        let mut may_be_lost = self.changes > self.settled;
-        for (cookie, ticket) in tickets {
-            let Some(request) = self.requests.get_mut(&ticket) else { continue };
-            may_be_lost |= request.changes_something();
-            if request.take_back(buffers.remove(&cookie)) > NBD_REPLAYS_MAX {
-                self.end(ticket, Err(LinkError::Lost(reason.to_owned())));
-            } else {
-                self.queue.insert(ticket);
-            }
-        }
-        if may_be_lost {
-            self.losses += 1;
-            self.settled = self.changes;
-        }
-        self.rest(line, now, jitter);
-        if matches!(self.phase, Phase::Up) && self.up().next().is_none() {
-            self.enter(Phase::Down(reason.to_owned()), now);
-        }
+    /// Whether a connection is in use or being made. One that is not is to be closed.
+    #[must_use]
+    pub fn is_wanted(&self, line: usize) -> bool {
+        !matches!(self.lines[line], Line::Resting(_))
     }
 
     /// Lets every request end and asks for no connection any more; those in flight go on.
@@ -397,6 +407,7 @@ impl Link {
         while let Some(talk) = self.lines.get_mut(line).and_then(Line::talk) {
             let Some(answer) = talk.conversation.next_of(input)? else { return Ok(()) };
             let ticket = talk.tickets.remove(&answer.cookie);
+            talk.has_answered = true;
             self.attempts[line] = 0;
             if let Some(ticket) = ticket {
                 self.end(ticket, answer.outcome.map_err(LinkError::Server));
@@ -428,6 +439,11 @@ impl Line {
 }
 
 impl Talk {
+    fn new(conversation: Conversation, since: Moment) -> Self {
+        let (tickets, outbox) = (BTreeMap::new(), Outbox::default());
+        Self { conversation, tickets, outbox, since, has_answered: false }
+    }
+
     fn ask(&mut self, ticket: Ticket, request: &mut Request) -> Result<(), AskError> {
         let (ask, payload) = request.ask();
         let Self { conversation, outbox, .. } = self;

@@ -128,3 +128,81 @@ fn throttling_that_has_changed_its_group_waits_for_the_limits_of_that() {
     drop(node);
     assert!(!free.has_members());
 }
+
+/// A disk that hears when it is given up.
+struct Heard {
+    disk: Arc<Disk>,
+    given_up: AtomicU64,
+}
+
+impl Storage for Heard {
+    fn traits(&self) -> Traits {
+        self.disk.traits()
+    }
+
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn allocated_size(&self) -> Option<u64> {
+        self.disk.allocated_size()
+    }
+
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer> {
+        self.disk.read(offset, buffer)
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
+        self.disk.write(offset, data, durability)
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        space: ZeroSpace,
+        effort: ZeroEffort,
+        durability: Durability,
+    ) -> IoFuture<'_, ()> {
+        self.disk.write_zeroes(range, space, effort, durability)
+    }
+
+    fn discard(&self, range: ByteRange) -> IoFuture<'_, ()> {
+        self.disk.discard(range)
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        self.disk.flush()
+    }
+
+    fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {
+        self.disk.extents(range)
+    }
+
+    fn give_up(&self) {
+        self.given_up.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn giving_up_one_of_two_nodes_on_a_third_leaves_what_the_other_waits_for_alone() {
+    let (disk, clock) = (Disk::of(vec![0; LEN]), Arc::new(Ticking::default()));
+    let heard = Arc::new(Heard { disk: Arc::clone(&disk), given_up: AtomicU64::new(0) });
+    let lower = node_of("lower", heard.clone(), &clock);
+    let [target, guests] =
+        ["target", "guests"].map(|name| node_of(name, NodeStorage::new(Arc::clone(&lower)), &clock));
+    disk.hold_writes();
+    let mut copying = Box::pin(write(&target));
+    assert!(copying.as_mut().now_or_never().is_none());
+    let mut writing = Box::pin(write(&guests));
+    assert!(writing.as_mut().now_or_never().is_none());
+    target.give_up();
+    assert_eq!(heard.given_up.load(Ordering::SeqCst), 0);
+    // A request that nobody waits for any more has left.
+    drop(writing);
+    target.give_up();
+    assert_eq!(heard.given_up.load(Ordering::SeqCst), 1);
+    disk.release();
+    assert!(copying.now_or_never().is_some());
+    target.give_up();
+    assert_eq!(heard.given_up.load(Ordering::SeqCst), 2, "nothing is in flight");
+}

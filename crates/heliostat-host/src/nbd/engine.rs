@@ -18,7 +18,7 @@ use heliostat_block::nbd::client::Found;
 use heliostat_block::nbd::link::{Link, LinkSettings, LinkState, LinkStatus, Ticket};
 
 use super::connect::{Destination, Reached, reach};
-use super::mailbox::{Mailbox, Owed};
+use super::mailbox::{Letter, Mailbox, Owed, Post};
 use crate::clock::RealClock;
 use crate::stream::Stream;
 
@@ -31,6 +31,10 @@ const RECEIVE_LEN_AFTER_LONG: usize = 8 << 10;
 
 /// From this length on a payload is received into its buffer directly.
 const DIRECT_MIN: usize = 16 << 10;
+
+/// Receives from one connection before the others and the thread's other work have their turn: a server can send without
+/// end.
+const RECEIVES_MAX: usize = 16;
 
 /// How long the loop may go on before the thread looks at its ring.
 const TURN_MAX: Duration = Duration::from_micros(50);
@@ -186,28 +190,46 @@ impl Engine {
     }
 
     fn take_mail(&mut self, cx: &Context<'_>) -> bool {
-        let letters = self.mailbox.take(cx.waker());
-        let has_moved = !letters.is_empty();
-        for letter in letters {
-            let ticket = self.link.submit(letter.wanted);
-            self.owed.insert(ticket, letter.owed);
-        }
-        if self.mailbox.take_given_up() {
+        let Post { letters, given_up } = self.mailbox.take(cx.waker());
+        let has_moved = !letters.is_empty() || given_up.is_some();
+        let mut letters = letters.into_iter();
+        if let Some(count) = given_up {
+            letters.by_ref().take(count).for_each(|letter| self.submit(letter));
             let now = self.clock.now();
             self.link.give_up(now);
             self.tell(now);
-            return true;
         }
+        letters.for_each(|letter| self.submit(letter));
         has_moved
+    }
+
+    fn submit(&mut self, letter: Letter) {
+        let ticket = self.link.submit(letter.wanted);
+        self.owed.insert(ticket, letter.owed);
     }
 
     /// Closes connections that owe what nobody needs.
     fn cut_overdue(&mut self, now: Moment) {
         for line in self.link.overdue(now) {
-            self.places[line] = Place::Empty;
-            let jitter = self.throw();
-            self.link.cut(line, "it did not answer, and was given up", now, jitter);
-            self.tell(now);
+            self.cut(line, "it did not answer, and was given up", now);
+        }
+    }
+
+    /// Closes a connection that is lost, and those that the link wants no more for that.
+    fn cut(&mut self, line: usize, reason: &str, now: Moment) {
+        self.places[line] = Place::Empty;
+        let jitter = self.throw();
+        self.link.cut(line, reason, now, jitter);
+        self.sweep();
+        self.tell(now);
+    }
+
+    /// Closes the connections that the link does not want any more.
+    fn sweep(&mut self) {
+        for (line, place) in self.places.iter_mut().enumerate() {
+            if !self.link.is_wanted(line) {
+                *place = Place::Empty;
+            }
         }
     }
 
@@ -225,7 +247,11 @@ impl Engine {
             self.places[line] = Place::Empty;
             let jitter = self.throw();
             let failed = match reached {
-                Ok(reached) => self.take_in(line, reached, now, jitter).err(),
+                Ok(reached) => {
+                    let failed = self.take_in(line, reached, now, jitter).err();
+                    self.sweep();
+                    failed
+                }
                 Err(reason) => {
                     self.link.connect_failed(line, reason.clone(), now, jitter);
                     Some(reason)
@@ -272,10 +298,7 @@ impl Engine {
                 Ok(moved) => has_moved |= moved,
                 Err(reason) => {
                     has_moved = true;
-                    self.places[line] = Place::Empty;
-                    let jitter = self.throw();
-                    self.link.cut(line, &reason, now, jitter);
-                    self.tell(now);
+                    self.cut(line, &reason, now);
                 }
             }
         }
@@ -360,35 +383,11 @@ impl Drop for Engine {
 }
 
 impl Wire {
-    /// Sends what there is room for, and takes in what is there. Says whether anything moved; or why the connection is
-    /// lost.
+    /// Sends what there is room for, and takes in what is there, up to a bound. Says whether anything moved; or why the
+    /// connection is lost.
     fn turn(&mut self, link: &mut Link, line: usize) -> Result<bool, String> {
-        let mut has_moved = self.send(link, line).map_err(|error| error.to_string())?;
-        loop {
-            let received = match link.payload_room(line) {
-                Some(room) if room.len() >= DIRECT_MIN && self.inbox.is_empty() => {
-                    self.inbox.was_long = true;
-                    let received = self.stream.recv_now(room);
-                    received.inspect(|count| link.payload_received(line, *count))
-                }
-                _ => {
-                    let received = self.stream.recv_now(self.inbox.room());
-                    received.inspect(|count| self.inbox.to += count)
-                }
-            };
-            match received {
-                Ok(0) => return Err("the server closed the connection".to_owned()),
-                Ok(_) => has_moved = true,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(has_moved),
-                Err(error) => return Err(error.to_string()),
-            }
-            let mut input = self.inbox.bytes();
-            let before = input.len();
-            let understood = link.receive(line, &mut input);
-            let eaten = before - input.len();
-            self.inbox.from += eaten;
-            understood.map_err(|violation| violation.to_string())?;
-        }
+        let has_moved = self.send(link, line).map_err(|error| error.to_string())?;
+        Ok(self.inbox.fill(link, line, |room| self.stream.recv_now(room))? || has_moved)
     }
 
     fn send(&mut self, link: &mut Link, line: usize) -> io::Result<bool> {
@@ -414,6 +413,38 @@ impl Inbox {
         Self { memory, from: 0, to: rest.len(), was_long: false }
     }
 
+    /// Takes in what there is on a connection, up to [`RECEIVES_MAX`] times. Says whether there was something, in which
+    /// case there may be more; or why the connection is lost.
+    fn fill(
+        &mut self,
+        link: &mut Link,
+        line: usize,
+        mut receive: impl FnMut(&mut [u8]) -> io::Result<usize>,
+    ) -> Result<bool, String> {
+        for round in 0..RECEIVES_MAX {
+            let received = match link.payload_room(line) {
+                Some(room) if room.len() >= DIRECT_MIN && self.is_empty() => {
+                    self.was_long = true;
+                    receive(room).inspect(|count| link.payload_received(line, *count))
+                }
+                _ => receive(self.room()).inspect(|count| self.to += count),
+            };
+            match received {
+                Ok(0) => return Err("the server closed the connection".to_owned()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(round > 0),
+                Err(error) => return Err(error.to_string()),
+            }
+            let mut input = self.bytes();
+            let before = input.len();
+            let understood = link.receive(line, &mut input);
+            let eaten = before - input.len();
+            self.from += eaten;
+            understood.map_err(|violation| violation.to_string())?;
+        }
+        Ok(true)
+    }
+
     const fn is_empty(&self) -> bool {
         self.from == self.to
     }
@@ -433,5 +464,43 @@ impl Inbox {
             self.memory.len()
         };
         &mut self.memory[self.to..end]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use heliostat_block::buffer::Buffer;
+    use heliostat_block::nbd::link::Wanted;
+    use heliostat_block::nbd::wire::SIMPLE_REPLY_MAGIC;
+    use heliostat_block::nbd::{Access, BlockSizes, ReplyStyle, Terms};
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_sends_without_end_does_not_keep_the_thread_for_ever() {
+        let settings = LinkSettings { reconnect_delay: Duration::ZERO, connections: 1, reads_bitmap: false };
+        let mut link = Link::new(settings, Moment::START);
+        let line = link.next_to_connect(Moment::START).unwrap();
+        let terms = Terms {
+            size: 1 << 20,
+            access: Access::Writable,
+            block_sizes: BlockSizes::DEFAULT,
+            replies: ReplyStyle::Simple,
+            allocation: None,
+        };
+        let found = Found { terms, flags: 1, description: String::new() };
+        link.connected(line, found, Moment::START, 0).unwrap();
+        link.submit(Wanted::Read { offset: 0, buffer: Buffer::zeroed(1 << 20) });
+        link.hand_out(Moment::START);
+        let header = [&SIMPLE_REPLY_MAGIC.to_be_bytes()[..], &[0; 4], &1_u64.to_be_bytes()].concat();
+        let mut inbox = Inbox::of(&[]);
+        let mut receives = 0;
+        let has_moved = inbox.fill(&mut link, line, |room| {
+            receives += 1;
+            let bytes = if receives == 1 { &header[..] } else { &[7][..] };
+            room[..bytes.len()].copy_from_slice(bytes);
+            Ok(bytes.len())
+        });
+        assert_eq!((has_moved, receives), (Ok(true), RECEIVES_MAX));
     }
 }

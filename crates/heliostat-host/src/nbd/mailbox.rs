@@ -30,8 +30,15 @@ struct Mail {
     is_shut: bool,
     /// The storage is gone.
     is_abandoned: bool,
-    /// Nobody needs the answers to what was put in so far.
-    is_given_up: bool,
+    /// Nobody needs the answers to what was taken out so far, nor to so many of the letters.
+    given_up: Option<usize>,
+}
+
+/// What was taken out of the mailbox at once.
+pub(super) struct Post {
+    pub(super) letters: Vec<Letter>,
+    /// Nobody needs the answers to what was taken out before, nor to the first so many of these.
+    pub(super) given_up: Option<usize>,
 }
 
 /// A request, and where its answer goes.
@@ -59,13 +66,8 @@ struct Waiting {
 
 impl Mailbox {
     pub(super) fn new() -> Arc<Self> {
-        let mail = Mail {
-            letters: Vec::new(),
-            waker: None,
-            is_shut: false,
-            is_abandoned: false,
-            is_given_up: false,
-        };
+        let mail =
+            Mail { letters: Vec::new(), waker: None, is_shut: false, is_abandoned: false, given_up: None };
         Arc::new(Self { mail: Mutex::new(mail), permits: Arc::new(Semaphore::new(REQUESTS_MAX)) })
     }
 
@@ -116,7 +118,7 @@ impl Mailbox {
 
     /// Says that nobody needs the answers to what was put in so far.
     pub(super) fn give_up(&self) {
-        self.change(|mail| mail.is_given_up = true);
+        self.change(|mail| mail.given_up = Some(mail.letters.len()));
     }
 
     fn change(&self, change: impl FnOnce(&mut Mail)) {
@@ -129,17 +131,12 @@ impl Mailbox {
         }
     }
 
-    /// Takes note that it was given up, once.
-    pub(super) fn take_given_up(&self) -> bool {
-        std::mem::take(&mut self.mail().is_given_up)
-    }
-
     pub(super) fn is_abandoned(&self) -> bool {
         self.mail().is_abandoned
     }
 
     /// Takes out what is there; where nothing is, `waker` will be woken when there is.
-    pub(super) fn take(&self, waker: &Waker) -> Vec<Letter> {
+    pub(super) fn take(&self, waker: &Waker) -> Post {
         let mut mail = self.mail();
         if mail.letters.is_empty() {
             match &mut mail.waker {
@@ -147,7 +144,7 @@ impl Mailbox {
                 none => *none = Some(waker.clone()),
             }
         }
-        std::mem::take(&mut mail.letters)
+        Post { letters: std::mem::take(&mut mail.letters), given_up: mail.given_up.take() }
     }
 
     /// Takes no more letters; those inside are answered.
@@ -193,5 +190,28 @@ impl Drop for Owed {
         if !self.is_paid {
             self.answer.give(Err(LinkError::Closed));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+
+    use super::*;
+
+    #[test]
+    fn what_is_put_in_before_it_is_given_up_is_given_up_and_what_comes_after_is_not() {
+        let mailbox = Mailbox::new();
+        let mut asked: Vec<_> = (0..3).map(|_| Box::pin(mailbox.ask(Wanted::Flush))).collect();
+        let mut cx = std::task::Context::from_waker(Waker::noop());
+        for (number, ask) in asked.iter_mut().enumerate() {
+            assert!(ask.as_mut().poll(&mut cx).is_pending());
+            if number == 1 {
+                mailbox.give_up();
+            }
+        }
+        let Post { letters, given_up } = mailbox.take(Waker::noop());
+        assert_eq!((letters.len(), given_up), (3, Some(2)));
+        assert_eq!(mailbox.take(Waker::noop()).given_up, None, "once");
     }
 }

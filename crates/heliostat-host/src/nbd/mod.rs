@@ -268,11 +268,11 @@ impl NbdStorage {
         durability: Durability,
         change: F,
     ) -> io::Result<()> {
-        if durability == Durability::Fua && !self.offers(transmission_flag::SEND_FUA) {
-            change(Durability::Cached).await.map_err(io_error)?;
+        let is_offered = self.offers(transmission_flag::SEND_FUA);
+        if !durably(durability, is_offered, change).await.map_err(io_error)? {
             return self.flush_all().await;
         }
-        change(durability).await.map_err(io_error)
+        Ok(())
     }
 
     async fn flush_all(&self) -> io::Result<()> {
@@ -458,6 +458,24 @@ impl Storage for NbdStorage {
     }
 }
 
+/// Carries out a change. Says whether it is as durable as it must be; else a flush is to come.
+///
+/// `is_offered` is what the first connection says of durable writes; a later one may be without.
+async fn durably<F: AsyncFn(Durability) -> Result<(), LinkError>>(
+    durability: Durability,
+    is_offered: bool,
+    change: F,
+) -> Result<bool, LinkError> {
+    if durability == Durability::Fua && is_offered {
+        match change(durability).await {
+            Err(LinkError::NotOffered) => {}
+            result => return result.map(|()| true),
+        }
+    }
+    change(Durability::Cached).await?;
+    Ok(durability == Durability::Cached)
+}
+
 fn unexpected() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "the NBD server answered something else")
 }
@@ -485,5 +503,35 @@ fn io_error(error: LinkError) -> io::Error {
     match error {
         LinkError::Server(failure) if failure.message.is_empty() => io::Error::from_raw_os_error(number),
         error => io::Error::new(kind, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::runtime::block_on;
+
+    #[test]
+    fn a_durable_write_to_a_server_that_does_not_know_it_any_more_is_written_and_flushed() {
+        use Durability::{Cached, Fua};
+        let lost = LinkError::Lost("gone".to_owned());
+        let table = [
+            (Fua, true, Ok(()), Ok(true), vec![Fua]),
+            (Fua, true, Err(LinkError::NotOffered), Ok(false), vec![Fua, Cached]),
+            (Fua, true, Err(lost.clone()), Err(lost), vec![Fua]),
+            (Fua, false, Ok(()), Ok(false), vec![Cached]),
+            (Cached, true, Ok(()), Ok(true), vec![Cached]),
+        ];
+        for (durability, is_offered, of_fua, expected, asked) in table {
+            let seen = RefCell::new(Vec::new());
+            let change = async |durability: Durability| {
+                seen.borrow_mut().push(durability);
+                if durability == Fua { of_fua.clone() } else { Ok(()) }
+            };
+            let result = block_on(durably(durability, is_offered, change)).unwrap();
+            assert_eq!((result, seen.into_inner()), (expected, asked));
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Tests of the link: tables of what it does when, and conversations with our own server that are cut at every byte.
 
 mod cuts;
+mod given_up;
 
 use std::time::Duration;
 
@@ -235,44 +236,96 @@ fn a_flush_covers_what_was_answered_before_it_was_asked_for() {
     }
 }
 
-#[test]
-fn requests_of_a_lost_connection_go_on_by_the_others() {
-    let mut link = up(0, 3);
-    let tickets: Vec<_> = (0..3).map(|n| link.submit(write(n * 512, Durability::Cached))).collect();
-    link.hand_out(at(0));
-    link.cut(1, "gone", at(0), 0);
-    link.hand_out(at(0));
-    assert!(ended(&mut link).is_empty());
-    for (line, cookie) in [(0, 1), (2, 1), (0, 2)] {
-        answer(&mut link, line, cookie);
+/// Makes all connections again that are wanted by then.
+fn reconnect(link: &mut Link, now: Moment, found: &Found) {
+    while let Some(line) = link.next_to_connect(now) {
+        link.connected(line, found.clone(), now, 0).unwrap();
     }
-    let mut ended: Vec<_> = ended(&mut link)
-        .into_iter()
-        .map(|(ticket, outcome)| {
-            outcome.unwrap();
-            ticket
-        })
-        .collect();
-    ended.sort();
-    assert_eq!(ended, tickets);
-    assert_eq!(link.losses(), 1);
-    assert_eq!(link.status(at(0)).state, LinkState::Up);
 }
 
 #[test]
-fn a_connection_that_the_server_does_not_want_is_not_asked_for_in_a_circle() {
-    let mut link = up(60_000, 2);
-    let mut now = at(0);
-    for cookie in 1..=10 {
-        link.cut(1, "one is enough", now, u32::MAX);
-        link.submit(Wanted::Flush);
-        link.hand_out(now);
-        answer(&mut link, 0, cookie);
-        now = link.wakes_at().unwrap();
-        let line = link.next_to_connect(now).unwrap();
-        link.connected(line, found(), now, 0).unwrap();
+fn all_connections_are_lost_with_one_and_their_requests_are_sent_again() {
+    for delay in [0, 60_000] {
+        let mut link = up(delay, 3);
+        let tickets: Vec<_> = (0..3).map(|n| link.submit(write(n * 512, Durability::Cached))).collect();
+        link.hand_out(at(0));
+        link.cut(1, "gone", at(5000), 0);
+        assert!((0..3).all(|line| !link.is_wanted(line)));
+        link.hand_out(at(5000));
+        assert_eq!(ended(&mut link), [], "one attempt is waited for, whatever the delay");
+        assert_eq!(link.wakes_at(), Some(at(5000)));
+        reconnect(&mut link, at(5000), &found());
+        link.hand_out(at(5000));
+        (0..3).for_each(|line| answer(&mut link, line, 1));
+        let ended: Vec<_> = ended(&mut link);
+        assert_eq!(ended, tickets.into_iter().map(|ticket| (ticket, Ok(()))).collect::<Vec<_>>());
+        assert_eq!(link.losses(), 2, "what was in flight, and another server");
+        assert_eq!(link.status(at(5000)).connections, 3);
     }
-    assert!(now > at(10_000), "{now:?}");
+}
+
+#[test]
+fn requests_fail_when_the_attempt_after_one_of_several_connections_was_lost_fails() {
+    let mut link = up(0, 2);
+    let ticket = link.submit(Wanted::Flush);
+    link.hand_out(at(0));
+    link.cut(1, "gone", at(5000), 0);
+    let line = link.next_to_connect(at(5000)).unwrap();
+    link.connect_failed(line, "refused".to_owned(), at(5001), 0);
+    link.hand_out(at(5001));
+    assert_eq!(ended(&mut link), [(ticket, Err(LinkError::Lost("refused".to_owned())))]);
+}
+
+#[test]
+fn another_server_behind_one_of_several_connections_does_not_go_unnoticed() {
+    let mut link = up(60_000, 4);
+    for offset in 0..4 {
+        link.submit(write(offset * 512, Durability::Cached));
+    }
+    link.hand_out(at(0));
+    (0..4).for_each(|line| answer(&mut link, line, 1));
+    link.submit(Wanted::Flush);
+    link.hand_out(at(0));
+    answer(&mut link, 0, 2);
+    assert_eq!((ended(&mut link).len(), link.losses()), (5, 0));
+    link.cut(0, "moved", at(5000), 0);
+    reconnect(&mut link, at(5000), &found());
+    assert_eq!(link.losses(), 1, "all was flushed, but somewhere else, perhaps");
+    link.cut(3, "moved", at(9000), 0);
+    reconnect(&mut link, at(9999), &found());
+    assert_eq!(link.losses(), 2);
+    let status = link.status(at(9999));
+    assert_eq!((status.connections, status.reconnects), (4, 2));
+}
+
+#[test]
+fn a_connection_that_is_being_made_when_another_is_lost_is_given_up() {
+    let mut link = Link::new(settings(60_000, 2), at(0));
+    let line = link.next_to_connect(at(0)).unwrap();
+    link.connected(line, found(), at(0), 0).unwrap();
+    let other = link.next_to_connect(at(0)).unwrap();
+    link.cut(line, "moved", at(5000), 0);
+    assert!(!link.is_wanted(other), "it may have been made to the old server");
+}
+
+#[test]
+fn a_server_that_closes_each_further_connection_at_once_gets_one() {
+    let mut link = up(0, 2);
+    let mut now = at(0);
+    for _ in 0..NBD_UNWELCOME_MAX {
+        assert_eq!(link.status(now).connections, 2);
+        let ticket = link.submit(Wanted::Flush);
+        link.hand_out(now);
+        link.cut(1, "one is enough", now, u32::MAX);
+        reconnect(&mut link, now, &found());
+        link.hand_out(now);
+        answer(&mut link, 0, 1);
+        assert_eq!(ended(&mut link), [(ticket, Ok(()))]);
+        now = link.wakes_at().unwrap_or(now);
+        reconnect(&mut link, now, &found());
+    }
+    assert_eq!(link.status(now).connections, 1);
+    assert_eq!((link.next_to_connect(at(1 << 30)), link.wakes_at()), (None, None));
 }
 
 #[test]
@@ -284,6 +337,40 @@ fn a_server_that_does_not_say_that_it_may_gets_one_connection() {
     link.connected(line, alone, at(0), 0).unwrap();
     assert_eq!(link.next_to_connect(at(0)), None);
     assert_eq!(link.wakes_at(), None);
+}
+
+#[test]
+fn a_server_that_comes_back_for_one_connection_gets_one() {
+    let alone = Found { flags: ALL & !flag::CAN_MULTI_CONN, ..found() };
+    let mut link = up(0, 4);
+    link.cut(2, "gone", at(5000), 0);
+    reconnect(&mut link, at(5000), &alone);
+    assert_eq!((link.status(at(5000)).connections, link.next_to_connect(at(1 << 30))), (1, None));
+    assert_eq!(link.wakes_at(), None);
+    // And as many as before when it allows it again.
+    link.cut(0, "gone", at(10_000), 0);
+    reconnect(&mut link, at(20_000), &found());
+    reconnect(&mut link, at(20_000), &found());
+    assert_eq!(link.status(at(20_000)).connections, 4);
+}
+
+#[test]
+fn a_further_connection_to_a_server_that_allows_one_only_ends_the_others() {
+    let alone = Found { flags: ALL & !flag::CAN_MULTI_CONN, ..found() };
+    let mut link = Link::new(settings(0, 3), at(0));
+    let line = link.next_to_connect(at(0)).unwrap();
+    link.connected(line, found(), at(0), 0).unwrap();
+    let ticket = link.submit(write(0, Durability::Cached));
+    link.hand_out(at(0));
+    let further = link.next_to_connect(at(0)).unwrap();
+    link.connected(further, alone.clone(), at(1), 0).unwrap_err();
+    assert!((0..3).all(|line| !link.is_wanted(line)), "the first one may end at another server");
+    link.hand_out(at(1));
+    reconnect(&mut link, at(1000), &alone);
+    link.hand_out(at(1000));
+    answer(&mut link, 0, 1);
+    assert_eq!(ended(&mut link), [(ticket, Ok(()))]);
+    assert_eq!((link.losses(), link.status(at(1000)).connections), (2, 1));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! server, and any bytes cut at any place.
 
 mod cuts;
+mod endless;
 mod extended;
 mod handshake;
 mod replies;

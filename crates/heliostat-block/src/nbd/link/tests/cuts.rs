@@ -121,7 +121,8 @@ impl World {
         } else {
             self.hear(line, &mut connection, &bytes);
             if is_cut {
-                return self.link.cut(line, "cut", self.now, 0);
+                self.link.cut(line, "cut", self.now, 0);
+                return self.connections.iter_mut().for_each(|other| *other = None);
             }
         }
         self.connections[line] = Some(connection);
