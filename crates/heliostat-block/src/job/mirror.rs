@@ -25,7 +25,7 @@ use super::group::Member;
 use super::lanes::Lanes;
 use super::mirror_step::{Others, Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
-use super::sample::Recent;
+use super::sample::CopiedPlaces;
 use super::scan::SyncMode;
 use super::source_gate::SourceGate;
 use super::underway::{Done, Underway};
@@ -53,7 +53,7 @@ pub struct Mirror {
     /// What the target's count of losses was when it was last looked at.
     losses: u64,
     doubt: trust::Doubt,
-    recent: Recent,
+    copied: CopiedPlaces,
     options: MirrorOptions,
     clock: Arc<dyn Clock>,
     underway: Underway,
@@ -109,7 +109,7 @@ impl Mirror {
             underway: Underway::new(Arc::clone(&route)),
             losses: route.target.losses(),
             doubt: trust::Doubt::default(),
-            recent: Recent::default(),
+            copied: CopiedPlaces::default(),
             route,
             job,
             graph,
@@ -373,7 +373,7 @@ impl Mirror {
         match copied {
             Ok(copied) => {
                 self.rest.shorten();
-                self.recent.copied(range);
+                self.copied.copied(range, copied.data > 0);
                 self.pace.give_back(range.len() - copied.data, self.clock.now());
                 self.tally.copy_succeeded(range.len(), copied);
             }

@@ -11,6 +11,7 @@ use super::test_disk::{Bench, Disk, SECTOR, Ticking};
 use super::{CopyMode, End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
 use crate::buffer::Buffer;
 use crate::clock::Clock;
+use crate::convert::u64_from;
 use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter};
 use crate::graph::Spot;
@@ -340,6 +341,33 @@ fn a_target_that_is_back_empty_is_copied_to_from_the_start() {
         assert_eq!(job.status(), JobStatus::Null);
         assert_eq!(target.durable(), source.shown());
     }
+}
+
+#[test]
+fn a_target_that_is_back_empty_is_found_out_where_guests_write_what_lies_evenly() {
+    const MANY: usize = 4096;
+    let (source, target) = (Disk::of(vec![7; MANY * SECTOR]), Disk::of(vec![0; MANY * SECTOR]));
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let mut steps = 0;
+    bench.run(mirror.run(), || {
+        steps += u32::from(job.status() == JobStatus::Ready);
+        match (job.status(), steps) {
+            (JobStatus::Ready, 5) => {
+                target.become_other(0);
+                let tracked = bench.export.enter().now_or_never().expect("the gate is open");
+                for sector in (0..MANY).step_by(MANY / 64) {
+                    let data = Bytes::from(vec![2; SECTOR]);
+                    let written = tracked.write(u64_from(sector * SECTOR), data, Durability::Cached);
+                    written.now_or_never().expect("at once").unwrap();
+                }
+            }
+            (JobStatus::Ready, 6) => job.ask(Verb::Complete).unwrap(),
+            _ => {}
+        }
+    });
+    assert_eq!(job.status(), JobStatus::Null);
+    assert!(target.durable() == source.shown(), "some of it was not copied");
 }
 
 #[test]
