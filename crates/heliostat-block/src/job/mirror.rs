@@ -177,6 +177,7 @@ impl Mirror {
             // Taken before anything is looked at, so that no change between the look and the wait is missed.
             let heard = [self.job.listen(), self.doubling.listen_left(), self.underway.listen()];
             self.look_at_answers();
+            self.give_up_again();
             self.take_orders();
             self.reap().await;
             self.start_halves().await;

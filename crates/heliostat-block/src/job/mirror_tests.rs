@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use futures_util::FutureExt;
 
+use super::copy::Route;
 use super::mirror::MirrorOptions;
+use super::sample::compare;
 use super::scan::SyncMode;
 use super::test_disk::{Bench, Disk, SECTOR, Ticking};
 use super::{CopyMode, End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
@@ -388,6 +390,41 @@ fn a_target_that_is_back_with_its_data_is_not_copied_to_again() {
         }
     });
     assert_eq!(job.status(), JobStatus::Null);
+}
+
+// ---------------------------------------------------------------------- a target that is given up
+
+#[test]
+fn what_comes_to_a_target_after_it_was_given_up_does_not_keep_the_job() {
+    let (source, target) = (disk(7), disk(0));
+    target.hold_writes();
+    // The first time was before the request had come to it.
+    target.let_go_at_give_up(2);
+    let bench = Bench::new(source, Arc::clone(&target));
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let mut is_cancelled = false;
+    bench.run(mirror.run(), || {
+        if target.held() > 0 && !is_cancelled {
+            is_cancelled = true;
+            job.ask(Verb::Cancel(Force::Hard)).unwrap();
+        }
+    });
+    assert_eq!(job.status(), JobStatus::Null);
+}
+
+#[test]
+fn nothing_is_asked_of_a_target_that_was_given_up() {
+    let (source, target) = (disk(7), disk(0));
+    let bench = Bench::new(source, Arc::clone(&target));
+    let (from, to) = (Arc::clone(&bench.source), Arc::clone(&bench.target));
+    let route = Route::new(from, to, &options());
+    let _hurry = route.give_up();
+    target.hold_writes();
+    target.hold_reads(true);
+    let all = ByteRange::from_bounds(0, 512);
+    assert!(compare(&route, vec![all]).now_or_never().expect("it waits for nothing").is_err());
+    assert!(route.flush().now_or_never().expect("it waits for nothing").is_err());
+    assert_eq!(target.flushes(), 0);
 }
 
 // ---------------------------------------------------------------------- answers that make no sense

@@ -116,9 +116,11 @@ fn first_clean(dirty: &DirtyBitmap, from: u64, end: u64) -> Option<u64> {
 pub(crate) async fn compare(route: &Route, places: Vec<ByteRange>) -> Result<Vec<ByteRange>, CopyError> {
     let mut differing = Vec::new();
     for place in places {
+        route.go_on(place)?;
         let room = || Buffer::zeroed(usize_from(place.len()));
         let source = route.source.read_blocks(place.offset(), room()).await;
         let source = source.map_err(|error| (Operation::Read, error))?;
+        route.go_on(place)?;
         let target = route.target.read_blocks(place.offset(), room()).await;
         let target = target.map_err(|error| (Operation::Write, error))?;
         if source[..] != target[..] {
