@@ -139,6 +139,9 @@ pub const REST_LAST: Duration = Duration::from_secs(5);
 pub const SAMPLE_SPREAD: u64 = 64;
 /// Places copied last that are compared besides: what a target that went back a little lacks.
 pub const SAMPLE_RECENT: usize = 32;
+/// Places that got data from a mirror's beginning on, of which half as many to so many are compared besides: where little
+/// of a large disk was copied, those that are spread over it tell nothing.
+pub const SAMPLE_KEPT: usize = 64;
 /// The most that is compared of a granule.
 pub const SAMPLE_LEN_MAX: u64 = 64 << 10;
 

@@ -86,10 +86,14 @@ impl Route {
     }
 
     /// Whether the next piece of a copy is wanted.
-    fn go_on(&self, piece: ByteRange) -> Result<(), CopyError> {
+    pub(crate) fn go_on(&self, piece: ByteRange) -> Result<(), CopyError> {
+        self.is_wanted(Some(piece)).map_err(|error| (Operation::Write, error))
+    }
+
+    /// Whether anything is wanted of the target still.
+    fn is_wanted(&self, range: Option<ByteRange>) -> Result<(), BlockError> {
         if self.patience.is_over() {
-            let node = self.target.name().as_str();
-            return Err((Operation::Write, BlockError::new(ErrorKind::Closed, node, Some(piece))));
+            return Err(BlockError::new(ErrorKind::Closed, self.target.name().as_str(), range));
         }
         Ok(())
     }
@@ -100,6 +104,7 @@ impl Route {
             // Not by the gate: it is closed at the end.
             self.source.flush().await?;
         }
+        self.is_wanted(None)?;
         self.target.enter().await.flush().await
     }
 
@@ -228,6 +233,7 @@ impl Route {
                 Some(first) => first.range,
                 None => rest,
             };
+            self.go_on(part)?;
             let tracked = self.target.enter().await;
             let zeroed =
                 tracked.write_zeroes(part, self.zero_space, ZeroEffort::Any, Durability::Cached).await;

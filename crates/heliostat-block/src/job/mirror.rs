@@ -25,7 +25,7 @@ use super::group::Member;
 use super::lanes::Lanes;
 use super::mirror_step::{Others, Scan, Step, View, next_step};
 use super::rate::{Pace, Rest};
-use super::sample::Recent;
+use super::sample::CopiedPlaces;
 use super::scan::SyncMode;
 use super::source_gate::SourceGate;
 use super::underway::{Done, Underway};
@@ -53,7 +53,7 @@ pub struct Mirror {
     /// What the target's count of losses was when it was last looked at.
     losses: u64,
     doubt: trust::Doubt,
-    recent: Recent,
+    copied: CopiedPlaces,
     options: MirrorOptions,
     clock: Arc<dyn Clock>,
     underway: Underway,
@@ -109,7 +109,7 @@ impl Mirror {
             underway: Underway::new(Arc::clone(&route)),
             losses: route.target.losses(),
             doubt: trust::Doubt::default(),
-            recent: Recent::default(),
+            copied: CopiedPlaces::default(),
             route,
             job,
             graph,
@@ -177,6 +177,7 @@ impl Mirror {
             // Taken before anything is looked at, so that no change between the look and the wait is missed.
             let heard = [self.job.listen(), self.doubling.listen_left(), self.underway.listen()];
             self.look_at_answers();
+            self.give_up_again();
             self.take_orders();
             self.reap().await;
             self.start_halves().await;
@@ -373,7 +374,7 @@ impl Mirror {
         match copied {
             Ok(copied) => {
                 self.rest.shorten();
-                self.recent.copied(range);
+                self.copied.copied(range, copied.data > 0);
                 self.pace.give_back(range.len() - copied.data, self.clock.now());
                 self.tally.copy_succeeded(range.len(), copied);
             }

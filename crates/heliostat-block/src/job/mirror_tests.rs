@@ -5,12 +5,15 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use futures_util::FutureExt;
 
+use super::copy::Route;
 use super::mirror::MirrorOptions;
+use super::sample::compare;
 use super::scan::SyncMode;
 use super::test_disk::{Bench, Disk, SECTOR, Ticking};
 use super::{CopyMode, End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
 use crate::buffer::Buffer;
 use crate::clock::Clock;
+use crate::convert::u64_from;
 use crate::driver::throttle::Throttle;
 use crate::driver::{Driver, Filter};
 use crate::graph::Spot;
@@ -343,6 +346,33 @@ fn a_target_that_is_back_empty_is_copied_to_from_the_start() {
 }
 
 #[test]
+fn a_target_that_is_back_empty_is_found_out_where_guests_write_what_lies_evenly() {
+    const MANY: usize = 4096;
+    let (source, target) = (Disk::of(vec![7; MANY * SECTOR]), Disk::of(vec![0; MANY * SECTOR]));
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let mut steps = 0;
+    bench.run(mirror.run(), || {
+        steps += u32::from(job.status() == JobStatus::Ready);
+        match (job.status(), steps) {
+            (JobStatus::Ready, 5) => {
+                target.become_other(0);
+                let tracked = bench.export.enter().now_or_never().expect("the gate is open");
+                for sector in (0..MANY).step_by(MANY / 64) {
+                    let data = Bytes::from(vec![2; SECTOR]);
+                    let written = tracked.write(u64_from(sector * SECTOR), data, Durability::Cached);
+                    written.now_or_never().expect("at once").unwrap();
+                }
+            }
+            (JobStatus::Ready, 6) => job.ask(Verb::Complete).unwrap(),
+            _ => {}
+        }
+    });
+    assert_eq!(job.status(), JobStatus::Null);
+    assert!(target.durable() == source.shown(), "some of it was not copied");
+}
+
+#[test]
 fn a_target_that_is_back_with_its_data_is_not_copied_to_again() {
     let (source, target) = (disk(7), disk(0));
     let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
@@ -360,6 +390,41 @@ fn a_target_that_is_back_with_its_data_is_not_copied_to_again() {
         }
     });
     assert_eq!(job.status(), JobStatus::Null);
+}
+
+// ---------------------------------------------------------------------- a target that is given up
+
+#[test]
+fn what_comes_to_a_target_after_it_was_given_up_does_not_keep_the_job() {
+    let (source, target) = (disk(7), disk(0));
+    target.hold_writes();
+    // The first time was before the request had come to it.
+    target.let_go_at_give_up(2);
+    let bench = Bench::new(source, Arc::clone(&target));
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
+    let mut is_cancelled = false;
+    bench.run(mirror.run(), || {
+        if target.held() > 0 && !is_cancelled {
+            is_cancelled = true;
+            job.ask(Verb::Cancel(Force::Hard)).unwrap();
+        }
+    });
+    assert_eq!(job.status(), JobStatus::Null);
+}
+
+#[test]
+fn nothing_is_asked_of_a_target_that_was_given_up() {
+    let (source, target) = (disk(7), disk(0));
+    let bench = Bench::new(source, Arc::clone(&target));
+    let (from, to) = (Arc::clone(&bench.source), Arc::clone(&bench.target));
+    let route = Route::new(from, to, &options());
+    let _hurry = route.give_up();
+    target.hold_writes();
+    target.hold_reads(true);
+    let all = ByteRange::from_bounds(0, 512);
+    assert!(compare(&route, vec![all]).now_or_never().expect("it waits for nothing").is_err());
+    assert!(route.flush().now_or_never().expect("it waits for nothing").is_err());
+    assert_eq!(target.flushes(), 0);
 }
 
 // ---------------------------------------------------------------------- answers that make no sense

@@ -10,37 +10,103 @@ use super::Operation;
 use super::copy::{CopyError, Route};
 use crate::buffer::Buffer;
 use crate::convert::usize_from;
-use crate::limits::{SAMPLE_LEN_MAX, SAMPLE_RECENT, SAMPLE_SPREAD};
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::limits::{SAMPLE_KEPT, SAMPLE_LEN_MAX, SAMPLE_RECENT, SAMPLE_SPREAD};
 use crate::range::ByteRange;
 
-/// The places copied last.
-#[derive(Default)]
-pub(crate) struct Recent(VecDeque<u64>);
+/// Places that were copied.
+pub(crate) struct CopiedPlaces {
+    /// The last ones.
+    last: VecDeque<u64>,
+    /// One of each so many of those that got data, from the first on.
+    kept: Vec<u64>,
+    keeps_every: u64,
+    with_data: u64,
+}
 
-impl Recent {
-    /// Remembers a copy that has ended well.
-    pub(crate) fn copied(&mut self, range: ByteRange) {
-        if self.0.len() == SAMPLE_RECENT {
-            self.0.pop_front();
+/// What can be compared.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Comparable {
+    /// These places.
+    Places(Vec<ByteRange>),
+    /// Nothing at this moment, though not everything will be copied again.
+    NotNow,
+    /// Nothing: everything will be copied again.
+    Nothing,
+}
+
+impl Default for CopiedPlaces {
+    fn default() -> Self {
+        Self { last: VecDeque::new(), kept: Vec::new(), keeps_every: 1, with_data: 0 }
+    }
+}
+
+impl CopiedPlaces {
+    /// Remembers a copy that has ended well; `has_data`: it was not all zeroes.
+    pub(crate) fn copied(&mut self, range: ByteRange, has_data: bool) {
+        if self.last.len() == SAMPLE_RECENT {
+            self.last.pop_front();
         }
-        self.0.push_back(range.offset());
+        self.last.push_back(range.offset());
+        if !has_data {
+            return;
+        }
+        if self.with_data.is_multiple_of(self.keeps_every) {
+            self.kept.push(range.offset());
+        }
+        self.with_data += 1;
+        if self.kept.len() == SAMPLE_KEPT {
+            let mut keeps = false;
+            self.kept.retain(|_| {
+                keeps = !keeps;
+                keeps
+            });
+            self.keeps_every *= 2;
+        }
     }
 
-    /// Where to look on a disk of `size` bytes, below `end`: at places that lie evenly, and at those copied last.
-    pub(crate) fn places(&self, size: u64, granularity: u32, end: u64) -> Vec<ByteRange> {
-        let granularity = u64::from(granularity);
-        let granules = size.div_ceil(granularity);
+    /// Where to look, below `end`: at clean places that lie as evenly as may be, at some of those that got data, and at
+    /// those copied last. Only where `is_still` says that nothing is on its way.
+    pub(crate) fn comparable(
+        &self,
+        dirty: &DirtyBitmap,
+        end: u64,
+        is_still: impl Fn(ByteRange) -> bool,
+    ) -> Comparable {
+        let granularity = u64::from(dirty.granularity());
+        let end = end.min(dirty.size());
+        let granules = end.div_ceil(granularity);
         let count = granules.min(SAMPLE_SPREAD);
-        let even = (0..count).map(|n| {
-            // The product needs more than 64 bits on the largest disks; a step does not.
-            (granules / count * n + granules % count * n / count) * granularity
-        });
-        let mut starts: Vec<_> = even.chain(self.0.iter().copied()).filter(|start| *start < end).collect();
+        // The product needs more than 64 bits on the largest disks; a step does not.
+        let bound = |n: u64| {
+            (granules / count * n + granules % count * n / count).saturating_mul(granularity).min(end)
+        };
+        let mut starts: Vec<_> =
+            (0..count).filter_map(|n| first_clean(dirty, bound(n), bound(n + 1))).collect();
+        if starts.is_empty() {
+            return Comparable::Nothing;
+        }
+        starts.extend(self.kept.iter().chain(&self.last).filter(|start| **start < end));
         starts.sort_unstable();
         starts.dedup();
         let len = granularity.min(SAMPLE_LEN_MAX);
-        starts.into_iter().map(|start| ByteRange::from_bounds(start, size.min(start + len))).collect()
+        let places =
+            starts.into_iter().map(|start| ByteRange::from_bounds(start, end.min(start.saturating_add(len))));
+        let places: Vec<_> = places.filter(|place| is_still(*place)).collect();
+        if places.is_empty() { Comparable::NotNow } else { Comparable::Places(places) }
     }
+}
+
+/// The first granule that is clean, of those that start from `from` to `end`.
+fn first_clean(dirty: &DirtyBitmap, from: u64, end: u64) -> Option<u64> {
+    let mut at = from;
+    while at < end {
+        match dirty.next_dirty(at, end - at) {
+            Some(run) if run.offset() <= at => at = run.end(),
+            _ => return Some(at),
+        }
+    }
+    None
 }
 
 /// Says which of `places` differ.
@@ -50,9 +116,11 @@ impl Recent {
 pub(crate) async fn compare(route: &Route, places: Vec<ByteRange>) -> Result<Vec<ByteRange>, CopyError> {
     let mut differing = Vec::new();
     for place in places {
+        route.go_on(place)?;
         let room = || Buffer::zeroed(usize_from(place.len()));
         let source = route.source.read_blocks(place.offset(), room()).await;
         let source = source.map_err(|error| (Operation::Read, error))?;
+        route.go_on(place)?;
         let target = route.target.read_blocks(place.offset(), room()).await;
         let target = target.map_err(|error| (Operation::Write, error))?;
         if source[..] != target[..] {
@@ -66,14 +134,22 @@ pub(crate) async fn compare(route: &Route, places: Vec<ByteRange>) -> Result<Vec
 mod tests {
     use super::*;
 
+    fn all_of(copied: &CopiedPlaces, dirty: &DirtyBitmap, end: u64) -> Vec<ByteRange> {
+        match copied.comparable(dirty, end, |_| true) {
+            Comparable::Places(places) => places,
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn places_lie_evenly_and_where_was_copied_last() {
-        let mut recent = Recent::default();
+        let mut copied = CopiedPlaces::default();
         for n in 0..100 {
-            recent.copied(ByteRange::from_bounds(n * 512, (n + 1) * 512));
+            copied.copied(ByteRange::from_bounds(n * 512, (n + 1) * 512), false);
         }
-        let size = 1 << 40;
-        let places = recent.places(size, 512, size);
+        let size = 1 << 32;
+        let dirty = DirtyBitmap::new(size, 512).unwrap();
+        let places = all_of(&copied, &dirty, size);
         assert_eq!(
             u64::try_from(places.len()).unwrap(),
             SAMPLE_SPREAD + u64::try_from(SAMPLE_RECENT).unwrap()
@@ -81,12 +157,41 @@ mod tests {
         assert!(places.windows(2).all(|pair| pair[0].end() <= pair[1].offset()));
         assert!(places.iter().any(|place| place.offset() == 99 * 512), "the last one");
         assert!(places.last().unwrap().offset() > size / 64 * 62);
-        let half = recent.places(size, 512, size / 2);
+        let half = all_of(&copied, &dirty, size / 2);
         assert!(half.iter().all(|place| place.offset() < size / 2));
-        let small = Recent::default().places(1000, 512, 1000);
+        let small = DirtyBitmap::new(1000, 512).unwrap();
+        let small = all_of(&CopiedPlaces::default(), &small, 1000);
         assert_eq!(small, [ByteRange::from_bounds(0, 512), ByteRange::from_bounds(512, 1000)]);
-        assert!(Recent::default().places(0, 512, 0).is_empty());
-        let huge = Recent::default().places(u64::MAX, 512, u64::MAX);
-        assert_eq!(huge.last().unwrap().len(), 512);
+        let none = CopiedPlaces::default().comparable(&dirty, 0, |_| true);
+        assert_eq!(none, Comparable::Nothing);
+    }
+
+    #[test]
+    fn of_what_is_dirty_its_clean_neighbour_is_compared() {
+        let dirty = DirtyBitmap::new(1 << 20, 512).unwrap();
+        for n in 0..64 {
+            dirty.mark(ByteRange::from_bounds(n << 14, (n << 14) + 1024));
+        }
+        let places = all_of(&CopiedPlaces::default(), &dirty, 1 << 20);
+        assert_eq!(places.len(), 64);
+        assert!(places.iter().all(|place| place.offset() % (1 << 14) == 1024));
+        dirty.mark_all();
+        let none = |_| panic!("nothing is clean");
+        assert_eq!(CopiedPlaces::default().comparable(&dirty, 1 << 20, none), Comparable::Nothing);
+        dirty.clear(ByteRange::from_bounds(512, 1024));
+        assert_eq!(CopiedPlaces::default().comparable(&dirty, 1 << 20, |_| false), Comparable::NotNow);
+        assert_eq!(all_of(&CopiedPlaces::default(), &dirty, 1 << 20), [ByteRange::from_bounds(512, 1024)]);
+    }
+
+    #[test]
+    fn of_a_small_part_that_was_copied_many_places_are_compared() {
+        let mut copied = CopiedPlaces::default();
+        for n in 0..10_000 {
+            copied.copied(ByteRange::from_bounds(n << 12, (n + 1) << 12), true);
+        }
+        let dirty = DirtyBitmap::new(1 << 40, 1 << 16).unwrap();
+        dirty.mark(ByteRange::from_bounds(40_960_000, 1 << 40));
+        let places = all_of(&copied, &dirty, 1 << 40);
+        assert!(places.len() >= SAMPLE_KEPT / 2, "{}", places.len());
     }
 }

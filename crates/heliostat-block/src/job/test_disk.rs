@@ -73,6 +73,11 @@ struct State {
     holds_writes: bool,
     /// Writes that a test holds up.
     held: usize,
+    /// Reads wait as long as a test wants.
+    holds_reads: bool,
+    /// It is given up when it has been told so as often as this.
+    give_ups_until: Option<u32>,
+    is_remote: bool,
     /// What it says of its layout, where a test wants to say it.
     says: Option<Says>,
 }
@@ -99,6 +104,9 @@ impl Disk {
             flushes: 0,
             holds_writes: false,
             held: 0,
+            holds_reads: false,
+            give_ups_until: None,
+            is_remote: false,
             says: None,
         };
         Arc::new(Self { state: Mutex::new(state), released: Event::new() })
@@ -179,6 +187,22 @@ impl Disk {
         self.released.notify(usize::MAX);
     }
 
+    /// Reads that come from now on wait, until that is said to be over.
+    pub(crate) fn hold_reads(&self, holds: bool) {
+        self.state().holds_reads = holds;
+        self.released.notify(usize::MAX);
+    }
+
+    /// Of requests that are held those end that were there before it was given up for the `count`th time.
+    pub(crate) fn let_go_at_give_up(&self, count: u32) {
+        self.state().give_ups_until = Some(count);
+    }
+
+    /// It is on another host.
+    pub(crate) fn be_remote(&self) {
+        self.state().is_remote = true;
+    }
+
     fn put(&self, offset: u64, data: &[u8]) {
         let mut state = self.state();
         let start = usize_from(offset);
@@ -206,7 +230,7 @@ impl Storage for Disk {
             can_discard: true,
             can_zero_fast: true,
             can_resize: false,
-            remote: false,
+            remote: self.state().is_remote,
         }
     }
 
@@ -221,8 +245,32 @@ impl Storage for Disk {
     fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
         let start = usize_from(offset);
         let len = buffer.len();
-        buffer.copy_from_slice(&self.state().shown[start..start + len]);
-        IoFuture::ready(Ok(buffer))
+        if !self.state().holds_reads {
+            buffer.copy_from_slice(&self.state().shown[start..start + len]);
+            return IoFuture::ready(Ok(buffer));
+        }
+        IoFuture::pending(async move {
+            loop {
+                let released = self.released.listen();
+                if !self.state().holds_reads {
+                    break;
+                }
+                released.await;
+            }
+            buffer.copy_from_slice(&self.state().shown[start..start + len]);
+            Ok(buffer)
+        })
+    }
+
+    fn give_up(&self) {
+        let mut state = self.state();
+        let Some(count) = &mut state.give_ups_until else { return };
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            state.holds_writes = false;
+            drop(state);
+            self.released.notify(usize::MAX);
+        }
     }
 
     fn write(&self, offset: u64, data: Bytes, _: Durability) -> IoFuture<'_, ()> {

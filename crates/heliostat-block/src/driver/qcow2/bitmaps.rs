@@ -320,6 +320,7 @@ impl Qcow2 {
         bitmaps: &[StoredBitmap],
         taken: &mut Vec<Run>,
     ) -> Result<Header, FormatError> {
+        let failed = self.failed_flushes();
         let mut entries = Vec::new();
         for bitmap in bitmaps.iter().filter(|bitmap| !bitmap.is_removed) {
             let table = match &bitmap.bits {
@@ -337,7 +338,7 @@ impl Qcow2 {
                 directory_offset: self.store_new(directory, taken).await?,
             });
         }
-        self.flush().await?;
+        self.flush_after(failed).await?;
         let header = self.header();
         let flag = if new.is_some() { autoclear::BITMAPS } else { 0 };
         let autoclear = header.autoclear & !autoclear::BITMAPS | flag;

@@ -11,6 +11,8 @@
 //! So a crash leaves at most clusters that are counted and not used. One commit runs at a time; who asks for a flush
 //! meanwhile shares the next.
 
+use std::error::Error;
+use std::fmt;
 use std::io;
 use std::mem;
 
@@ -36,6 +38,23 @@ const REFCOUNT_TABLE_WORDS: u64 = 48;
 
 /// Neighbouring slices are written together, up to this length.
 const WRITE_LEN_MAX: usize = 1 << 20;
+
+/// How often a commit is carried out in which a storage says that it may have lost something.
+const ATTEMPTS: usize = 8;
+
+/// A flush has succeeded, and what it was to make durable may be gone all the same: see [`Storage::losses`].
+///
+/// [`Storage::losses`]: crate::storage::Storage::losses
+#[derive(Debug)]
+struct Lost;
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("what was written may have been lost before it was flushed")
+    }
+}
+
+impl Error for Lost {}
 
 /// What one commit writes, as it was when the commit began.
 struct Batch {
@@ -71,6 +90,8 @@ pub(crate) struct Commits {
     copies: [bool; 2],
     /// Flushes of a file that have failed.
     failed_flushes: u64,
+    /// What the storages' count of losses was when it was last looked at.
+    losses: u64,
     /// What is unmapped for good, and may still be read by requests of that epoch or before.
     passing: Vec<(u64, Limbo)>,
 }
@@ -112,6 +133,21 @@ impl State {
             epoch: self.epochs.turn(),
             l1_dirty,
             table_dirty,
+        }
+    }
+
+    /// Looks whether the storages have lost something since the last time: `losses` is their count. What was durable is
+    /// believed. Older data that was copied since must not be given up for what may not be there.
+    fn look_at_losses(&mut self, losses: u64) -> bool {
+        let is_lost = mem::replace(&mut self.commits.losses, losses) != losses;
+        self.commits.is_adrift |= is_lost && self.commits.copies != [false, false];
+        is_lost
+    }
+
+    /// A copy of older data is about to begin. A loss that came before, when there was none, does not concern it.
+    pub(super) fn forget_old_losses(&mut self, losses: u64) {
+        if !self.commits.is_running && self.commits.copies == [false, false] {
+            self.commits.losses = losses;
         }
     }
 
@@ -195,13 +231,26 @@ impl Qcow2 {
     /// holds is not known any more.
     pub(crate) async fn flush(&self) -> io::Result<()> {
         let begun = self.lock().commits.begun;
+        for _ in 1..ATTEMPTS {
+            match self.commit(begun).await {
+                // The tables are changed still: they are written again.
+                Err(error) if error.get_ref().is_some_and(|error| error.is::<Lost>()) => {}
+                ended => return ended,
+            }
+        }
+        self.commit(begun).await
+    }
+
+    /// Makes everything durable, unless a commit has done so that is later than `begun`.
+    async fn commit(&self, begun: u64) -> io::Result<()> {
         let _turn = self.turn.lock(ByteRange::from_bounds(0, 1)).await;
         {
-            let state = self.lock();
+            let mut state = self.lock();
             // One that began after this call, and ended well, has done it.
             if state.commits.durable > begun {
                 return Ok(());
             }
+            state.look_at_losses(self.losses());
             if state.commits.is_adrift {
                 return Err(io::Error::other(
                     "what the medium holds of the image is not known any more: it has to be opened again",
@@ -220,22 +269,27 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// How often any of its storages may have lost something; see [`crate::storage::Storage::losses`].
+    pub(crate) fn losses(&self) -> u64 {
+        self.storages().map(|storage| storage.losses()).sum()
+    }
+
     /// What [`Qcow2::flush_after`] wants to know of the time before something is written.
     pub(crate) fn failed_flushes(&self) -> u64 {
-        self.lock().commits.failed_flushes
+        self.losses() + self.lock().commits.failed_flushes
     }
 
     /// [`Qcow2::flush`] for what was written since `failed` was the count of failed flushes.
     ///
     /// # Errors
-    /// As [`Qcow2::flush`]. And if a flush that somebody else asked for has failed since: it may have lost what was
-    /// written, and this one would not know.
+    /// As [`Qcow2::flush`]. And if a flush that somebody else asked for has failed since, or a storage has lost
+    /// something: what was written may be gone, and this one would not know.
     pub(crate) async fn flush_after(&self, failed: u64) -> io::Result<()> {
         self.flush().await?;
         if self.failed_flushes() == failed {
             return Ok(());
         }
-        Err(io::Error::other("a flush has failed since this was written, and may have lost it"))
+        Err(io::Error::other("what was written has perhaps been lost since, before it was flushed"))
     }
 
     /// Writes tables where so much is changed that there would soon be no room for more.
@@ -292,15 +346,17 @@ impl Qcow2 {
 
     /// Makes one file durable. Where that fails, what was written to it since the last time may be gone, and later
     /// flushes do not tell. Who wrote it has been told; but older data that was copied with it must not be given up
-    /// for what may not be there.
+    /// for what may not be there. So it is where a storage has lost something, though its flush succeeds.
     async fn flush_file(&self, file: &ImageFile) -> io::Result<()> {
         let flushed = file.flush().await;
+        let mut state = self.lock();
+        let is_lost = state.look_at_losses(self.losses());
         if flushed.is_err() {
-            let mut state = self.lock();
             state.commits.failed_flushes += 1;
             state.commits.is_adrift |= state.commits.copies != [false, false];
         }
-        flushed
+        flushed?;
+        if is_lost { Err(io::Error::other(Lost)) } else { Ok(()) }
     }
 
     /// Writes pieces of the image file, neighbours together, several at once.

@@ -227,11 +227,12 @@ impl Qcow2 {
             let old = state.l1.iter().map(|entry| entry.0);
             write_numbers(old.chain(std::iter::repeat(0)).take(usize_from(len)))
         };
+        let failed = self.failed_flushes();
         let made = async {
             self.raise(DebugEvent::L1GrowWriteTable).await;
             self.file.write(host.offset(), Bytes::from(table)).await?;
             // The new table's reference counts and contents are durable before the header names it.
-            self.flush().await
+            self.flush_after(failed).await
         };
         if let Err(error) = made.await {
             self.give_back(run).await;
@@ -254,8 +255,12 @@ impl Qcow2 {
     /// Changes words of the header. Where that fails, or is dropped, which of them the medium holds is not known.
     pub(super) async fn write_header(&self, at: u64, words: Bytes) -> io::Result<()> {
         let written = Tables::of(self);
+        let losses = self.losses();
         self.file.write(at, words).await?;
         self.file.flush().await?;
+        if self.losses() != losses {
+            return Err(io::Error::other("words of the header may have been lost before they were flushed"));
+        }
         written.end();
         Ok(())
     }

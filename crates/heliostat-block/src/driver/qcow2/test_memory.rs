@@ -50,6 +50,9 @@ pub(in crate::driver) struct Memory {
     pub(in crate::driver) writes_left: AtomicU64,
     /// The next flush fails, and what was written since the last good one is gone.
     pub(in crate::driver) loses: AtomicBool,
+    /// As many of the next flushes find that what was written since the last good one is gone, and succeed. Counted.
+    pub(in crate::driver) silent_losses_ahead: AtomicU64,
+    pub(in crate::driver) losses: AtomicU64,
     /// Writes end when they are polled a second time; until then they are on their way.
     pub(in crate::driver) is_slow: AtomicBool,
     pub(in crate::driver) on_their_way: Mutex<Vec<(u64, Bytes)>>,
@@ -71,6 +74,8 @@ impl Memory {
             size_max: AtomicU64::new(u64::MAX),
             writes_left: AtomicU64::new(u64::MAX),
             loses: AtomicBool::new(false),
+            silent_losses_ahead: AtomicU64::new(0),
+            losses: AtomicU64::new(0),
             is_slow: AtomicBool::new(false),
             on_their_way: Mutex::default(),
             undurable: Mutex::default(),
@@ -99,6 +104,19 @@ impl Memory {
     pub(in crate::driver) fn land(&self) {
         for (offset, data) in std::mem::take(&mut *lock(&self.on_their_way)) {
             self.change(Change::Write(offset, data)).unwrap();
+        }
+    }
+
+    /// What was written since the last good flush is gone, and only the count tells.
+    pub(in crate::driver) fn lose_silently(&self) {
+        self.losses.fetch_add(1, Ordering::SeqCst);
+        self.lose();
+    }
+
+    fn lose(&self) {
+        for (offset, old) in std::mem::take(&mut *lock(&self.undurable)).into_iter().rev() {
+            let at = usize_from(offset);
+            lock(&self.bytes)[at..at + old.len()].copy_from_slice(&old);
         }
     }
 
@@ -183,15 +201,20 @@ impl Storage for Memory {
     }
 
     fn flush(&self) -> IoFuture<'_, ()> {
-        let undurable = std::mem::take(&mut *lock(&self.undurable));
+        let take = |left: u64| left.checked_sub(1);
+        if self.silent_losses_ahead.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok() {
+            self.lose_silently();
+        }
         if !self.loses.swap(false, Ordering::SeqCst) {
+            lock(&self.undurable).clear();
             return IoFuture::ready(self.change(Change::Flush));
         }
-        for (offset, old) in undurable.into_iter().rev() {
-            let at = usize_from(offset);
-            lock(&self.bytes)[at..at + old.len()].copy_from_slice(&old);
-        }
+        self.lose();
         IoFuture::ready(Err(io::Error::other("lost")))
+    }
+
+    fn losses(&self) -> u64 {
+        self.losses.load(Ordering::SeqCst)
     }
 
     fn extents(&self, range: ByteRange) -> IoFuture<'_, Vec<Extent>> {

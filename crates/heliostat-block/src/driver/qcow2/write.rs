@@ -205,7 +205,11 @@ impl Qcow2 {
         let file = self.data();
         let at = |guest: u64| host + (guest - clusters.offset());
         let is_zero = gaps.iter().all(|gap| gap.source == Source::Zero);
-        self.lock().note_copy(allocation);
+        {
+            let mut state = self.lock();
+            state.forget_old_losses(self.losses());
+            state.note_copy(allocation);
+        }
         if !allocation.writes_around() {
             file.grow_to(at(clusters.end())).await?;
             self.raise(DebugEvent::WriteAio).await;

@@ -109,6 +109,13 @@ impl Mirror {
         self.hurry = self.route.give_up();
     }
 
+    /// What came to the target after it was given up, as a request that was on its way there, is not waited for either.
+    pub(super) fn give_up_again(&self) {
+        if self.job.status() == JobStatus::Aborting && !self.underway.is_idle() {
+            self.route.target.give_up();
+        }
+    }
+
     pub(super) fn open_gate(&mut self) {
         self.attempt.retry();
         let pause = self.gate.reopen(self.clock.now());

@@ -9,6 +9,7 @@ use crate::clock::Moment;
 use crate::error::BlockError;
 use crate::job::copy::CopyError;
 use crate::job::mirror_step::Scan;
+use crate::job::sample::Comparable;
 use crate::job::scan::{Scanned, SyncMode};
 use crate::job::{JobStatus, Operation};
 use crate::limits::REST_FIRST;
@@ -28,16 +29,16 @@ enum Stage {
     /// Nothing: it is trusted.
     #[default]
     Settled,
-    /// A sample.
-    Due,
+    /// A sample, not before that moment.
+    Due(Moment),
     /// What differed, once more, not before that moment: a guest's write may have been on its way.
     Again(Vec<ByteRange>, Moment),
 }
 
 /// A comparison that is on its way.
-#[derive(Clone, Copy)]
 struct Look {
     is_second: bool,
+    places: Vec<ByteRange>,
 }
 
 impl Doubt {
@@ -66,50 +67,55 @@ impl Mirror {
         }
         let (places, is_second) = match std::mem::take(&mut self.doubt.stage) {
             Stage::Settled => return,
-            Stage::Again(places, at) if at > now => {
-                self.doubt.stage = Stage::Again(places, at);
-                return;
-            }
-            Stage::Again(places, _) => (places, true),
-            Stage::Due => {
-                let size = self.route.source.size();
-                let granularity = self.doubling.bitmap().granularity();
-                let mut places = self.recent.places(size, granularity, self.unscanned_from());
-                places.retain(|place| self.doubling.is_still(*place));
-                (places, false)
-            }
+            Stage::Due(at) if at <= now => match self.comparable() {
+                Comparable::Nothing => return,
+                Comparable::NotNow => return self.doubt.stage = Stage::Due(now + REST_FIRST),
+                Comparable::Places(places) => (places, false),
+            },
+            Stage::Again(places, at) if at <= now => (places, true),
+            later => return self.doubt.stage = later,
         };
-        if places.is_empty() {
-            return;
-        }
-        self.doubt.look = Some(Look { is_second });
+        self.doubt.look = Some(Look { is_second, places: places.clone() });
         let done = self.underway.sample(places).await;
         self.take_in(done);
     }
 
+    fn comparable(&self) -> Comparable {
+        let dirty = self.doubling.bitmap();
+        self.copied.comparable(dirty, self.unscanned_from(), |place| self.doubling.is_still(place))
+    }
+
     pub(super) fn take_in_sample(&mut self, sampled: Result<Vec<ByteRange>, CopyError>) {
-        let Some(Look { is_second }) = self.doubt.look.take() else { return };
+        let Some(Look { is_second, places }) = self.doubt.look.take() else { return };
+        let now = self.clock.now();
         let mut differing = match sampled {
             Ok(differing) => differing,
             Err((operation, error)) => {
-                self.doubt.stage = Stage::Due;
+                self.doubt.stage = Stage::Due(now);
                 return self.meet_error(operation, &error);
             }
         };
-        differing.retain(|place| self.doubling.is_still(*place));
         // A loss that came meanwhile asks for another sample, whatever this one says.
-        if differing.is_empty() || matches!(self.doubt.stage, Stage::Due) {
+        if matches!(self.doubt.stage, Stage::Due(_)) {
+            return;
+        }
+        differing.retain(|place| self.doubling.is_still(*place));
+        if differing.is_empty() {
+            // Places that were written meanwhile have told nothing: if all were, all is as open as before.
+            if !places.iter().any(|place| self.doubling.is_still(*place)) {
+                self.doubt.stage = Stage::Due(now + REST_FIRST);
+            }
             return;
         }
         if !is_second {
-            self.doubt.stage = Stage::Again(differing, self.clock.now() + REST_FIRST);
+            self.doubt.stage = Stage::Again(differing, now + REST_FIRST);
             return;
         }
         // It is another one, or an older one: the first pass begins again.
         self.doubling.bitmap().mark_all();
         self.first_pass_over = false;
         self.cursor = 0;
-        self.attempt.restart(self.clock.now());
+        self.attempt.restart(now);
         self.tally.phase_begins();
     }
 
@@ -151,7 +157,7 @@ impl Mirror {
         self.distrust_target();
         // Only there is what is clean known to be equal on both sides.
         if self.options.sync == SyncMode::Full && !self.route.lacks_backing() {
-            self.doubt.stage = Stage::Due;
+            self.doubt.stage = Stage::Due(self.clock.now());
         }
     }
 
