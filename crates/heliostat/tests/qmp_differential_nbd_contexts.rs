@@ -280,6 +280,39 @@ fn a_raw_file_and_what_stands_on_it_has_the_same_map() {
     }
 }
 
+#[test]
+fn the_older_commands_of_exports_go_alike() {
+    let add = |arguments: Value| Do("nbd-server-add", arguments);
+    let remove = |arguments: Value| Do("nbd-server-remove", arguments);
+    let exports = || Do("query-block-exports", json!({}));
+    let mut script = Script::new();
+    script.extend([
+        add(json!({ "device": "top" })),
+        open("top", json!({})),
+        open("mid", json!({ "read-only": true, "backing": null })),
+        add(json!({ "device": "top" })),
+        serve(),
+        add(json!({ "device": "none" })),
+        add(json!({ "device": "mid", "writable": true, "description": "d" })),
+        add(json!({ "device": "mid" })),
+        add(json!({ "device": "top", "name": "x", "bitmap": "none" })),
+        add(json!({ "device": "top", "name": "two words" })),
+        add(json!({ "device": "top", "name": "x", "bitmap": "off", "writable": true })),
+        export("top", json!({ "id": "e", "name": "disk" })),
+        exports(),
+        remove(json!({ "name": "none" })),
+        remove(json!({ "name": "disk" })),
+        remove(json!({ "name": "mid" })),
+        Await("BLOCK_EXPORT_DELETED", "mid"),
+        remove(json!({ "name": "x", "mode": "hard" })),
+        Await("BLOCK_EXPORT_DELETED", "x"),
+        remove(json!({ "name": "e" })),
+        Await("BLOCK_EXPORT_DELETED", "e"),
+        exports(),
+    ]);
+    compare(script);
+}
+
 /// QEMU shows what is dirty as a hole of which nothing is known, ours the same: nobody may take it for zeroes.
 #[test]
 fn an_export_of_a_node_that_shows_a_bitmap_has_the_bytes_and_the_bitmap() {

@@ -381,6 +381,19 @@ pub static COMMANDS: &[Command] = &[
         ]),
     ),
     command("nbd-server-stop", "Stops the NBD server and removes its exports.", &NOTHING),
+    command("nbd-server-add", "Offers a node to clients; older than block-export-add.", &exports::NAMED),
+    command(
+        "nbd-server-remove",
+        "Removes an export; older than block-export-del.",
+        &record(&[
+            required("name", Kind::Text, "the export's id"),
+            optional(
+                "mode",
+                Kind::Word(&["safe", "hard"]),
+                "safe: only without clients; hard: disconnect them; default safe",
+            ),
+        ]),
+    ),
     command("block-export-add", "Offers a node to clients.", &exports::EXPORT),
     command(
         "block-export-del",

@@ -1,4 +1,4 @@
-//! `nbd-server-start`, `nbd-server-stop`, `block-export-add`, `block-export-del`, `query-block-exports`.
+//! `nbd-server-start`, `nbd-server-stop`, `nbd-server-add`, `nbd-server-remove`, `block-export-add`, `block-export-del`, `query-block-exports`.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
@@ -126,6 +126,25 @@ pub(super) fn add(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Valu
     Ok(json!({}))
 }
 
+/// The older `nbd-server-add`: the export's id is its name, and what cannot be written is offered to be read.
+pub(super) fn add_named(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    let device = arguments.required_text("device");
+    let node = daemon.node(device)?;
+    let name = arguments.text("name").unwrap_or(device);
+    let spec = ExportSpec {
+        id: name.to_owned(),
+        node: device.to_owned(),
+        name: Some(name.to_owned()),
+        description: arguments.text("description").map(str::to_owned),
+        writable: arguments.flag("writable").unwrap_or(false) && !node.options().read_only,
+        clients: None,
+        depth: Depth::Untold,
+        bitmaps: arguments.text("bitmap").map(|name| (None, name.to_owned())).into_iter().collect(),
+    };
+    daemon.add_export(&spec)?;
+    Ok(json!({}))
+}
+
 /// Whom an export is for.
 fn tls_clients(arguments: Arguments<'_>) -> Result<Option<Vec<Client>>, Refusal> {
     if !arguments.has("tls-clients") {
@@ -137,11 +156,20 @@ fn tls_clients(arguments: Arguments<'_>) -> Result<Option<Vec<Client>>, Refusal>
 }
 
 pub(super) fn delete(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    remove(daemon, arguments.required_text("id"), arguments)
+}
+
+/// The older `nbd-server-remove`, by what is a name to it and an id to us.
+pub(super) fn delete_named(daemon: &Arc<Daemon>, arguments: Arguments<'_>) -> Result<Value, Refusal> {
+    remove(daemon, arguments.required_text("name"), arguments)
+}
+
+fn remove(daemon: &Arc<Daemon>, id: &str, arguments: Arguments<'_>) -> Result<Value, Refusal> {
     let removal = match arguments.text("mode") {
         Some("hard") => Removal::Hard,
         _ => Removal::Safe,
     };
-    daemon.remove_export(arguments.required_text("id"), removal)?;
+    daemon.remove_export(id, removal)?;
     Ok(json!({}))
 }
 

@@ -74,6 +74,8 @@ pub fn run(daemon: &Arc<Daemon>, name: &str, arguments: &Map<String, Value>) -> 
         "query-named-block-nodes" => Ok(describe::nodes(daemon, arguments)),
         "nbd-server-start" => exports::start_server(daemon, arguments),
         "nbd-server-stop" => exports::stop_server(daemon),
+        "nbd-server-add" => exports::add_named(daemon, arguments),
+        "nbd-server-remove" => exports::delete_named(daemon, arguments),
         "block-export-add" => exports::add(daemon, arguments),
         "block-export-del" => exports::delete(daemon, arguments),
         "query-block-exports" => Ok(exports::query(daemon)),

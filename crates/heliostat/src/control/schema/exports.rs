@@ -80,6 +80,18 @@ pub(super) static EXPORT: Record = Record {
     cases: Some(Cases { tag: "type", by_word: &[("nbd", NBD_EXPORT)] }),
 };
 
+/// What `nbd-server-add` takes.
+pub(super) static NAMED: Record = Record {
+    members: &[
+        optional("name", Kind::Text, "the export's name and id; default: the device"),
+        optional("description", Kind::Text, "a text for clients"),
+        required("device", Kind::Text, "the node to offer"),
+        optional("writable", Kind::Flag, "whether clients may write, if the node can be; default false"),
+        optional("bitmap", Kind::Text, "a dirty bitmap of the node's chain that clients may ask for"),
+    ],
+    cases: None,
+};
+
 pub(super) const UNIX_MEMBERS: &[Member] = UNIX.members;
 pub(super) const INET_MEMBERS: &[Member] = INET.members;
 pub(super) const VSOCK_MEMBERS: &[Member] = VSOCK.members;
