@@ -5,6 +5,7 @@
 //! fails is decided by [`heliostat_block::nbd::link`].
 
 mod connect;
+mod durable;
 mod engine;
 mod mailbox;
 
@@ -30,6 +31,7 @@ use heliostat_block::storage::{
 
 use self::connect::Destination;
 pub use self::connect::{OpenConnection, ServerAddress, Tls};
+use self::durable::durably;
 use self::engine::{Board, Engine, TellOpened};
 use self::mailbox::Mailbox;
 use crate::clock::RealClock;
@@ -458,24 +460,6 @@ impl Storage for NbdStorage {
     }
 }
 
-/// Carries out a change. Says whether it is as durable as it must be; else a flush is to come.
-///
-/// `is_offered` is what the first connection says of durable writes; a later one may be without.
-async fn durably<F: AsyncFn(Durability) -> Result<(), LinkError>>(
-    durability: Durability,
-    is_offered: bool,
-    change: F,
-) -> Result<bool, LinkError> {
-    if durability == Durability::Fua && is_offered {
-        match change(durability).await {
-            Err(LinkError::NotOffered) => {}
-            result => return result.map(|()| true),
-        }
-    }
-    change(Durability::Cached).await?;
-    Ok(durability == Durability::Cached)
-}
-
 fn unexpected() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "the NBD server answered something else")
 }
@@ -503,35 +487,5 @@ fn io_error(error: LinkError) -> io::Error {
     match error {
         LinkError::Server(failure) if failure.message.is_empty() => io::Error::from_raw_os_error(number),
         error => io::Error::new(kind, error),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cell::RefCell;
-
-    use super::*;
-    use crate::runtime::block_on;
-
-    #[test]
-    fn a_durable_write_to_a_server_that_does_not_know_it_any_more_is_written_and_flushed() {
-        use Durability::{Cached, Fua};
-        let lost = LinkError::Lost("gone".to_owned());
-        let table = [
-            (Fua, true, Ok(()), Ok(true), vec![Fua]),
-            (Fua, true, Err(LinkError::NotOffered), Ok(false), vec![Fua, Cached]),
-            (Fua, true, Err(lost.clone()), Err(lost), vec![Fua]),
-            (Fua, false, Ok(()), Ok(false), vec![Cached]),
-            (Cached, true, Ok(()), Ok(true), vec![Cached]),
-        ];
-        for (durability, is_offered, of_fua, expected, asked) in table {
-            let seen = RefCell::new(Vec::new());
-            let change = async |durability: Durability| {
-                seen.borrow_mut().push(durability);
-                if durability == Fua { of_fua.clone() } else { Ok(()) }
-            };
-            let result = block_on(durably(durability, is_offered, change)).unwrap();
-            assert_eq!((result, seen.into_inner()), (expected, asked));
-        }
     }
 }
