@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Operation;
+use super::at_target::AtTarget;
 use super::doubling::{Payload, TargetHalf};
 use super::options::MirrorOptions;
 use super::scan::{Belief, SyncMode};
@@ -43,6 +44,8 @@ pub(crate) struct Route {
     pub(crate) stands_on_source: bool,
     /// Over when nobody wants the copies any more: those under way end after the piece that they are at.
     pub(crate) patience: Arc<Patience>,
+    /// What the target has been asked for and has not answered.
+    pub(crate) at_target: AtTarget,
 }
 
 /// How a range was brought over.
@@ -73,6 +76,7 @@ impl Route {
             sync: options.sync,
             stands_on_source: options.stands_on_source,
             patience: Arc::default(),
+            at_target: AtTarget::default(),
         }
     }
 
@@ -105,7 +109,8 @@ impl Route {
             self.source.flush().await?;
         }
         self.is_wanted(None)?;
-        self.target.enter().await.flush().await
+        let tracked = self.target.enter().await;
+        self.at_target.carry_out(tracked.flush()).await
     }
 
     /// Whether copying is work for a core rather than for a disk.
@@ -182,6 +187,7 @@ impl Route {
     /// Writes the target's half of a doubled write.
     pub(crate) async fn write_half(&self, half: &TargetHalf) -> Result<(), BlockError> {
         let tracked = self.target.enter().await;
+        let _asked = self.at_target.ask();
         match &half.payload {
             Payload::Data(data) => tracked.write(half.range.offset(), data.clone(), Durability::Cached).await,
             Payload::Zeroes(space) => {
@@ -205,7 +211,8 @@ impl Route {
                 continue;
             }
             let tracked = self.target.enter().await;
-            let written = tracked.write(piece.offset(), buffer.freeze(), Durability::Cached).await;
+            let write = tracked.write(piece.offset(), buffer.freeze(), Durability::Cached);
+            let written = self.at_target.carry_out(write).await;
             written.map_err(|error| (Operation::Write, error))?;
             copied.data += piece.len();
             if range.len() > COPY_LEN_MAX {
@@ -235,8 +242,8 @@ impl Route {
             };
             self.go_on(part)?;
             let tracked = self.target.enter().await;
-            let zeroed =
-                tracked.write_zeroes(part, self.zero_space, ZeroEffort::Any, Durability::Cached).await;
+            let zero = tracked.write_zeroes(part, self.zero_space, ZeroEffort::Any, Durability::Cached);
+            let zeroed = self.at_target.carry_out(zero).await;
             zeroed.map_err(|error| (Operation::Write, error))?;
             copied.zeroed += part.len();
             from = part.end();
@@ -249,7 +256,8 @@ impl Route {
         if !self.trust_target.load(Ordering::Relaxed) {
             return None;
         }
-        let first = self.target.extents_below(range).await.ok()?.into_iter().next()?;
+        let asked = self.at_target.carry_out(self.target.extents_below(range));
+        let first = asked.await.ok()?.into_iter().next()?;
         Some(Extent { range: first.range.intersection(range)?, ..first })
     }
 }

@@ -152,6 +152,7 @@ mod tests {
     use super::*;
     use crate::buffer::BufferPool;
     use crate::dirty_bitmap::DirtyBitmap;
+    use crate::job::at_target::AtTarget;
     use crate::storage::ZeroSpace;
 
     /// A mirror's side of lanes, for copies of one sector.
@@ -179,6 +180,7 @@ mod tests {
                 sync: SyncMode::Full,
                 stands_on_source: false,
                 patience: Arc::default(),
+                at_target: AtTarget::default(),
             };
             let unflushed = Unflushed::new([fresh(), fresh()]);
             Self { route: Arc::new(route), doubling, unflushed, returns: Arc::default() }

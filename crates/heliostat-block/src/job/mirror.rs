@@ -337,7 +337,6 @@ impl Mirror {
 
     fn take_in(&mut self, done: Option<Done>) {
         let Some(done) = done else { return };
-        self.hear_answer();
         self.blocked = false;
         // Before anything that has ended counts as done.
         self.heed_losses();

@@ -392,6 +392,45 @@ fn a_target_that_is_back_with_its_data_is_not_copied_to_again() {
     assert_eq!(job.status(), JobStatus::Null);
 }
 
+// ---------------------------------------------------------------------- who is late
+
+/// Whether a mirror to a distant target is degraded while `holds` holds; that is for three times the deadline.
+fn is_degraded_while(holds: impl Fn(&Disk, &Disk, bool)) -> bool {
+    let (source, target) = (disk(7), disk(0));
+    target.be_remote();
+    holds(&source, &target, true);
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let is_degraded = Arc::<Mutex<bool>>::default();
+    let heard = Arc::clone(&is_degraded);
+    let (_job, mirror) = bench.mirror(options(), move |job, event| match event {
+        JobEvent::Ready => job.ask(Verb::Complete).unwrap(),
+        JobEvent::Degraded(Some(_)) => *heard.lock().unwrap() = true,
+        _ => {}
+    });
+    let until = bench.clock.now() + options().target_deadline * 3;
+    bench.run(mirror.run(), || {
+        if bench.clock.now() >= until {
+            holds(&source, &target, false);
+        }
+    });
+    assert_eq!(target.durable(), source.shown());
+    *is_degraded.lock().unwrap()
+}
+
+#[test]
+fn a_source_that_is_slow_makes_no_mirror_degraded() {
+    assert!(!is_degraded_while(|source, _, holds| source.hold_reads(holds)));
+}
+
+#[test]
+fn a_target_that_is_slow_makes_a_mirror_degraded() {
+    assert!(is_degraded_while(|_, target, holds| if holds {
+        target.hold_writes()
+    } else {
+        target.release()
+    }));
+}
+
 // ---------------------------------------------------------------------- a target that is given up
 
 #[test]

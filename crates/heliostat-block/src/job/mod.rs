@@ -3,6 +3,7 @@
 //! Statuses, verbs and which goes with which stand in `status`, as tables. A job's work is elsewhere
 //! (`mirror`); it reads its [`Orders`] here and says here what it has become. Nothing here does I/O.
 
+pub(crate) mod at_target;
 pub(crate) mod attempt;
 pub mod bitmaps;
 pub mod by_bitmap;

@@ -121,7 +121,7 @@ pub(crate) async fn compare(route: &Route, places: Vec<ByteRange>) -> Result<Vec
         let source = route.source.read_blocks(place.offset(), room()).await;
         let source = source.map_err(|error| (Operation::Read, error))?;
         route.go_on(place)?;
-        let target = route.target.read_blocks(place.offset(), room()).await;
+        let target = route.at_target.carry_out(route.target.read_blocks(place.offset(), room())).await;
         let target = target.map_err(|error| (Operation::Write, error))?;
         if source[..] != target[..] {
             differing.push(place);

@@ -90,7 +90,8 @@ pub(crate) async fn scan(route: &Route, from: u64, belief: Belief) -> Result<Sca
 /// says how far.
 async fn not_zero(route: &Route, range: ByteRange, dirty: &mut Vec<ByteRange>) -> u64 {
     let lacked = route.lacks_backing();
-    let extents = route.target.extents_below(range).await.unwrap_or_default();
+    let asked = route.at_target.carry_out(route.target.extents_below(range));
+    let extents = asked.await.unwrap_or_default();
     let end = extents.last().map_or(range.offset(), |last| last.range.end());
     if end == range.offset() {
         dirty.push(range);

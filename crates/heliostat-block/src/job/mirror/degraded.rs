@@ -6,20 +6,23 @@
 use super::Mirror;
 use crate::clock::Moment;
 use crate::job::JobEvent;
+use crate::job::at_target::Count;
 use crate::job::figures::Degradation;
 use crate::limits::LEFT_ALWAYS;
 
 /// How the target has answered.
 pub(super) struct Answers {
-    /// When something ended last, or nothing was under way.
+    /// When it was last seen that the target had answered something, or owed no answer.
     last: Moment,
+    /// What it had been asked for then, and had answered.
+    count: Count,
     /// Since when, and why, the job is degraded.
     degraded: Option<(Moment, String)>,
 }
 
 impl Answers {
-    pub(super) const fn from(now: Moment) -> Self {
-        Self { last: now, degraded: None }
+    pub(super) fn from(now: Moment) -> Self {
+        Self { last: now, count: Count::default(), degraded: None }
     }
 
     pub(super) const fn is_degraded(&self) -> bool {
@@ -34,17 +37,15 @@ impl Answers {
 }
 
 impl Mirror {
-    /// Something has ended, so the target answers.
-    pub(super) fn hear_answer(&mut self) {
-        self.answers.last = self.clock.now();
-    }
-
     /// Becomes degraded, or sound again, and says so.
     pub(super) fn look_at_answers(&mut self) {
         let now = self.clock.now();
-        if self.underway.is_idle() {
+        let count = self.route.at_target.count();
+        // What waits for the source, or for a limit of its, is not the target's doing.
+        if count.is_answered_since(self.answers.count) {
             self.answers.last = now;
         }
+        self.answers.count = count;
         let why = self.why_degraded(now);
         let was = self.answers.is_degraded();
         match why {
