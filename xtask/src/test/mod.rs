@@ -85,6 +85,7 @@ fn steps(options: &Options, skip_log: &Path) -> Vec<Step> {
         ]);
     }
     steps.push(whole("simulation", simulation(seeds, &[])));
+    steps.push(whole("simulation of lost connections", simulation(seeds / 5, &["--cuts"])));
     steps.push(whole("simulation of images", simulation(seeds / 5, &["--image"])));
     steps.push(whole("simulation of groups", simulation(seeds / 10, &["--group"])));
     if !options.quick {
