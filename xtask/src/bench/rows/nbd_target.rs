@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -61,9 +62,9 @@ pub const FAR: Row = Row {
         let size = scene.size(2 * GIB);
         let link = Link::make("2.5")?;
         let port = 10809;
-        let place = Place::Tcp(port);
+        let place = Place::Tcp(link.there.clone(), port);
         let _target = Target::start(Some(&link), &place, &["memory".into(), size.to_string()])?;
-        let server = json!({ "type": "inet", "host": Link::THERE, "port": port.to_string() });
+        let server = json!({ "type": "inet", "host": link.there, "port": port.to_string() });
         to_ready(scene, contender, size, server)
     },
     goals: NEAR.goals,
@@ -98,8 +99,8 @@ const FAR_HOST: &str = "crates/heliostat/tests/common/far_host.py";
 /// Where a target listens.
 enum Place {
     Unix(PathBuf),
-    /// A port in another network namespace.
-    Tcp(u16),
+    /// An address and a port in another network namespace.
+    Tcp(String, u16),
 }
 
 /// An NBD server that a mirror writes to.
@@ -117,20 +118,20 @@ impl Target {
                 let _ = std::fs::remove_file(socket);
                 command.arg("--unix").arg(socket)
             }
-            Place::Tcp(port) => command.arg("--port").arg(port.to_string()),
+            Place::Tcp(_, port) => command.arg("--port").arg(port.to_string()),
         };
         let mut process = Daemon::start(command.args(arguments)).context("starting nbdkit")?;
         match place {
             Place::Unix(socket) => process.listens(socket)?,
-            Place::Tcp(port) => listens(*port)?,
+            Place::Tcp(there, port) => listens(there, *port)?,
         }
         Ok(Self { _process: process })
     }
 }
 
 /// Waits until something listens on a port of the other namespace.
-fn listens(port: u16) -> Result<()> {
-    let address = format!("{}:{port}", Link::THERE);
+fn listens(there: &str, port: u16) -> Result<()> {
+    let address = format!("{there}:{port}");
     let since = Instant::now();
     while std::net::TcpStream::connect(&address).is_err() {
         ensure!(since.elapsed() < Duration::from_secs(30), "nothing listens on {address}");
@@ -141,22 +142,25 @@ fn listens(port: u16) -> Result<()> {
 
 /// A host at the other end of a slow line, as the tests have it: gone when dropped.
 struct Link {
+    /// The other host.
+    there: String,
     line: Child,
     answers: BufReader<ChildStdout>,
 }
 
 impl Link {
-    const HERE: &str = "10.213.77.1";
-    const THERE: &str = "10.213.77.2";
-
     /// Every packet takes so many milliseconds, each way.
     fn make(delay_ms: &str) -> Result<Self> {
+        // Each has addresses of its own: those of the last one may go a moment after it.
+        static MADE: AtomicU8 = AtomicU8::new(0);
+        let net = format!("10.213.{}", MADE.fetch_add(1, Ordering::Relaxed));
+        let (here, there) = (format!("{net}.1"), format!("{net}.2"));
         // Packets as large as there are, so that the line's own work is small beside that of who uses it.
-        let mut command = process::command("python3", &[FAR_HOST, Self::HERE, Self::THERE, "65520"]);
+        let mut command = process::command("python3", &[FAR_HOST, &here, &there, "65520"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut line = command.spawn().context("starting the line")?;
         let answers = BufReader::new(line.stdout.take().context("its output was asked for as a pipe")?);
-        let mut link = Self { line, answers };
+        let mut link = Self { there, line, answers };
         link.hears("ready").context("there is no line to another host: it takes root and /dev/net/tun")?;
         let orders = link.line.stdin.as_mut().context("its input was asked for as a pipe")?;
         writeln!(orders, "delay {delay_ms}")?;
