@@ -9,8 +9,11 @@ use bytes::Bytes;
 
 use crate::blocks::Blocks;
 use crate::buffer::Buffer;
+use crate::clock::LocalFuture;
+use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::Hurry;
 
 /// A storage that takes requests of any alignment. All writes to what is below must come this way.
 pub struct AnyAlignment(Blocks<Arc<dyn Storage>>);
@@ -74,7 +77,31 @@ impl Storage for AnyAlignment {
         self.below().extents(range)
     }
 
+    fn losses(&self) -> u64 {
+        self.below().losses()
+    }
+
+    fn give_up(&self) {
+        self.below().give_up();
+    }
+
+    fn out_of_reach(&self) -> Option<String> {
+        self.below().out_of_reach()
+    }
+
+    fn expect_writes(&self, end: u64) -> IoFuture<'_, ()> {
+        self.below().expect_writes(end)
+    }
+
     fn start_writeback(&self, range: ByteRange) {
         self.below().start_writeback(range);
+    }
+
+    fn raise(&self, event: DebugEvent) -> Option<LocalFuture<'static, ()>> {
+        self.below().raise(event)
+    }
+
+    fn hurry(&self, hurry: &mut Hurry) {
+        self.below().hurry(hurry);
     }
 }

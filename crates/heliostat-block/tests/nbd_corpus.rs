@@ -4,8 +4,10 @@
 
 use std::path::Path;
 
+#[path = "../../../fuzz/harness/nbd_client.rs"]
+mod client;
 #[path = "../../../fuzz/harness/nbd.rs"]
-mod harness;
+mod server;
 
 /// Runs `target` on each file of the corpus; there must be some.
 fn replay(name: &str, target: fn(&[u8])) {
@@ -30,10 +32,20 @@ fn read(path: &Path) -> Vec<u8> {
 
 #[test]
 fn the_corpus_of_handshakes_holds() {
-    replay("nbd_handshake", harness::handshake);
+    replay("nbd_handshake", server::handshake);
 }
 
 #[test]
 fn the_corpus_of_requests_holds() {
-    replay("nbd_request", harness::request);
+    replay("nbd_request", server::request);
+}
+
+#[test]
+fn the_corpus_of_a_servers_handshakes_holds() {
+    replay("nbd_client_handshake", client::handshake);
+}
+
+#[test]
+fn the_corpus_of_a_servers_answers_holds() {
+    replay("nbd_client_reply", client::reply);
 }
