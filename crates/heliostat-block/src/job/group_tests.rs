@@ -355,7 +355,7 @@ fn an_error_that_would_hold_a_pending_job_takes_finalize_back() {
     job.ask(Verb::Complete).unwrap();
     assert!(job.leave_ready(super::End::Complete));
     job.ask(Verb::Finalize).unwrap();
-    assert!(!job.stop_for_error(false));
+    assert_eq!(job.stop_for_error(false, 0), super::Hold::IsPending);
     assert_eq!((job.orders().paused, job.orders().finalize), (false, false));
 }
 

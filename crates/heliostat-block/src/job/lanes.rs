@@ -13,12 +13,13 @@ use super::copy::{Copied, CopyError, Route};
 use super::doubling::Copying;
 use super::unflushed::Begun;
 
-/// A copy that has ended, on its way back to its mirror.
-pub(crate) type Ended = (Begun, Copying, Result<Copied, CopyError>);
+/// A copy that has ended, on its way back to its mirror; with the stint in which it was begun.
+pub(crate) type Ended = (u64, Begun, Copying, Result<Copied, CopyError>);
 
 /// A copy for a lane.
 pub(crate) struct Errand {
     pub(crate) route: Arc<Route>,
+    pub(crate) stint: u64,
     pub(crate) begun: Begun,
     pub(crate) copying: Copying,
     pub(crate) returns: Arc<Returns>,
@@ -113,11 +114,11 @@ impl Lanes {
 
 impl Errand {
     async fn carry_out(self) {
-        let Self { route, begun, copying, returns } = self;
+        let Self { route, stint, begun, copying, returns } = self;
         let copied = route.copy(copying.range()).await;
         // Before it is said: who hears that the mirror has ended may want the files for himself.
         drop(route);
-        returns.ended().push((begun, copying, copied));
+        returns.ended().push((stint, begun, copying, copied));
         returns.came.notify(usize::MAX);
     }
 }
@@ -189,6 +190,7 @@ mod tests {
         fn errand(&self) -> Errand {
             Errand {
                 route: Arc::clone(&self.route),
+                stint: 0,
                 begun: self.unflushed.write_begins(),
                 copying: self.doubling.begin_copy(0, 512).expect("something is dirty"),
                 returns: Arc::clone(&self.returns),
@@ -196,7 +198,7 @@ mod tests {
         }
 
         fn take_one(&self) -> bool {
-            let Some((_, copying, copied)) = self.returns.take_one() else { return false };
+            let Some((_, _, copying, copied)) = self.returns.take_one() else { return false };
             self.doubling.end_copy(copying, copied.is_ok());
             true
         }

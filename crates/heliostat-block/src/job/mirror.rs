@@ -6,6 +6,7 @@
 
 mod degraded;
 mod end;
+mod errors;
 mod trust;
 
 use std::pin::pin;
@@ -28,11 +29,10 @@ use super::rate::{Pace, Rest};
 use super::sample::CopiedPlaces;
 use super::scan::SyncMode;
 use super::source_gate::SourceGate;
-use super::underway::{Done, Underway};
+use super::underway::{Done, Ended, Underway};
 use super::unflushed::{Begun, Unflushed};
-use super::{CopyMode, End, ErrorAction, Job, JobEvent, JobStatus, Operation};
+use super::{CopyMode, End, Job, JobEvent, JobStatus, Operation};
 use crate::clock::{Clock, Moment};
-use crate::error::{BlockError, ErrorKind};
 use crate::graph::{Graph, Place};
 use crate::limits::{COPY_LEN_MAX, FLUSH_REMOTE_EVERY, GATHER, HALVES_PER_TURN, LEFT_ALWAYS, TICK};
 use crate::throttle::Hurry;
@@ -208,6 +208,7 @@ impl Mirror {
     fn take_orders(&mut self) {
         let orders = self.job.orders();
         let now = self.clock.now();
+        self.underway.begin_stint(orders.stint);
         self.pace.set_speed(orders.speed, now);
         self.attempt.aim(orders.end.is_some(), now);
         // A target that has just failed is left alone for a while, by guests' writes too; for ever, where that was the
@@ -335,19 +336,19 @@ impl Mirror {
 
     // ------------------------------------------------------------------ take in
 
-    fn take_in(&mut self, done: Option<Done>) {
-        let Some(done) = done else { return };
+    fn take_in(&mut self, ended: Option<Ended>) {
+        let Some(Ended { stint, done }) = ended else { return };
         self.blocked = false;
         // Before anything that has ended counts as done.
         self.heed_losses();
         match done {
-            Done::Copied(begun, copying, copied) => self.take_in_copy(begun, copying, copied),
+            Done::Copied(begun, copying, copied) => self.take_in_copy(stint, begun, copying, copied),
             Done::Half(begun, half, written) => {
                 self.unflushed.wrote(half.range);
                 let is_there = written.is_ok() && !self.unflushed.is_lost(begun);
                 self.doubling.half_ended(half, is_there);
                 if let Err(error) = written {
-                    self.meet_error(Operation::Write, &error);
+                    self.meet_error(stint, Operation::Write, &error);
                 }
             }
             Done::Flushed(Ok(())) => {
@@ -355,17 +356,23 @@ impl Mirror {
                 self.unflushed.flush_succeeded();
                 self.attempt.flush_ended(true);
             }
-            Done::Flushed(Err(error)) => self.take_in_failed_flush(&error),
+            Done::Flushed(Err(error)) => self.take_in_failed_flush(stint, &error),
             Done::Scanned(Ok(scanned)) => self.take_in_scan(&scanned),
-            Done::Sampled(sampled) => self.take_in_sample(sampled),
+            Done::Sampled(sampled) => self.take_in_sample(stint, sampled),
             Done::Scanned(Err(error)) => {
                 self.scan = Scan::Ahead;
-                self.meet_error(Operation::Read, &error);
+                self.meet_error(stint, Operation::Read, &error);
             }
         }
     }
 
-    fn take_in_copy(&mut self, begun: Begun, copying: Copying, copied: Result<Copied, CopyError>) {
+    fn take_in_copy(
+        &mut self,
+        stint: u64,
+        begun: Begun,
+        copying: Copying,
+        copied: Result<Copied, CopyError>,
+    ) {
         let range = copying.range();
         // Also when it failed: some of it may have reached the target.
         self.unflushed.wrote(range);
@@ -381,47 +388,12 @@ impl Mirror {
                 // What could not be copied is no guest's doing: a whole round must go well first.
                 self.first_pass_over = self.options.sync == SyncMode::None;
                 self.cursor = 0;
-                self.meet_error(operation, &error);
+                self.meet_error(stint, operation, &error);
             }
         }
         if self.underway.copies() == 0 {
             self.tally.copies_end(self.clock.now());
         }
-    }
-
-    /// Does what the policy says about an error. The range is dirty again already.
-    fn meet_error(&mut self, operation: Operation, error: &BlockError) {
-        if self.job.status() == JobStatus::Aborting {
-            return;
-        }
-        let policy = match operation {
-            Operation::Read => self.options.on_source_error,
-            Operation::Write => self.options.on_target_error,
-        };
-        let no_space = error.kind() == ErrorKind::NoSpace;
-        let action = policy.action(no_space);
-        self.member.iter().for_each(Member::step_back);
-        match action {
-            ErrorAction::Report => {
-                self.failure.get_or_insert_with(|| error.to_string());
-            }
-            // A pending job takes no `resume`, so it is not paused: it stays pending and can be finalized again.
-            ErrorAction::Stop if !self.job.stop_for_error(no_space) => self.rest.begin(self.clock.now()),
-            ErrorAction::Stop => {}
-            ErrorAction::Ignore => {
-                self.tally.error_ignored();
-                self.rest.begin(self.clock.now());
-            }
-        }
-        // Last: who hears of it may ask for the figures, resume or finalize at once.
-        self.tell_figures(true);
-        self.job.say(JobEvent::Error {
-            operation,
-            action,
-            node: error.node().to_owned(),
-            range: error.range(),
-            errno: error.errno(),
-        });
     }
 
     // ------------------------------------------------------------------ wait

@@ -277,6 +277,7 @@ pub(crate) mod tests {
         speed: 0,
         copy_mode: CopyMode::Background,
         target_deadline: None,
+        stint: 0,
     };
 
     /// Ready, in step, everything copied and flushed, nothing wanted.

@@ -12,7 +12,7 @@ use super::mirror::MirrorOptions;
 use super::sample::compare;
 use super::scan::SyncMode;
 use super::test_disk::{Bench, Disk, SECTOR, Ticking};
-use super::{CopyMode, End, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
+use super::{CopyMode, End, ErrorAction, Force, Job, JobEvent, JobOptions, JobStatus, OnError, Verb};
 use crate::buffer::Buffer;
 use crate::clock::Clock;
 use crate::convert::u64_from;
@@ -318,6 +318,46 @@ fn nothing_is_asked_of_a_target_that_was_given_up() {
     assert!(compare(&route, vec![all]).now_or_never().expect("it waits for nothing").is_err());
     assert!(route.flush().now_or_never().expect("it waits for nothing").is_err());
     assert_eq!(target.flushes(), 0);
+}
+
+// ---------------------------------------------------------------------- errors
+
+#[test]
+fn a_job_that_was_resumed_is_not_stopped_by_what_had_begun_before() {
+    let (source, target) = (disk(7), disk(0));
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let actions = Arc::<Mutex<Vec<ErrorAction>>>::default();
+    let heard = Arc::clone(&actions);
+    let options = MirrorOptions { on_target_error: OnError::Enospc, ..options() };
+    let (job, mirror) = bench.mirror(options, move |job, event| {
+        if let JobEvent::Error { action, .. } = event {
+            heard.lock().unwrap().push(*action);
+            // The operator has made space; what is on its way has found none yet.
+            if *action == ErrorAction::Stop {
+                job.ask(Verb::Resume).unwrap();
+                job.ask(Verb::Complete).unwrap();
+            }
+        }
+    });
+    let (mut is_held, mut is_let_go) = (false, false);
+    bench.run(mirror.run(), || match job.status() {
+        JobStatus::Ready if !is_held => {
+            target.hold_writes();
+            for offset in [0, 4 * 512] {
+                let tracked = bench.export.enter().now_or_never().expect("the gate is open");
+                let write = tracked.write(offset, Bytes::from_static(&[9; 512]), Durability::Cached);
+                write.now_or_never().expect("at once").unwrap();
+            }
+            is_held = true;
+        }
+        JobStatus::Ready if target.held() == 2 && !is_let_go => {
+            target.let_held_fail();
+            is_let_go = true;
+        }
+        _ => {}
+    });
+    assert_eq!(*actions.lock().unwrap(), [ErrorAction::Stop, ErrorAction::Ignore]);
+    assert_eq!(target.shown(), source.shown());
 }
 
 // ---------------------------------------------------------------------- answers that make no sense

@@ -68,6 +68,19 @@ pub struct Orders {
     pub copy_mode: CopyMode,
     /// How long guests wait for the target's half of their writes, where that was changed.
     pub target_deadline: Option<Duration>,
+    /// How often it was resumed.
+    pub stint: u64,
+}
+
+/// What has become of the wish to hold a job because of an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hold {
+    /// It is held.
+    Held,
+    /// It cannot be: it is pending and takes no `resume`. Its `finalize` is taken back.
+    IsPending,
+    /// It is not: somebody has resumed it since the work was begun that failed, and need not do so twice.
+    WasResumed,
 }
 
 /// Settings that do not change.
@@ -135,6 +148,7 @@ impl Job {
             speed: options.speed,
             copy_mode: options.copy_mode,
             target_deadline: None,
+            stint: 0,
         };
         let state = State {
             status: JobStatus::Created,
@@ -323,19 +337,21 @@ impl Job {
         self.state().figures = figures;
     }
 
-    /// Holds the job because of an error; the first error's status stays. A job that is pending cannot be held: its
-    /// `finalize` is taken back, and the answer is no.
-    pub(crate) fn stop_for_error(&self, no_space: bool) -> bool {
+    /// Holds the job because of an error of work that was begun in `stint`; the first error's status stays.
+    pub(crate) fn stop_for_error(&self, no_space: bool, stint: u64) -> Hold {
         let mut state = self.state();
         if state.status == JobStatus::Pending {
             state.orders.finalize = self.options.auto_finalize;
-            return false;
+            return Hold::IsPending;
+        }
+        if state.orders.stint != stint {
+            return Hold::WasResumed;
         }
         state.orders.paused = true;
         if state.io_status == IoStatus::Ok {
             state.io_status = if no_space { IoStatus::NoSpace } else { IoStatus::Failed };
         }
-        true
+        Hold::Held
     }
 
     /// Has it end with the error that it had met before it was cancelled.
@@ -418,6 +434,7 @@ impl State {
             Verb::Pause => self.orders.paused = true,
             Verb::Resume => {
                 self.orders.paused = false;
+                self.orders.stint += 1;
                 self.io_status = IoStatus::Ok;
             }
             Verb::SetSpeed(speed) => self.orders.speed = speed,
@@ -497,8 +514,9 @@ mod tests {
     fn the_first_error_stays_until_the_job_goes_on_or_is_cancelled() {
         let (job, _) = job(true, |_, _| ());
         for release in [Verb::Resume, Verb::Cancel(Force::Hard)] {
-            job.stop_for_error(true);
-            job.stop_for_error(false);
+            let stint = job.orders().stint;
+            job.stop_for_error(true, stint);
+            job.stop_for_error(false, stint);
             assert_eq!((job.io_status(), job.orders().paused), (IoStatus::NoSpace, true));
             job.ask(release).unwrap();
             assert_eq!((job.io_status(), job.orders().paused), (IoStatus::Ok, false));

@@ -73,6 +73,8 @@ struct State {
     holds_writes: bool,
     /// Writes that a test holds up.
     held: usize,
+    /// So many of those find no space when they are let go.
+    failing: usize,
     /// Reads wait as long as a test wants.
     holds_reads: bool,
     /// It is given up when it has been told so as often as this.
@@ -104,6 +106,7 @@ impl Disk {
             flushes: 0,
             holds_writes: false,
             held: 0,
+            failing: 0,
             holds_reads: false,
             give_ups_until: None,
             is_remote: false,
@@ -187,6 +190,12 @@ impl Disk {
         self.released.notify(usize::MAX);
     }
 
+    /// Lets go those that are held up; they have found no space.
+    pub(crate) fn let_held_fail(&self) {
+        self.state().failing = self.held();
+        self.release();
+    }
+
     /// Reads that come from now on wait, until that is said to be over.
     pub(crate) fn hold_reads(&self, holds: bool) {
         self.state().holds_reads = holds;
@@ -208,6 +217,13 @@ impl Disk {
         let start = usize_from(offset);
         state.shown[start..start + data.len()].copy_from_slice(data);
         state.cached.extend(start / SECTOR..(start + data.len()).div_ceil(SECTOR));
+    }
+
+    fn fails(&self) -> bool {
+        let mut state = self.state();
+        let fails = state.failing > 0;
+        state.failing -= usize::from(fails);
+        fails
     }
 
     async fn released(&self) {
@@ -284,6 +300,9 @@ impl Storage for Disk {
             self.state().held += 1;
             self.released().await;
             self.state().held -= 1;
+            if self.fails() {
+                return Err(io::Error::from_raw_os_error(28));
+            }
             self.put(offset + u64_from(first.len()), rest);
             Ok(())
         })

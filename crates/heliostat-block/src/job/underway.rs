@@ -29,10 +29,17 @@ pub(crate) enum Done {
     Sampled(Result<Vec<ByteRange>, CopyError>),
 }
 
+/// The same, and the stint of the job in which it was begun.
+pub(crate) struct Ended {
+    pub(crate) stint: u64,
+    pub(crate) done: Done,
+}
+
 /// What is under way.
 pub(crate) struct Underway {
     route: Arc<Route>,
-    work: FuturesUnordered<LocalFuture<'static, Done>>,
+    stint: u64,
+    work: FuturesUnordered<LocalFuture<'static, Ended>>,
     lanes: Option<Arc<Lanes>>,
     returns: Arc<Returns>,
     copies: usize,
@@ -41,12 +48,17 @@ pub(crate) struct Underway {
 impl Underway {
     pub(crate) fn new(route: Arc<Route>) -> Self {
         let (work, returns) = (FuturesUnordered::new(), Arc::default());
-        Self { route, work, lanes: None, returns, copies: 0 }
+        Self { route, stint: 0, work, lanes: None, returns, copies: 0 }
     }
 
     /// Lets it send copies to `lanes`.
     pub(crate) fn use_lanes(&mut self, lanes: Arc<Lanes>) {
         self.lanes = Some(lanes);
+    }
+
+    /// What is started from now on belongs to `stint`.
+    pub(crate) const fn begin_stint(&mut self, stint: u64) {
+        self.stint = stint;
     }
 
     /// Whether nothing is under way.
@@ -70,12 +82,18 @@ impl Underway {
     }
 
     /// Starts a copy; on a lane, if `elsewhere` allows it and one is free.
-    pub(crate) async fn copy(&mut self, begun: Begun, copying: Copying, elsewhere: bool) -> Option<Done> {
+    pub(crate) async fn copy(&mut self, begun: Begun, copying: Copying, elsewhere: bool) -> Option<Ended> {
         self.copies += 1;
         let mut copying = copying;
         if let Some(lanes) = self.lanes.as_ref().filter(|_| elsewhere && self.route.is_cached()) {
             let route = Arc::clone(&self.route);
-            match lanes.send(Errand { route, begun, copying, returns: Arc::clone(&self.returns) }) {
+            match lanes.send(Errand {
+                route,
+                stint: self.stint,
+                begun,
+                copying,
+                returns: Arc::clone(&self.returns),
+            }) {
                 Ok(()) => return None,
                 Err(errand) => copying = errand.copying,
             }
@@ -84,12 +102,12 @@ impl Underway {
     }
 
     /// Does itself what waits for a lane, for want of anything better to do.
-    pub(crate) async fn take_back(&mut self) -> Option<Done> {
+    pub(crate) async fn take_back(&mut self) -> Option<Ended> {
         let errand = self.lanes.as_ref()?.take_back(&self.returns)?;
         self.copy_here(errand.begun, errand.copying).await
     }
 
-    async fn copy_here(&mut self, begun: Begun, copying: Copying) -> Option<Done> {
+    async fn copy_here(&mut self, begun: Begun, copying: Copying) -> Option<Ended> {
         let route = Arc::clone(&self.route);
         let copy = async move {
             let copied = route.copy(copying.range()).await;
@@ -99,7 +117,7 @@ impl Underway {
     }
 
     /// Starts to write the target's half of a guest's write.
-    pub(crate) async fn half(&mut self, begun: Begun, half: TargetHalf) -> Option<Done> {
+    pub(crate) async fn half(&mut self, begun: Begun, half: TargetHalf) -> Option<Ended> {
         let route = Arc::clone(&self.route);
         let write = async move {
             let written = route.write_half(&half).await;
@@ -109,32 +127,34 @@ impl Underway {
     }
 
     /// Starts to look at the source from `from` on.
-    pub(crate) async fn scan(&mut self, from: u64, target_is_zero: bool) -> Option<Done> {
+    pub(crate) async fn scan(&mut self, from: u64, target_is_zero: bool) -> Option<Ended> {
         let route = Arc::clone(&self.route);
         let look = async move { Done::Scanned(scan(&route, from, route.belief(target_is_zero)).await) };
         self.launch(look).await
     }
 
     /// Starts to compare the two sides at `places`.
-    pub(crate) async fn sample(&mut self, places: Vec<ByteRange>) -> Option<Done> {
+    pub(crate) async fn sample(&mut self, places: Vec<ByteRange>) -> Option<Ended> {
         let route = Arc::clone(&self.route);
         self.launch(async move { Done::Sampled(compare(&route, places).await) }).await
     }
 
     /// Starts to flush the target.
-    pub(crate) async fn flush(&mut self) -> Option<Done> {
+    pub(crate) async fn flush(&mut self) -> Option<Ended> {
         let route = Arc::clone(&self.route);
         self.launch(async move { Done::Flushed(route.flush().await) }).await
     }
 
     /// Runs `work` as far as it goes at once, and keeps it where it goes no further.
-    async fn launch(&mut self, work: impl Future<Output = Done> + 'static) -> Option<Done> {
-        let mut work: LocalFuture<'static, Done> = Box::pin(work);
+    async fn launch(&mut self, work: impl Future<Output = Done> + 'static) -> Option<Ended> {
+        let stint = self.stint;
+        let mut work: LocalFuture<'static, Ended> =
+            Box::pin(async move { Ended { stint, done: work.await } });
         match std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await {
-            Poll::Ready(done) => {
+            Poll::Ready(ended) => {
                 // What ends at once would otherwise keep the thread from everything else on it.
                 yield_once().await;
-                Some(self.seen(done))
+                Some(self.seen(ended))
             }
             Poll::Pending => {
                 self.work.push(work);
@@ -145,12 +165,12 @@ impl Underway {
 
     /// The next that has ended; `None` when nothing has. The task hears when something does, but for what comes
     /// back from lanes: for that there is [`Underway::listen`].
-    pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Option<Done> {
-        if let Some((begun, copying, copied)) = self.returns.take_one() {
-            return Some(self.seen(Done::Copied(begun, copying, copied)));
+    pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Option<Ended> {
+        if let Some((stint, begun, copying, copied)) = self.returns.take_one() {
+            return Some(self.seen(Ended { stint, done: Done::Copied(begun, copying, copied) }));
         }
         match self.work.poll_next_unpin(cx) {
-            Poll::Ready(Some(done)) => Some(self.seen(done)),
+            Poll::Ready(Some(ended)) => Some(self.seen(ended)),
             Poll::Ready(None) | Poll::Pending => None,
         }
     }
@@ -160,10 +180,10 @@ impl Underway {
         self.returns.listen()
     }
 
-    fn seen(&mut self, done: Done) -> Done {
-        if let Done::Copied(..) = done {
+    const fn seen(&mut self, ended: Ended) -> Ended {
+        if let Done::Copied(..) = ended.done {
             self.copies -= 1;
         }
-        done
+        ended
     }
 }

@@ -85,14 +85,14 @@ impl Mirror {
         self.copied.comparable(dirty, self.unscanned_from(), |place| self.doubling.is_still(place))
     }
 
-    pub(super) fn take_in_sample(&mut self, sampled: Result<Vec<ByteRange>, CopyError>) {
+    pub(super) fn take_in_sample(&mut self, stint: u64, sampled: Result<Vec<ByteRange>, CopyError>) {
         let Some(Look { is_second, places }) = self.doubt.look.take() else { return };
         let now = self.clock.now();
         let mut differing = match sampled {
             Ok(differing) => differing,
             Err((operation, error)) => {
                 self.doubt.stage = Stage::Due(now);
-                return self.meet_error(operation, &error);
+                return self.meet_error(stint, operation, &error);
             }
         };
         // A loss that came meanwhile asks for another sample, whatever this one says.
@@ -136,11 +136,11 @@ impl Mirror {
         }
     }
 
-    pub(super) fn take_in_failed_flush(&mut self, error: &BlockError) {
+    pub(super) fn take_in_failed_flush(&mut self, stint: u64, error: &BlockError) {
         self.unflushed.flush_failed(self.doubling.bitmap());
         self.attempt.flush_ended(false);
         self.distrust_target();
-        self.meet_error(Operation::Write, error);
+        self.meet_error(stint, Operation::Write, error);
     }
 
     /// Looks whether the target may have lost what was not flushed, as [`crate::storage::Storage::losses`] says; all of
