@@ -18,6 +18,7 @@ pub mod debug_event;
 pub mod dirty_bitmap;
 pub mod driver;
 pub mod error;
+pub mod file_span;
 pub mod graph;
 mod in_flight;
 pub mod job;

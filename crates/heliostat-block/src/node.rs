@@ -20,6 +20,7 @@ use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::driver::Driver;
 use crate::error::{BlockError, ErrorKind};
+use crate::file_span::FileSpan;
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
@@ -386,6 +387,12 @@ impl Node {
     pub(crate) async fn read_blocks(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
         let range = self.inside(offset, u64_from(buffer.len()))?;
         self.blocks.read(offset, buffer).await.map_err(|error| self.failure(range, error))
+    }
+
+    /// Where `range` can be sent from without being read. See [`crate::storage::Storage::span`].
+    pub(crate) fn span(&self, range: ByteRange) -> Option<FileSpan> {
+        let range = self.inside(range.offset(), range.len()).ok()?;
+        self.driver().span(range)
     }
 
     /// How `range` reads, through all layers: a hole is one in each of them. As [`Node::extents_of_layer`] else.

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use crate::buffer::Buffer;
 use crate::clock::LocalFuture;
 use crate::debug_event::DebugEvent;
+use crate::file_span::FileSpan;
 use crate::range::ByteRange;
 use crate::throttle::Hurry;
 
@@ -177,6 +178,14 @@ pub trait Storage: Send + Sync + 'static {
     /// # Errors
     /// Any of the host's; [`io::ErrorKind::UnexpectedEof`] when the storage has become shorter.
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_, Buffer>;
+
+    /// Where `range` lies in a host's file, if it can be sent from there at once, in the place of a read that would not
+    /// wait for a medium. Whoever takes it is to send it, or to read it, before anything else may happen to the range
+    /// that a read must not run beside. `None` where it cannot be had so, or would not be worth it.
+    fn span(&self, range: ByteRange) -> Option<FileSpan> {
+        let _ = range;
+        None
+    }
 
     /// Writes all of `data` at `offset`. After an error any part of it may have been written.
     ///

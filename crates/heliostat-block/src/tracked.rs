@@ -12,6 +12,7 @@ use crate::buffer::Buffer;
 use crate::clock::Moment;
 use crate::convert::u64_from;
 use crate::error::BlockError;
+use crate::file_span::FileSpan;
 use crate::node::Node;
 use crate::range::ByteRange;
 use crate::statistics::{Ended, Kind, Outcome};
@@ -90,6 +91,15 @@ impl Tracked {
         let read = self.node.read_blocks(offset, buffer).await;
         self.count(Kind::Read, range, &read);
         read
+    }
+
+    /// Where `range` can be sent from, in the place of [`Tracked::read`]. The request is in flight until that is done:
+    /// whoever sends it keeps this as long. `None` where it must be read.
+    #[must_use]
+    pub fn span(&self, range: ByteRange) -> Option<FileSpan> {
+        let span = self.node.span(range)?;
+        self.count(Kind::Read, Some(range), &Ok(()));
+        Some(span)
     }
 
     /// Writes `data` at `offset`. When it returns, every bitmap knows.

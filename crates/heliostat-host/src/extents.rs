@@ -25,10 +25,10 @@ const LOOK_LEN: u64 = 64 << 20;
 const LOOK_NOW_LEN: u64 = 1 << 20;
 
 /// The unit in which a file in memory has data or holes.
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// How many pages of a range are in the page cache; `None` where the kernel cannot say (before 6.5).
-fn cached_pages(file: &impl AsRawFd, offset: u64, len: u64) -> Option<u64> {
+pub(crate) fn cached_pages(file: &impl AsRawFd, offset: u64, len: u64) -> Option<u64> {
     // `struct cachestat_range` and `struct cachestat` of linux/mman.h.
     let range = [offset, len];
     let mut counts = [0_u64; 5];

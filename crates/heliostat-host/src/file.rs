@@ -15,11 +15,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use heliostat_block::buffer::{Buffer, BufferPool};
 use heliostat_block::convert::{u64_from, usize_from};
+use heliostat_block::file_span::FileSpan;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use crate::extents::Layout;
+use crate::extents::{Layout, PAGE, cached_pages};
 use crate::fallocate::{self, Space};
 use crate::length::Length;
 use crate::lock::{self, OpenFile, User};
@@ -36,6 +37,9 @@ pub use self::way::Way;
 /// The longest request that is carried out in the calling thread. Copying it takes some tens of microseconds,
 /// for which the thread's other clients wait; beyond that, the ring's workers copy beside the thread.
 const INLINE_LEN_MAX: usize = 256 << 10;
+
+/// Shorter reads are copied: lending pages costs more than that.
+const SPAN_LEN_MIN: u64 = 32 << 10;
 
 /// The longest range that is zeroed or discarded in the calling thread, where it lies in memory.
 const INLINE_SPACE_MAX: u64 = 1 << 20;
@@ -189,6 +193,17 @@ impl FileStorage {
         Ok(done)
     }
 
+    /// Whether all of `range` is there and in memory, so that a read of it would not wait for a medium.
+    fn is_cached(&self, range: ByteRange) -> bool {
+        if self.shape.in_memory {
+            // Whoever else has it open may have made it shorter.
+            let end = rustix::fs::fstat(&*self.main).ok().and_then(|stat| u64::try_from(stat.st_size).ok());
+            return end.is_some_and(|end| range.end() <= end);
+        }
+        let pages = range.end().div_ceil(PAGE) - range.offset() / PAGE;
+        cached_pages(&*self.main, range.offset(), range.len()).is_some_and(|cached| cached >= pages)
+    }
+
     async fn read_direct(&self, offset: u64, mut buffer: Buffer) -> io::Result<Buffer> {
         let _held = self.length.hold_ways().await;
         let direct_len = usize_from(self.length.direct_len(offset, u64_from(buffer.len())));
@@ -335,6 +350,15 @@ impl Storage for FileStorage {
         IoFuture::pending(ring::read(&self.main, offset, buffer, done))
     }
 
+    fn span(&self, range: ByteRange) -> Option<FileSpan> {
+        if range.len() < SPAN_LEN_MIN || self.opened_direct() || self.other.is_taken() {
+            return None;
+        }
+        self.check(Some(range), false).ok()?;
+        self.is_cached(range)
+            .then(|| FileSpan::new(self.main.clone(), range.offset(), usize_from(range.len())))
+    }
+
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
         if let Err(error) = self.check(Self::range(offset, data.len()), true) {
             return IoFuture::ready(Err(error));
@@ -447,6 +471,23 @@ impl Storage for FileStorage {
             Writeback::start(writeback, range);
         }
     }
+}
+
+/// Reads what lies in `span`, which is in memory, into `buffer`, which is as long.
+///
+/// # Errors
+/// The host's; `UnexpectedEof` when the file ends before it.
+pub fn read_span(span: &FileSpan, mut buffer: Buffer) -> io::Result<Buffer> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match rustix::io::pread(span.file(), &mut buffer[done..], span.offset() + u64_from(done)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(buffer)
 }
 
 /// Writes all of `data` in the calling thread.

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use heliostat_block::file_span::FileSpan;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
@@ -26,6 +27,9 @@ use crate::readiness::{self, Readiness};
 
 /// Connections that wait to be accepted. The kernel cuts it to its own bound (4096 by default).
 const BACKLOG: i32 = 1024;
+
+/// What a Unix socket may hold before it is read. The kernel cuts it to its own bound (208 KiB by default), and doubles it.
+const UNIX_SEND_BUFFER: usize = 512 << 10;
 
 /// The kernel takes no more slices in one call.
 const SLICES_MAX: usize = 1024;
@@ -236,6 +240,9 @@ impl Socket {
             sockopt::set_tcp_nodelay(&fd, true)?;
             // A client whose host died is noticed after some hours, not never.
             sockopt::set_socket_keepalive(&fd, true)?;
+        } else {
+            // TCP finds its own; this one is too small for one long answer.
+            sockopt::set_socket_send_buffer_size(&fd, UNIX_SEND_BUFFER)?;
         }
         Ok(Self { fd: Arc::new(fd), readiness: Readiness::default() })
     }
@@ -314,6 +321,22 @@ impl Socket {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         loop {
             match rustix::net::sendmsg(&self.fd, slices, &mut SendAncillaryBuffer::default(), flags) {
+                Ok(sent) => return Ok(sent),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends as much of `span` as there is room for, without copying it.
+    ///
+    /// # Errors
+    /// As [`Socket::send_now`]; `UnexpectedEof` when the file ends before it.
+    pub fn send_span_now(&self, span: &FileSpan) -> io::Result<usize> {
+        let mut offset = span.offset();
+        loop {
+            match rustix::fs::sendfile(&self.fd, span.file(), Some(&mut offset), span.len()) {
+                Ok(0) if !span.is_empty() => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(sent) => return Ok(sent),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),

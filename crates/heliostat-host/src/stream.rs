@@ -3,6 +3,8 @@
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
+use heliostat_block::file_span::FileSpan;
+
 use crate::socket::Socket;
 use crate::tls::{Credentials, Peer, TlsStream};
 
@@ -92,6 +94,17 @@ impl Stream {
         match self {
             Self::Plain(socket) => socket.send_now(slices),
             Self::Tls(stream) => stream.send_now(slices),
+        }
+    }
+
+    /// Sends as much of `span` as there is room for, without copying it. For plain streams.
+    ///
+    /// # Errors
+    /// As [`Socket::send_span_now`]; `Unsupported` inside TLS.
+    pub fn send_span_now(&self, span: &FileSpan) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.send_span_now(span),
+            Self::Tls(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

@@ -193,6 +193,12 @@ pub async fn carry_out(seat: Arc<Seat>, buffers: Buffers, request: Request, perm
             };
             match steps {
                 Some(steps) => read_parts(&seat, &tracked, &buffers, &steps, reply).await,
+                None if reply.takes_span()
+                    && let Some(span) = tracked.span(range) =>
+                {
+                    seat.count(&tracked);
+                    reply.span(range.offset(), span, tracked);
+                }
                 None => match read(&seat, &tracked, &buffers, range).await {
                     Ok(buffer) => reply.data(range.offset(), buffer),
                     Err(error) => fail(reply, &error),

@@ -21,6 +21,7 @@ use crate::blocks::Below;
 use crate::buffer::Buffer;
 use crate::clock::LocalFuture;
 use crate::debug_event::DebugEvent;
+use crate::file_span::FileSpan;
 use crate::named_bitmap::NamedBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
@@ -150,6 +151,14 @@ impl Driver {
             Self::Raw(raw) => raw.extents(range),
             Self::Qcow2(qcow2) => qcow2.extents(range),
             Self::Filter(filter) => filter.storage().extents(range),
+        }
+    }
+
+    /// See [`crate::storage::Storage::span`]. Filters want to see what is read.
+    pub(crate) fn span(&self, range: ByteRange) -> Option<FileSpan> {
+        match self {
+            Self::Raw(raw) => raw.span(range),
+            Self::Qcow2(_) | Self::Filter(_) => None,
         }
     }
 

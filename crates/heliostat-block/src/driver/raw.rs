@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use crate::buffer::Buffer;
 use crate::debug_event::DebugEvent;
+use crate::file_span::FileSpan;
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
 
@@ -124,6 +125,11 @@ impl Raw {
     #[must_use]
     pub fn open_ended(self) -> Self {
         Self { is_open_ended: true, ..self }
+    }
+
+    /// See [`Storage::span`].
+    pub(crate) fn span(&self, range: ByteRange) -> Option<FileSpan> {
+        self.storage.span(self.shifted(range))
     }
 
     /// Makes the window `size` bytes long, and the storage as long as that takes.

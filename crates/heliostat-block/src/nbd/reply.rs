@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::rc::Rc;
 
 use super::context::{Described, statuses};
@@ -20,8 +20,10 @@ use super::wire::{
 use super::{Cookie, Errno, ReplyStyle, Terms};
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
+use crate::file_span::FileSpan;
 use crate::limits::NBD_EXTENTS_MAX;
 use crate::range::ByteRange;
+use crate::tracked::Tracked;
 
 /// The most slices handed to one send. Linux takes 1024; by 64 the cost of the call no longer shows.
 const SLICES_MAX: usize = 64;
@@ -37,6 +39,10 @@ struct Queue {
     sent: usize,
     pieces: VecDeque<Piece>,
     len: usize,
+    /// Whether the connection can send from a file.
+    takes_spans: bool,
+    /// How many of the pieces are spans.
+    spans: usize,
 }
 
 /// What comes next on the wire.
@@ -45,6 +51,8 @@ enum Piece {
     Heads(usize),
     /// A buffer, from that index on.
     Data(Buffer, usize),
+    /// What lies in a file, of a request that is in flight until that is sent.
+    Span { span: FileSpan, _in_flight: Tracked },
 }
 
 /// The answer to one request. Must be given: see the module.
@@ -89,7 +97,43 @@ impl Replies {
             sent: 0,
             pieces: VecDeque::new(),
             len: 0,
+            takes_spans: false,
+            spans: 0,
         })))
+    }
+
+    /// Takes spans of files from now on ([`Reply::span`]). The caller sends them by [`Replies::span`] and lets none wait:
+    /// see [`Replies::bring_in`].
+    pub fn take_spans(&self) {
+        self.0.borrow_mut().takes_spans = true;
+    }
+
+    /// The span that comes next, if one does. What was sent of it is reported by [`Replies::sent`].
+    #[must_use]
+    pub fn span(&self) -> Option<FileSpan> {
+        match self.0.borrow().pieces.front() {
+            Some(Piece::Span { span, .. }) => Some(span.clone()),
+            _ => None,
+        }
+    }
+
+    /// Reads by `read` what of spans could not be sent at once, so that their requests end: no client may hold them up
+    /// by not reading its answers.
+    ///
+    /// # Errors
+    /// The first of `read`. The answer has been begun, so the connection cannot go on.
+    pub fn bring_in(&self, mut read: impl FnMut(&FileSpan) -> io::Result<Buffer>) -> io::Result<()> {
+        let mut queue = self.0.borrow_mut();
+        if queue.spans == 0 {
+            return Ok(());
+        }
+        for piece in &mut queue.pieces {
+            if let Piece::Span { span, .. } = piece {
+                *piece = Piece::Data(read(span)?, 0);
+            }
+        }
+        queue.spans = 0;
+        Ok(())
     }
 
     /// Takes on the debt of an answer to a request that begins at `offset`.
@@ -109,7 +153,7 @@ impl Replies {
         self.len() == 0
     }
 
-    /// Shows what comes next to `send`, which must not touch this queue. What it sent of that is reported by
+    /// Shows what comes next to `send`, up to the next span, which must not touch this queue. What it sent of that is reported by
     /// [`Replies::sent`].
     pub fn show<T>(&self, send: impl FnOnce(&[IoSlice<'_>]) -> T) -> T {
         let queue = self.0.borrow();
@@ -118,6 +162,7 @@ impl Replies {
         let mut head = queue.sent;
         for (slice, piece) in slices.iter_mut().zip(&queue.pieces) {
             *slice = match piece {
+                Piece::Span { .. } => break,
                 Piece::Heads(len) => {
                     head += len;
                     IoSlice::new(&queue.heads[head - len..head])
@@ -274,6 +319,12 @@ impl Queue {
                     *from += now;
                     (now, *from == buffer.len())
                 }
+                Piece::Span { span, .. } => {
+                    let now = left.min(span.len());
+                    span.advance(now);
+                    self.spans -= usize::from(span.is_empty());
+                    (now, span.is_empty())
+                }
             };
             left -= now;
             if is_whole {
@@ -300,6 +351,32 @@ impl Reply {
     #[must_use]
     pub fn takes_parts(&self) -> bool {
         self.replies.as_ref().is_some_and(|replies| replies.0.borrow().style.has_chunks())
+    }
+
+    /// Whether [`Reply::span`] may be the answer: the connection can send it, and nothing waits before it.
+    #[must_use]
+    pub fn takes_span(&self) -> bool {
+        let takes = |replies: &Replies| {
+            let queue = replies.0.borrow();
+            queue.takes_spans && queue.len == 0
+        };
+        self.replies.as_ref().is_some_and(takes)
+    }
+
+    /// Answers a read at `offset` with what lies there, not empty. `tracked` is in flight until that is sent. Only where
+    /// [`Reply::takes_span`].
+    pub fn span(mut self, offset: u64, span: FileSpan, tracked: Tracked) {
+        self.pay(|queue, to| {
+            if queue.style == ReplyStyle::Simple {
+                queue.simple(to.cookie, 0);
+            } else {
+                queue.chunk(to, chunk::OFFSET_DATA, 8 + span.len(), More::No);
+                queue.head(&offset.to_be_bytes());
+            }
+            queue.len += span.len();
+            queue.spans += 1;
+            queue.pieces.push_back(Piece::Span { span, _in_flight: tracked });
+        });
     }
 
     /// Answers that it is done. Not for reads and block status.

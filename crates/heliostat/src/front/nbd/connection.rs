@@ -19,9 +19,11 @@ use futures_util::future::{Either, select};
 use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::LocalFuture;
 use heliostat_block::convert::u64_from;
+use heliostat_block::file_span::FileSpan;
 use heliostat_block::nbd::handshake::Agreed;
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
+use heliostat_host::file::read_span;
 use heliostat_host::stream::Stream;
 
 use super::budget::{REQUEST_COST, Share};
@@ -51,7 +53,11 @@ const REQUESTS_MAX: usize = 128;
 const BYTES_MAX: u64 = 64 << 20;
 
 /// Answers that may wait for the client to read before no more requests are taken.
-const ANSWERS_MAX: usize = 4 << 20;
+const ANSWERS_MAX: usize = 512 << 10;
+
+/// An answer of so many bytes is sent before the next request is started, while it is in the processor's cache; and
+/// has gone when that begins, so that its memory, and room in the socket, are there for the next.
+const ANSWERS_LONG: usize = 64 << 10;
 
 /// From so many waiting requests on, short payloads are copied out of the receive buffer, so that one of them
 /// does not keep all of it.
@@ -170,6 +176,9 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         start: M,
     ) -> Self {
         let replies = Replies::new(&agreed.terms);
+        if !stream.is_tls() {
+            replies.take_spans();
+        }
         let pool = shared.buffers.for_payloads();
         Self {
             stream,
@@ -330,6 +339,13 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                     let request = self.unpinned(request);
                     let permit = self.permits.take(bytes_held(&request.command));
                     self.flights.start((self.start)(request, permit), cx);
+                    if self.replies.len() >= ANSWERS_LONG {
+                        self.send();
+                        if !self.replies.is_empty() {
+                            self.is_full = true;
+                            return;
+                        }
+                    }
                 }
                 Ok(Parsed::Refused(_)) => {}
                 Ok(Parsed::NoRoom) => {
@@ -376,7 +392,11 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         }
         let mut has_sent = false;
         while !self.replies.is_empty() {
-            match self.replies.show(|slices| self.stream.send_now(slices)) {
+            let sent = match self.replies.span() {
+                Some(span) => self.stream.send_span_now(&span),
+                None => self.replies.show(|slices| self.stream.send_now(slices)),
+            };
+            match sent {
                 Ok(sent) => {
                     self.replies.sent(sent);
                     self.reading.moved(sent);
@@ -388,6 +408,12 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
                 }
             }
             has_sent = true;
+        }
+        // What a client does not take at once is read now: no request is in flight for its sake.
+        let bring_in = |span: &FileSpan| read_span(span, self.shared.buffers.take(span.len()));
+        if self.replies.bring_in(bring_in).is_err() {
+            self.stage = Stage::Gone;
+            self.replies.clear();
         }
         if self.replies.is_empty() {
             self.reading.rest();
