@@ -20,7 +20,6 @@ use crate::clock::{Clock, Moment};
 use crate::convert::u64_from;
 use crate::driver::Driver;
 use crate::error::{BlockError, ErrorKind};
-use crate::file_span::FileSpan;
 use crate::in_flight::InFlight;
 use crate::job::doubling::{Doubled, Doubling, Payload};
 use crate::latency::Latencies;
@@ -29,6 +28,7 @@ use crate::named_bitmap::{NamedBitmap, Watchers};
 use crate::node_options::OptionsCell;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
+use crate::span::Span;
 use crate::statistics::Statistics;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
 use crate::throttle::Hurry;
@@ -390,7 +390,7 @@ impl Node {
     }
 
     /// Where `range` can be sent from without being read. See [`crate::storage::Storage::span`].
-    pub(crate) fn span(&self, range: ByteRange) -> Option<FileSpan> {
+    pub(crate) fn span(&self, range: ByteRange) -> Option<Span> {
         let range = self.inside(range.offset(), range.len()).ok()?;
         self.driver().span(range)
     }

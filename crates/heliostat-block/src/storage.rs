@@ -13,8 +13,8 @@ use bytes::Bytes;
 use crate::buffer::Buffer;
 use crate::clock::LocalFuture;
 use crate::debug_event::DebugEvent;
-use crate::file_span::FileSpan;
 use crate::range::ByteRange;
+use crate::span::Span;
 use crate::throttle::Hurry;
 
 /// Whether a write is durable when it returns.
@@ -182,7 +182,7 @@ pub trait Storage: Send + Sync + 'static {
     /// Where `range` lies in a host's file, if it can be sent from there at once, in the place of a read that would not
     /// wait for a medium. Whoever takes it is to send it, or to read it, before anything else may happen to the range
     /// that a read must not run beside. `None` where it cannot be had so, or would not be worth it.
-    fn span(&self, range: ByteRange) -> Option<FileSpan> {
+    fn span(&self, range: ByteRange) -> Option<Span> {
         let _ = range;
         None
     }

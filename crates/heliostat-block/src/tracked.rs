@@ -12,9 +12,9 @@ use crate::buffer::Buffer;
 use crate::clock::Moment;
 use crate::convert::u64_from;
 use crate::error::BlockError;
-use crate::file_span::FileSpan;
 use crate::node::Node;
 use crate::range::ByteRange;
+use crate::span::Span;
 use crate::statistics::{Ended, Kind, Outcome};
 use crate::storage::{Durability, Extent, ZeroEffort, ZeroSpace};
 use crate::throttle::Hurry;
@@ -96,7 +96,7 @@ impl Tracked {
     /// Where `range` can be sent from, in the place of [`Tracked::read`]. The request is in flight until that is done:
     /// whoever sends it keeps this as long. `None` where it must be read.
     #[must_use]
-    pub fn span(&self, range: ByteRange) -> Option<FileSpan> {
+    pub fn span(&self, range: ByteRange) -> Option<Span> {
         let span = self.node.span(range)?;
         self.count(Kind::Read, Some(range), &Ok(()));
         Some(span)

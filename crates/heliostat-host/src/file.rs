@@ -15,12 +15,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use heliostat_block::buffer::{Buffer, BufferPool};
 use heliostat_block::convert::{u64_from, usize_from};
-use heliostat_block::file_span::FileSpan;
 use heliostat_block::range::ByteRange;
+use heliostat_block::span::Span;
 use heliostat_block::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use crate::extents::{Layout, PAGE, cached_pages};
+use crate::extents::Layout;
 use crate::fallocate::{self, Space};
 use crate::length::Length;
 use crate::lock::{self, OpenFile, User};
@@ -29,6 +29,7 @@ use crate::pace::Pace;
 use crate::pinned::Identity;
 use crate::probe::Shape;
 use crate::ring;
+use crate::span;
 use crate::writeback::Writeback;
 
 use self::way::Other;
@@ -37,9 +38,6 @@ pub use self::way::Way;
 /// The longest request that is carried out in the calling thread. Copying it takes some tens of microseconds,
 /// for which the thread's other clients wait; beyond that, the ring's workers copy beside the thread.
 const INLINE_LEN_MAX: usize = 256 << 10;
-
-/// Shorter reads are copied: lending pages costs more than that.
-const SPAN_LEN_MIN: u64 = 32 << 10;
 
 /// The longest range that is zeroed or discarded in the calling thread, where it lies in memory.
 const INLINE_SPACE_MAX: u64 = 1 << 20;
@@ -193,17 +191,6 @@ impl FileStorage {
         Ok(done)
     }
 
-    /// Whether all of `range` is there and in memory, so that a read of it would not wait for a medium.
-    fn is_cached(&self, range: ByteRange) -> bool {
-        if self.shape.in_memory {
-            // Whoever else has it open may have made it shorter.
-            let end = rustix::fs::fstat(&*self.main).ok().and_then(|stat| u64::try_from(stat.st_size).ok());
-            return end.is_some_and(|end| range.end() <= end);
-        }
-        let pages = range.end().div_ceil(PAGE) - range.offset() / PAGE;
-        cached_pages(&*self.main, range.offset(), range.len()).is_some_and(|cached| cached >= pages)
-    }
-
     async fn read_direct(&self, offset: u64, mut buffer: Buffer) -> io::Result<Buffer> {
         let _held = self.length.hold_ways().await;
         let direct_len = usize_from(self.length.direct_len(offset, u64_from(buffer.len())));
@@ -350,13 +337,12 @@ impl Storage for FileStorage {
         IoFuture::pending(ring::read(&self.main, offset, buffer, done))
     }
 
-    fn span(&self, range: ByteRange) -> Option<FileSpan> {
-        if range.len() < SPAN_LEN_MIN || self.opened_direct() || self.other.is_taken() {
+    fn span(&self, range: ByteRange) -> Option<Span> {
+        if self.opened_direct() || self.other.is_taken() {
             return None;
         }
         self.check(Some(range), false).ok()?;
-        self.is_cached(range)
-            .then(|| FileSpan::new(self.main.clone(), range.offset(), usize_from(range.len())))
+        span::lend(&self.main, self.shape, range)
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
@@ -473,23 +459,6 @@ impl Storage for FileStorage {
     }
 }
 
-/// Reads what lies in `span`, which is in memory, into `buffer`, which is as long.
-///
-/// # Errors
-/// The host's; `UnexpectedEof` when the file ends before it.
-pub fn read_span(span: &FileSpan, mut buffer: Buffer) -> io::Result<Buffer> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match rustix::io::pread(span.file(), &mut buffer[done..], span.offset() + u64_from(done)) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => done += count,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(buffer)
-}
-
 /// Writes all of `data` in the calling thread.
 fn write_now(file: &impl AsFd, offset: u64, data: &[u8]) -> io::Result<()> {
     let mut done = 0;
@@ -515,6 +484,7 @@ mod tests {
     use crate::blocking::THREADS_OF_ONE;
     use crate::open::{Cache, Existing};
     use crate::runtime::{Driver, block_on_with, spawn_local, yield_now};
+    use crate::span::read_span;
 
     fn create(directory: &tempfile::TempDir, name: &str) -> FileStorage {
         let options = OpenOptions { cache: Cache::Direct, ..OpenOptions::default() };
@@ -554,6 +524,37 @@ mod tests {
             yield_now().await;
         }
         let_go
+    }
+
+    #[test]
+    fn what_is_in_memory_can_be_sent_from_there_and_nothing_else_can() {
+        let directory = tempfile::tempdir().unwrap();
+        for cache in [Cache::Page, Cache::Direct] {
+            let path = directory.path().join(format!("{cache:?}"));
+            let options = OpenOptions { cache, ..OpenOptions::default() };
+            let storage = FileStorage::create(&path, 1 << 20, Existing::Refuse, &options).unwrap();
+            let range = |offset, len| ByteRange::new(offset, len).unwrap();
+            let half = range(4096, 512 << 10);
+            block_on_with(Driver::Polling, async {
+                let bytes: Vec<u8> = (0..=250).cycle().take(1 << 20).collect();
+                storage.write(0, bytes.clone().into(), Durability::Cached).await.unwrap();
+                if storage.is_direct() {
+                    assert!(storage.span(half).is_none(), "it passes the page cache by");
+                    return;
+                }
+                let span = storage.span(half).expect("it was written just now");
+                assert_eq!((span.offset(), span.len()), (4096, 512 << 10));
+                let read = read_span(&span, Buffer::zeroed(span.len())).unwrap();
+                assert!(*read == bytes[4096..4096 + (512 << 10)]);
+                assert!(storage.span(range(4096, 4096)).is_none(), "it is shorter to copy");
+                assert!(storage.span(range(1 << 19, 1 << 20)).is_none(), "it ends behind the disk");
+                // Somebody else makes the file shorter.
+                std::fs::File::options().write(true).open(&path).unwrap().set_len(8192).unwrap();
+                assert!(storage.span(half).is_none(), "it is not there any more");
+                assert!(read_span(&span, Buffer::zeroed(span.len())).is_err());
+            })
+            .unwrap();
+        }
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod ring;
 pub mod runtime;
 pub mod signal;
 pub mod socket;
+pub mod span;
 pub mod stream;
 pub mod tls;
 mod writeback;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use heliostat_block::file_span::FileSpan;
+use heliostat_block::span::Span;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
@@ -24,6 +24,7 @@ use rustix::net::{
 
 use crate::blocking;
 use crate::readiness::{self, Readiness};
+use crate::span;
 
 /// Connections that wait to be accepted. The kernel cuts it to its own bound (4096 by default).
 const BACKLOG: i32 = 1024;
@@ -331,11 +332,12 @@ impl Socket {
     /// Sends as much of `span` as there is room for, without copying it.
     ///
     /// # Errors
-    /// As [`Socket::send_now`]; `UnexpectedEof` when the file ends before it.
-    pub fn send_span_now(&self, span: &FileSpan) -> io::Result<usize> {
+    /// As [`Socket::send_now`]; `UnexpectedEof` when the file ends before it; `InvalidInput` for what no file has lent.
+    pub fn send_span_now(&self, span: &Span) -> io::Result<usize> {
+        let file = span::file_of(span)?;
         let mut offset = span.offset();
         loop {
-            match rustix::fs::sendfile(&self.fd, span.file(), Some(&mut offset), span.len()) {
+            match rustix::fs::sendfile(&self.fd, file, Some(&mut offset), span.len()) {
                 Ok(0) if !span.is_empty() => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(sent) => return Ok(sent),
                 Err(Errno::INTR) => {}
@@ -417,7 +419,10 @@ fn connect_tcp(socket: SocketAddr) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
+    use crate::lock::OpenFile;
     use crate::runtime::{Driver, block_on_with, spawn_local};
 
     const BOTH: [Driver; 2] = [Driver::IoUring, Driver::Polling];
@@ -550,6 +555,46 @@ mod tests {
         let (one, other) = Socket::pair().unwrap();
         drop(other);
         assert_eq!(one.send_now(&[IoSlice::new(b"x")]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_span_of_a_file_arrives_as_it_lies_there() {
+        on_both(|| async {
+            let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
+            let (one, other) = Socket::pair().unwrap();
+            let mut span = Span::new(file_with(&bytes), 1, bytes.len());
+            let reader = async {
+                let (mut received, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+                while received.len() < bytes.len() - 1 {
+                    let count = recv(&other, &mut buffer).await.unwrap();
+                    received.extend_from_slice(&buffer[..count]);
+                }
+                received
+            };
+            let sender = async {
+                loop {
+                    match one.send_span_now(&span) {
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            one.writable().await.unwrap();
+                        }
+                        Err(error) => return error.kind(),
+                        Ok(sent) => span.advance(sent),
+                    }
+                }
+            };
+            let (received, error) = futures_util::join!(reader, sender);
+            assert!(received == bytes[1..]);
+            assert_eq!(error, io::ErrorKind::UnexpectedEof, "the file has a byte less than the span");
+            drop(other);
+            let span = Span::new(file_with(b"x"), 0, 1);
+            assert_eq!(one.send_span_now(&span).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        });
+    }
+
+    fn file_with(bytes: &[u8]) -> Arc<OpenFile> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        OpenFile::new(file.into(), None, None)
     }
 
     #[test]

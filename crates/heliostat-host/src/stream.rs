@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
-use heliostat_block::file_span::FileSpan;
+use heliostat_block::span::Span;
 
 use crate::socket::Socket;
 use crate::tls::{Credentials, Peer, TlsStream};
@@ -101,7 +101,7 @@ impl Stream {
     ///
     /// # Errors
     /// As [`Socket::send_span_now`]; `Unsupported` inside TLS.
-    pub fn send_span_now(&self, span: &FileSpan) -> io::Result<usize> {
+    pub fn send_span_now(&self, span: &Span) -> io::Result<usize> {
         match self {
             Self::Plain(socket) => socket.send_span_now(span),
             Self::Tls(_) => Err(io::ErrorKind::Unsupported.into()),

@@ -19,8 +19,11 @@ use serde_json::json;
 
 use nbd_target::{Mode, PROMPT, Stage};
 
-const HERE: &str = "10.213.78.1";
-const THERE: &str = "10.213.78.2";
+/// The two ends of the line: of a network of their own, so that lines of other processes are not taken for it.
+fn ends() -> [String; 2] {
+    let network = std::process::id() % (1 << 14);
+    [1, 2].map(|end| format!("10.213.{}.{}", network >> 6, (network & 63) * 4 + end))
+}
 
 /// What the guest may wait for the target.
 const DEADLINE: Duration = Duration::from_millis(300);
@@ -37,12 +40,13 @@ impl Line {
         let python = common::tool("python3")?;
         common::tool("nsenter")?;
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/far_host.py");
+        let [here, there] = ends();
         let mut command = Command::new(python);
         command
-            .args([script, HERE, THERE])
+            .args([script, &here, &there])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null());
+            .stderr(Stdio::inherit());
         let mut process = command.spawn().unwrap();
         let answers = BufReader::new(process.stdout.take().unwrap());
         let mut line = Self { process, answers };
@@ -84,7 +88,7 @@ fn survives_an_outage(mode: Mode) -> Option<Duration> {
     let mut line = Line::new()?;
     line.order("delay 3");
     stage.start_elsewhere(line.nbdkit());
-    let server = json!({ "type": "inet", "host": THERE, "port": "10809" });
+    let server = json!({ "type": "inet", "host": ends()[1], "port": "10809" });
     stage.add_target_at(server, 60, &json!({}));
     stage.mirror(mode, &json!({ "target-deadline-ms": 300 }));
     stage.ready();

@@ -21,10 +21,10 @@ use crate::blocks::Below;
 use crate::buffer::Buffer;
 use crate::clock::LocalFuture;
 use crate::debug_event::DebugEvent;
-use crate::file_span::FileSpan;
 use crate::named_bitmap::NamedBitmap;
 use crate::node::Node;
 use crate::range::ByteRange;
+use crate::span::Span;
 use crate::storage::{Durability, Extent, IoFuture, Traits, ZeroEffort, ZeroSpace, pass};
 use crate::throttle::Hurry;
 
@@ -155,7 +155,7 @@ impl Driver {
     }
 
     /// See [`crate::storage::Storage::span`]. Filters want to see what is read.
-    pub(crate) fn span(&self, range: ByteRange) -> Option<FileSpan> {
+    pub(crate) fn span(&self, range: ByteRange) -> Option<Span> {
         match self {
             Self::Raw(raw) => raw.span(range),
             Self::Qcow2(_) | Self::Filter(_) => None,

@@ -8,8 +8,8 @@ use bytes::Bytes;
 
 use crate::buffer::Buffer;
 use crate::debug_event::DebugEvent;
-use crate::file_span::FileSpan;
 use crate::range::ByteRange;
+use crate::span::Span;
 use crate::storage::{Durability, Extent, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
 
 /// A window of a storage.
@@ -128,7 +128,7 @@ impl Raw {
     }
 
     /// See [`Storage::span`].
-    pub(crate) fn span(&self, range: ByteRange) -> Option<FileSpan> {
+    pub(crate) fn span(&self, range: ByteRange) -> Option<Span> {
         self.storage.span(self.shifted(range))
     }
 

@@ -20,9 +20,9 @@ use super::wire::{
 use super::{Cookie, Errno, ReplyStyle, Terms};
 use crate::buffer::Buffer;
 use crate::convert::{u64_from, usize_from};
-use crate::file_span::FileSpan;
 use crate::limits::NBD_EXTENTS_MAX;
 use crate::range::ByteRange;
+use crate::span::Span;
 use crate::tracked::Tracked;
 
 /// The most slices handed to one send. Linux takes 1024; by 64 the cost of the call no longer shows.
@@ -39,7 +39,7 @@ struct Queue {
     sent: usize,
     pieces: VecDeque<Piece>,
     len: usize,
-    /// Whether the connection can send from a file.
+    /// Whether the connection can send what it has not read.
     takes_spans: bool,
     /// How many of the pieces are spans.
     spans: usize,
@@ -51,8 +51,8 @@ enum Piece {
     Heads(usize),
     /// A buffer, from that index on.
     Data(Buffer, usize),
-    /// What lies in a file, of a request that is in flight until that is sent.
-    Span { span: FileSpan, _in_flight: Tracked },
+    /// What is sent from where it lies, of a request that is in flight until that is sent.
+    Span { span: Span, _in_flight: Tracked },
 }
 
 /// The answer to one request. Must be given: see the module.
@@ -102,7 +102,7 @@ impl Replies {
         })))
     }
 
-    /// Takes spans of files from now on ([`Reply::span`]). The caller sends them by [`Replies::span`] and lets none wait:
+    /// Takes spans from now on ([`Reply::span`]). The caller sends them by [`Replies::span`] and lets none wait:
     /// see [`Replies::bring_in`].
     pub fn take_spans(&self) {
         self.0.borrow_mut().takes_spans = true;
@@ -110,7 +110,7 @@ impl Replies {
 
     /// The span that comes next, if one does. What was sent of it is reported by [`Replies::sent`].
     #[must_use]
-    pub fn span(&self) -> Option<FileSpan> {
+    pub fn span(&self) -> Option<Span> {
         match self.0.borrow().pieces.front() {
             Some(Piece::Span { span, .. }) => Some(span.clone()),
             _ => None,
@@ -122,17 +122,18 @@ impl Replies {
     ///
     /// # Errors
     /// The first of `read`. The answer has been begun, so the connection cannot go on.
-    pub fn bring_in(&self, mut read: impl FnMut(&FileSpan) -> io::Result<Buffer>) -> io::Result<()> {
+    pub fn bring_in(&self, mut read: impl FnMut(&Span) -> io::Result<Buffer>) -> io::Result<()> {
         let mut queue = self.0.borrow_mut();
         if queue.spans == 0 {
             return Ok(());
         }
-        for piece in &mut queue.pieces {
+        let Queue { pieces, spans, .. } = &mut *queue;
+        for piece in pieces {
             if let Piece::Span { span, .. } = piece {
                 *piece = Piece::Data(read(span)?, 0);
+                *spans -= 1;
             }
         }
-        queue.spans = 0;
         Ok(())
     }
 
@@ -365,7 +366,7 @@ impl Reply {
 
     /// Answers a read at `offset` with what lies there, not empty. `tracked` is in flight until that is sent. Only where
     /// [`Reply::takes_span`].
-    pub fn span(mut self, offset: u64, span: FileSpan, tracked: Tracked) {
+    pub fn span(mut self, offset: u64, span: Span, tracked: Tracked) {
         self.pay(|queue, to| {
             if queue.style == ReplyStyle::Simple {
                 queue.simple(to.cookie, 0);

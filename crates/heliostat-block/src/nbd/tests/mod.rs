@@ -8,6 +8,7 @@ mod handshake;
 mod replies;
 mod requests;
 mod round_trip;
+mod spans;
 mod start_tls;
 
 pub(in crate::nbd) use round_trip::Disk;

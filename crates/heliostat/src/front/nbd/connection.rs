@@ -19,28 +19,26 @@ use futures_util::future::{Either, select};
 use heliostat_block::buffer::Buffer;
 use heliostat_block::clock::LocalFuture;
 use heliostat_block::convert::u64_from;
-use heliostat_block::file_span::FileSpan;
 use heliostat_block::nbd::handshake::Agreed;
 use heliostat_block::nbd::reply::Replies;
 use heliostat_block::nbd::request::{Command, Parsed, Request, Requests};
-use heliostat_host::file::read_span;
+use heliostat_block::span::Span;
+use heliostat_host::span::read_span;
 use heliostat_host::stream::Stream;
 
 use super::budget::{REQUEST_COST, Share};
 use super::exports::Client;
 use super::flights::{Awake, Flights};
 use super::greeting::handshake;
+use super::input::{RECEIVE_LEN, receive_now};
 use super::pace::Pace;
 use super::patience::Patience;
 use super::stint::Stint;
 use super::{Shared, until_stopped};
-use crate::serve::{Buffers, Permit, Permits, bytes_held, carry_out, detached};
+use crate::serve::{Permit, Permits, bytes_held, carry_out, detached};
 
 /// How long answers are kept for a client that does not read them when its connection is to end.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(3);
-
-/// What one receive takes at most: 60 writes of 4 KiB, so that their cost is shared by many.
-pub(super) const RECEIVE_LEN: usize = 256 << 10;
 
 /// What one receive takes at most after a long payload: the next one is likely long too, and what is received
 /// before its length is known must be copied into its buffer.
@@ -81,32 +79,6 @@ pub(super) async fn serve(stream: Stream, shared: &Shared) {
         |request, permit| carry_out(Arc::clone(client.seat()), shared.buffers.clone(), request, permit);
     let mut connection = Connection::new(stream, (&client, &agreed), shared, input, start);
     poll_fn(|cx| connection.turn(cx)).await;
-}
-
-/// Appends what is there, at most `len` bytes, to `input`, which holds much less than [`RECEIVE_LEN`]. The
-/// memory is taken from `spare`, and left there when nothing came.
-pub(super) fn receive_now(
-    stream: &Stream,
-    buffers: &Buffers,
-    spare: &mut Option<Buffer>,
-    len: usize,
-    input: &mut Bytes,
-) -> io::Result<usize> {
-    let mut buffer = spare.take().unwrap_or_else(|| buffers.take(RECEIVE_LEN));
-    let kept = input.len();
-    let end = buffer.len().min(kept + len);
-    match stream.recv_now(&mut buffer[kept..end]) {
-        Ok(received) => {
-            buffer[..kept].copy_from_slice(input);
-            buffer.truncate(kept + received);
-            *input = buffer.freeze();
-            Ok(received)
-        }
-        Err(error) => {
-            *spare = Some(buffer);
-            Err(error)
-        }
-    }
 }
 
 /// Whether a connection takes requests.
@@ -184,7 +156,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             stream,
             client,
             shared,
-            awake: Awake::new(&shared.awake),
+            awake: Awake::new(&shared.awake, &shared.all_awake),
             stage: Stage::Serving,
             requests: Requests::new(agreed.terms, &agreed.contexts, pool, replies.clone()),
             replies,
@@ -410,7 +382,7 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
             has_sent = true;
         }
         // What a client does not take at once is read now: no request is in flight for its sake.
-        let bring_in = |span: &FileSpan| read_span(span, self.shared.buffers.take(span.len()));
+        let bring_in = |span: &Span| read_span(span, self.shared.buffers.take(span.len()));
         if self.replies.bring_in(bring_in).is_err() {
             self.stage = Stage::Gone;
             self.replies.clear();
@@ -439,6 +411,8 @@ impl<'a, F: Future<Output = ()>, M: Fn(Request, Permit) -> F> Connection<'a, F, 
         self.stage == Stage::Serving
             && self.flights.are_over()
             && self.replies.is_empty()
+            // Another one needs the core more.
+            && self.awake.is_only_thread()
             && self.patience.looks_on(self.last_answer, now)
     }
 

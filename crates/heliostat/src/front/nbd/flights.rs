@@ -6,6 +6,8 @@ use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -48,25 +50,37 @@ impl<F: Future<Output = ()>> Flights<F> {
     }
 }
 
-/// Whether a connection sleeps; counted together with the thread's other connections.
+/// Whether a connection sleeps; counted together with the thread's other connections, and with the server's.
 pub(super) struct Awake {
     count: Rc<Cell<usize>>,
+    all: Arc<AtomicUsize>,
     is_awake: bool,
 }
 
 impl Awake {
-    pub(super) fn new(count: &Rc<Cell<usize>>) -> Self {
-        Self { count: Rc::clone(count), is_awake: false }
+    pub(super) fn new(count: &Rc<Cell<usize>>, all: &Arc<AtomicUsize>) -> Self {
+        Self { count: Rc::clone(count), all: Arc::clone(all), is_awake: false }
     }
 
     pub(super) fn wake(&mut self) {
-        self.count.set(self.count.get() + usize::from(!self.is_awake));
-        self.is_awake = true;
+        if !self.is_awake {
+            self.count.set(self.count.get() + 1);
+            self.all.fetch_add(1, Ordering::Relaxed);
+            self.is_awake = true;
+        }
     }
 
     pub(super) fn sleep(&mut self) {
-        self.count.set(self.count.get() - usize::from(self.is_awake));
-        self.is_awake = false;
+        if self.is_awake {
+            self.count.set(self.count.get() - 1);
+            self.all.fetch_sub(1, Ordering::Relaxed);
+            self.is_awake = false;
+        }
+    }
+
+    /// Says whether no other thread of the server has a connection with anything to do.
+    pub(super) fn is_only_thread(&self) -> bool {
+        self.all.load(Ordering::Relaxed) == self.count.get()
     }
 
     /// Says whether no other connection of this thread has anything to do.

@@ -8,8 +8,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use heliostat_block::nbd::handshake::{Agreed, Handshake, Offers, Step, TlsPolicy};
 use heliostat_host::stream::Stream;
 
-use super::connection::{RECEIVE_LEN, receive_now};
 use super::exports::Client;
+use super::input::{RECEIVE_LEN, receive_now};
 use super::{ServerTls, Shared};
 use crate::serve::Buffers;
 

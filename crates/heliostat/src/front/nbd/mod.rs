@@ -1,14 +1,16 @@
 //! [`NbdServer`]: the NBD front end.
 //!
-//! One thread with a ring of its own takes connections and serves them; the handle may be used from any other
-//! thread. What is said on the wire is decided in `heliostat_block::nbd`, what is done with a request in
+//! A thread with a ring of its own takes connections and serves them, with others beside it where there are several
+//! ([`crew`]); the handle may be used from any other thread. What is said on the wire is decided in `heliostat_block::nbd`, what is done with a request in
 //! [`crate::serve`]; here are sockets, threads and limits. Called by the control plane and the command line.
 
 mod budget;
 mod connection;
+mod crew;
 mod exports;
 mod flights;
 mod greeting;
+mod input;
 mod pace;
 mod patience;
 mod stint;
@@ -19,18 +21,19 @@ use std::future::Future;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use event_listener::Event;
 use futures_util::future::{Either, select, select_all};
 pub use heliostat_block::nbd::handshake::TlsPolicy;
 use heliostat_host::clock::RealClock;
-use heliostat_host::runtime::{Thread, spawn_local};
+use heliostat_host::runtime::Thread;
 use heliostat_host::socket::{Address, Listener, Socket};
 use heliostat_host::tls::{Credentials, Peer, PeerCheck};
 
 use crate::serve::Buffers;
 use budget::Budget;
+use crew::Crew;
 use exports::Exports;
 pub use exports::{ExportError, ExportSettings, ExportStatus, Removal, Removed};
 
@@ -272,7 +275,7 @@ impl Drop for NbdServer {
     }
 }
 
-/// What the connections of one server share.
+/// What the connections of one thread share.
 struct Shared {
     exports: Arc<Exports>,
     buffers: Buffers,
@@ -281,56 +284,33 @@ struct Shared {
     tls: Option<ServerTls>,
     slow_reader_time: Duration,
     budget: Rc<Budget>,
-    /// Connections that have something to do.
+    /// Connections of this thread that have something to do.
     awake: Rc<Cell<usize>>,
+    /// Those of all threads of the server.
+    all_awake: Arc<AtomicUsize>,
 }
 
-/// Connections that have not ended. Counted on the server's thread.
-#[derive(Default)]
-struct Tally {
-    count: Cell<usize>,
-    fewer: Event,
-}
-
-/// One connection in the tally.
-struct Counted(Rc<Tally>);
-
-impl Tally {
-    fn count_in(self: &Rc<Self>) -> Counted {
-        self.count.set(self.count.get() + 1);
-        Counted(Rc::clone(self))
-    }
-
-    /// Waits until there are fewer than `bound`.
-    async fn fewer_than(&self, bound: usize) {
-        while self.count.get() >= bound {
-            self.fewer.listen().await;
+impl Shared {
+    fn new(exports: Arc<Exports>, settings: &ServerSettings, all_awake: Arc<AtomicUsize>) -> Self {
+        Self {
+            exports,
+            buffers: Buffers::new(),
+            clock: RealClock::new(),
+            handshake_time: settings.handshake_time,
+            tls: settings.tls.clone(),
+            slow_reader_time: settings.slow_reader_time,
+            budget: Budget::new(settings.memory_max),
+            awake: Rc::default(),
+            all_awake,
         }
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.count.set(self.0.count.get() - 1);
-        self.0.fewer.notify(usize::MAX);
     }
 }
 
 /// The server's thread.
 async fn run(listeners: Vec<Listener>, exports: Arc<Exports>, settings: ServerSettings) {
-    let shared = Shared {
-        exports: Arc::clone(&exports),
-        buffers: Buffers::new(),
-        clock: RealClock::new(),
-        handshake_time: settings.handshake_time,
-        tls: settings.tls,
-        slow_reader_time: settings.slow_reader_time,
-        budget: Budget::new(settings.memory_max),
-        awake: Rc::default(),
-    };
-    let shared = Rc::new(shared);
-    let tally = Rc::new(Tally::default());
     let bound = if settings.connections_max == 0 { usize::MAX } else { settings.connections_max };
+    let mut crew = Crew::new(Arc::clone(&exports), settings);
+    let tally = Arc::clone(crew.tally());
     // Those who have connected wait for it: they are to find what will be offered from the start.
     let _ = until_stopped(&exports, exports.opened()).await;
     let mut turn = 0;
@@ -341,15 +321,12 @@ async fn run(listeners: Vec<Listener>, exports: Arc<Exports>, settings: ServerSe
         };
         match until_stopped(&exports, next).await {
             None => break,
-            Some(Ok(socket)) => {
-                let counted = tally.count_in();
-                spawn_local(serve(socket, Rc::clone(&shared), counted));
-            }
-            Some(Err(_)) => shared.clock.sleep(ACCEPT_PAUSE).await,
+            Some(Ok(socket)) => crew.serve(socket),
+            Some(Err(_)) => RealClock::new().sleep(ACCEPT_PAUSE).await,
         }
     }
     drop(listeners);
-    tally.fewer_than(1).await;
+    crew.end().await;
 }
 
 /// Takes the next connection from whichever listener has one. Each is looked at first in its turn, so that one with
@@ -372,11 +349,6 @@ fn check_reach(address: &Address, settings: &ServerSettings) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
     }
     Ok(())
-}
-
-async fn serve(socket: Socket, shared: Rc<Shared>, counted: Counted) {
-    connection::serve(socket.into(), &shared).await;
-    drop(counted);
 }
 
 /// Awaits `future`, but not beyond the server's end. `None` when that came first.
