@@ -135,7 +135,7 @@ fn submit(link: &mut Link) -> BTreeSet<Ticket> {
         Wanted::Flush,
         Wanted::BlockStatus { range: STATUS },
         Wanted::Read { offset: 8192, buffer: Buffer::zeroed(512) },
-        Wanted::Write { offset: 5, data: Bytes::from_static(b"hello"), durability: Durability::Fua },
+        Wanted::Write { offset: 5, data: Bytes::from_static(b"hello").into(), durability: Durability::Fua },
         Wanted::WriteZeroes { range, space, effort, durability },
         Wanted::Trim { range },
     ];

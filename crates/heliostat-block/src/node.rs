@@ -316,6 +316,22 @@ impl Node {
         written.map_err(|error| self.failure(range, error))
     }
 
+    /// Whether [`Node::write_span`] may be called for `range`: nothing has to look at what is written there.
+    pub(crate) fn takes_span(&self, range: ByteRange) -> bool {
+        self.traits.block_size == 1
+            && self.options().detect_zeroes == DetectZeroes::Off
+            && self.driver().takes_span(range)
+    }
+
+    /// As [`Node::write`] of what lies in `span`; never doubled. See [`crate::storage::Storage::write_span`].
+    pub(crate) async fn write_span(&self, offset: u64, span: Span) -> Result<(), BlockError> {
+        let range = self.writable(offset, u64_from(span.len()))?;
+        self.mark_early(range);
+        let written = self.driver().write_span(offset, span).await;
+        self.mark(range, None, written.is_ok()).await;
+        written.map_err(|error| self.failure(range, error))
+    }
+
     pub(crate) async fn write_zeroes(
         &self,
         range: ByteRange,

@@ -52,6 +52,15 @@ impl Span {
         self.len == 0
     }
 
+    /// The `len` bytes of it from `from` on, or as many as there are.
+    #[must_use]
+    pub fn slice(&self, from: usize, len: usize) -> Self {
+        let mut part = self.clone();
+        part.advance(from);
+        part.len = part.len.min(len);
+        part
+    }
+
     /// Takes its first `count` bytes off, all of them if it has no more.
     pub fn advance(&mut self, count: usize) {
         let count = count.min(self.len);

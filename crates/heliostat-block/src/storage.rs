@@ -193,6 +193,21 @@ pub trait Storage: Send + Sync + 'static {
     /// Any of the host's; no space is `StorageFull` or `QuotaExceeded`.
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()>;
 
+    /// Whether [`Storage::write_span`] may be called.
+    fn takes_spans(&self) -> bool {
+        false
+    }
+
+    /// As [`Storage::write`] of what lies in `span` when it is written; whoever lends it keeps it as it should be until
+    /// this has ended. Durable after the next successful flush. Only where [`Storage::takes_spans`].
+    ///
+    /// # Errors
+    /// As [`Storage::write`]; `Unsupported` where it takes none.
+    fn write_span(&self, offset: u64, span: Span) -> IoFuture<'_, ()> {
+        let _ = (offset, span);
+        IoFuture::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+
     /// Makes `range` read as zeroes.
     ///
     /// # Errors

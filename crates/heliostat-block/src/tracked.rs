@@ -114,6 +114,14 @@ impl Tracked {
         written
     }
 
+    /// Writes what lies in `span` at `offset`, as [`Tracked::write`] would. Only where the node takes spans.
+    pub(crate) async fn write_span(&self, offset: u64, span: Span) -> Result<(), BlockError> {
+        let range = ByteRange::new(offset, u64_from(span.len())).ok();
+        let written = self.node.write_span(offset, span).await;
+        self.count(Kind::Write, range, &written);
+        written
+    }
+
     /// Makes `range` read as zeroes.
     ///
     /// # Errors

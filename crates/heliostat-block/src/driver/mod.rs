@@ -162,6 +162,22 @@ impl Driver {
         }
     }
 
+    /// See [`crate::storage::Storage::takes_spans`].
+    pub(crate) fn takes_span(&self, range: ByteRange) -> bool {
+        match self {
+            Self::Raw(raw) => raw.takes_span(range),
+            Self::Qcow2(_) | Self::Filter(_) => false,
+        }
+    }
+
+    /// See [`crate::storage::Storage::write_span`].
+    pub(crate) fn write_span(&self, offset: u64, span: Span) -> IoFuture<'_, ()> {
+        match self {
+            Self::Raw(raw) => raw.write_span(offset, span),
+            Self::Qcow2(_) | Self::Filter(_) => IoFuture::ready(Err(io::ErrorKind::Unsupported.into())),
+        }
+    }
+
     /// See [`crate::storage::Storage::losses`]; of everything that it writes to.
     pub(crate) fn losses(&self) -> u64 {
         match self {

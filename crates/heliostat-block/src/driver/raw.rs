@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::buffer::Buffer;
+use crate::convert::u64_from;
 use crate::debug_event::DebugEvent;
 use crate::range::ByteRange;
 use crate::span::Span;
@@ -125,6 +126,18 @@ impl Raw {
     #[must_use]
     pub fn open_ended(self) -> Self {
         Self { is_open_ended: true, ..self }
+    }
+
+    /// See [`Storage::takes_spans`]. Where a magic could stand, what is written is looked at.
+    pub(crate) fn takes_span(&self, range: ByteRange) -> bool {
+        let is_looked_at =
+            self.is_guarded && MAGICS.iter().any(|magic| range.offset() < u64_from(magic.len()));
+        !is_looked_at && self.storage.takes_spans()
+    }
+
+    /// See [`Storage::write_span`].
+    pub(crate) fn write_span(&self, offset: u64, span: Span) -> IoFuture<'_, ()> {
+        self.storage.write_span(self.start + offset, span)
     }
 
     /// See [`Storage::span`].

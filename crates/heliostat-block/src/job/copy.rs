@@ -202,6 +202,10 @@ impl Route {
         let step = if cached { CACHED_PIECE } else { range.len() };
         for piece in range.pieces(step) {
             self.go_on(piece)?;
+            if self.copy_span(piece).await? {
+                copied.data += piece.len();
+                continue;
+            }
             let buffer = self.buffers.take(usize_from(piece.len()));
             let read = self.patience.lend(self.source.read_blocks(piece.offset(), buffer)).await;
             let buffer = read.map_err(|error| (Operation::Read, error))?;
@@ -221,6 +225,19 @@ impl Route {
             }
         }
         Ok(())
+    }
+
+    /// Copies `piece` without reading it, where the one side lends it and the other takes that. What is sent is what lies
+    /// there after the bits were cleared, as with a read; it may be sent twice. Says whether it did.
+    async fn copy_span(&self, piece: ByteRange) -> Result<bool, CopyError> {
+        if self.detect_zeroes || !self.target.takes_span(piece) {
+            return Ok(false);
+        }
+        let Some(span) = self.source.span(piece) else { return Ok(false) };
+        let tracked = self.target.enter().await;
+        let written = self.at_target.carry_out(tracked.write_span(piece.offset(), span)).await;
+        written.map_err(|error| (Operation::Write, error))?;
+        Ok(true)
     }
 
     /// Makes `range` read as zeroes on the target, touching only what is not zero there. What the target says

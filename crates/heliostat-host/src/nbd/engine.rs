@@ -394,7 +394,11 @@ impl Wire {
         let mut has_moved = false;
         if let Some(outbox) = link.outbox(line) {
             while !outbox.is_empty() {
-                match outbox.show(|slices| self.stream.send_now(slices)) {
+                let sent = match outbox.span() {
+                    Some(span) => self.stream.send_span_now(span),
+                    None => outbox.show(|slices| self.stream.send_now(slices)),
+                };
+                match sent {
                     Ok(count) => outbox.sent(count),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(error),

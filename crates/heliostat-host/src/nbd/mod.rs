@@ -22,9 +22,11 @@ use heliostat_block::limits::NBD_PAYLOAD_MAX;
 use heliostat_block::nbd::client::Found;
 use heliostat_block::nbd::client_reply::{Answered, Failure};
 use heliostat_block::nbd::link::{LinkError, LinkSettings, LinkState, LinkStatus, Wanted};
+use heliostat_block::nbd::outbox::Payload;
 use heliostat_block::nbd::wire::transmission_flag;
 use heliostat_block::nbd::{Access, Errno, ReplyStyle};
 use heliostat_block::range::ByteRange;
+use heliostat_block::span::Span;
 use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
@@ -108,6 +110,8 @@ pub struct NbdStorage {
     found: Found,
     traits: Traits,
     zeroes: Bytes,
+    /// Its connections are inside TLS.
+    is_private: bool,
 }
 
 impl NbdStorage {
@@ -132,6 +136,7 @@ impl NbdStorage {
             connections: options.connections.clamp(1, CONNECTIONS_MAX),
             reads_bitmap: options.bitmap.is_some(),
         };
+        let is_private = options.tls.is_some();
         let destination = Destination {
             address: options.address,
             export: options.export,
@@ -149,7 +154,8 @@ impl NbdStorage {
             Engine::new(destination, settings, its_mailbox, its_board, opening).run().await;
         })?;
         let found = is_opened.recv().map_err(|_| io::Error::other("the connection's thread ended"))??;
-        let storage = Self::new(mailbox, board, found, options.read_only);
+        let mut storage = Self::new(mailbox, board, found, options.read_only);
+        storage.is_private = is_private;
         if storage.found.terms.access == Access::ReadOnly && !options.read_only {
             return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the export is read-only"));
         }
@@ -167,7 +173,7 @@ impl NbdStorage {
             can_resize: false,
             remote: true,
         };
-        Self { mailbox, board, found, traits, zeroes: Bytes::from(vec![0; ZEROES]) }
+        Self { mailbox, board, found, traits, zeroes: Bytes::from(vec![0; ZEROES]), is_private: false }
     }
 
     /// How the connection is.
@@ -285,11 +291,24 @@ impl NbdStorage {
         }
     }
 
-    async fn write_all(&self, offset: u64, data: &Bytes, durability: Durability) -> Result<(), LinkError> {
+    fn write_payload(&self, offset: u64, data: Payload, durability: Durability) -> IoFuture<'_, ()> {
+        let range = ByteRange::from_bounds(offset, offset.saturating_add(u64_from(data.len())));
+        if let Err(error) = self.check(range, true) {
+            return IoFuture::ready(Err(error));
+        }
+        if range.is_empty() {
+            return IoFuture::ready(Ok(()));
+        }
+        IoFuture::pending(async move {
+            self.change(durability, async |durability| self.write_all(offset, &data, durability).await).await
+        })
+    }
+
+    async fn write_all(&self, offset: u64, data: &Payload, durability: Durability) -> Result<(), LinkError> {
         let range = ByteRange::from_bounds(offset, offset + u64_from(data.len()));
         self.each(range, self.payload_max(), |piece| {
             let from = usize_from(piece.offset() - offset);
-            let data = data.slice(from..from + usize_from(piece.len()));
+            let data = data.slice(from, usize_from(piece.len()));
             Wanted::Write { offset: piece.offset(), data, durability }
         })
         .await
@@ -312,7 +331,7 @@ impl NbdStorage {
         let longest = self.piece_max(u64_from(ZEROES)).min(self.payload_max());
         self.each(range, longest, |piece| {
             let data = self.zeroes.slice(..usize_from(piece.len()));
-            Wanted::Write { offset: piece.offset(), data, durability }
+            Wanted::Write { offset: piece.offset(), data: data.into(), durability }
         })
         .await
     }
@@ -365,16 +384,18 @@ impl Storage for NbdStorage {
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> IoFuture<'_, ()> {
-        let range = ByteRange::from_bounds(offset, offset.saturating_add(u64_from(data.len())));
-        if let Err(error) = self.check(range, true) {
-            return IoFuture::ready(Err(error));
+        self.write_payload(offset, data.into(), durability)
+    }
+
+    fn takes_spans(&self) -> bool {
+        !self.is_private
+    }
+
+    fn write_span(&self, offset: u64, span: Span) -> IoFuture<'_, ()> {
+        if self.is_private {
+            return IoFuture::ready(Err(io::ErrorKind::Unsupported.into()));
         }
-        if range.is_empty() {
-            return IoFuture::ready(Ok(()));
-        }
-        IoFuture::pending(async move {
-            self.change(durability, async |durability| self.write_all(offset, &data, durability).await).await
-        })
+        self.write_payload(offset, span.into(), Durability::Cached)
     }
 
     fn write_zeroes(

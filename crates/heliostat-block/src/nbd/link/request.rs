@@ -2,12 +2,11 @@
 
 use std::fmt;
 
-use bytes::Bytes;
-
 use crate::buffer::Buffer;
 use crate::convert::u64_from;
 use crate::nbd::client_reply::Failure;
 use crate::nbd::client_request::{Ask, AskError};
+use crate::nbd::outbox::Payload;
 use crate::nbd::request::ExtentsWanted;
 use crate::range::ByteRange;
 use crate::storage::{Durability, ZeroEffort, ZeroSpace};
@@ -31,7 +30,7 @@ pub enum Wanted {
         /// Where.
         offset: u64,
         /// What.
-        data: Bytes,
+        data: Payload,
         /// Whether it must be durable when answered.
         durability: Durability,
     },
@@ -142,7 +141,7 @@ impl Request {
     }
 
     /// What is to be said on the wire, and the payload after it.
-    pub(super) fn ask(&mut self) -> (Ask, Option<Bytes>) {
+    pub(super) fn ask(&mut self) -> (Ask, Option<Payload>) {
         match &mut self.wanted {
             Wanted::Read { offset, buffer } => {
                 let buffer = std::mem::replace(buffer, Buffer::zeroed(0));

@@ -54,7 +54,7 @@ fn up(delay: u64, connections: usize) -> Link {
 }
 
 fn write(offset: u64, durability: Durability) -> Wanted {
-    Wanted::Write { offset, data: Bytes::from_static(&[1; 512]), durability }
+    Wanted::Write { offset, data: Bytes::from_static(&[1; 512]).into(), durability }
 }
 
 /// Answers the request that was sent first on a connection since its start, or the one so many later.

@@ -202,7 +202,7 @@ fn converse(world: &mut World, long: usize) -> Vec<u8> {
     let (first, second, third) = (data(1, 700), data(2, long), data(3, 10));
     let (cached, fua) = (Durability::Cached, Durability::Fua);
     for (offset, data, durability) in [(0, &first, cached), (1000, &second, cached), (60_000, &third, fua)] {
-        world.link.submit(Wanted::Write { offset, data: data.clone(), durability });
+        world.link.submit(Wanted::Write { offset, data: data.clone().into(), durability });
         put(usize_from(offset), data);
     }
     assert!(world.settle().iter().all(Result::is_ok));
