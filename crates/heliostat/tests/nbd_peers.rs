@@ -1,17 +1,11 @@
-//! Clients and servers of others that few use: `nbdsh`, `nbd-server`, and `nbdkit` with filters that make it a bad
-//! server.
+//! Clients and servers of others: scripts of `nbdsh`, and `nbdkit` with filters that make it a bad server.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
 
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::process::{Command, Output, Stdio};
 
 use common::process::Daemon;
 use common::{folder, heliostat, nbdsh, start_heliostat, tool};
@@ -127,72 +121,6 @@ fn a_script_of_nbdsh_finds_every_request_answered_as_it_must_be() {
     assert!(output.status.success() && said(&output).contains("all is well"), "{}", said(&output));
     assert!(daemon.stop().unwrap().success());
     assert_eq!(std::fs::read(&disk).unwrap()[4096], 2);
-}
-
-/// `nbd-server`, one process for each client. It has no other way to listen without a fixed port.
-struct NbdServer {
-    socket: PathBuf,
-    ends: Arc<AtomicBool>,
-    accepts: Option<JoinHandle<()>>,
-    served: Arc<Mutex<Vec<Child>>>,
-}
-
-impl NbdServer {
-    /// Offers the file `name` of the folder as `disk`.
-    fn start(folder: &Path, name: &str) -> Option<Self> {
-        let program = tool("nbd-server")?;
-        let [socket, config] = ["sock", "conf"].map(|end| folder.join(format!("{name}.{end}")));
-        let disk = folder.join(name);
-        let text = format!(
-            "[generic]\nport = 0\n[disk]\nexportname = {}\nflush = true\nfua = true\ntrim = true\n",
-            disk.display()
-        );
-        std::fs::write(&config, text).unwrap();
-        let listener = UnixListener::bind(&socket).unwrap();
-        let (ends, served) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let (its_ends, its_served) = (Arc::clone(&ends), Arc::clone(&served));
-        let accepts = std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                if its_ends.load(Ordering::SeqCst) {
-                    return;
-                }
-                let mut command = Command::new(&program);
-                command.args(["-d", "-C"]).arg(&config).stdin(OwnedFd::from(stream.unwrap()));
-                let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-                its_served.lock().unwrap().push(child);
-            }
-        });
-        Some(Self { socket, ends, accepts: Some(accepts), served })
-    }
-}
-
-impl Drop for NbdServer {
-    fn drop(&mut self) {
-        self.ends.store(true, Ordering::SeqCst);
-        // Wakes who accepts.
-        let _ = UnixStream::connect(&self.socket);
-        if let Some(accepts) = self.accepts.take() {
-            let _ = accepts.join();
-        }
-        for mut child in self.served.lock().unwrap().drain(..) {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-#[test]
-fn a_disk_is_mirrored_from_nbd_server_and_to_it() {
-    let folder = folder();
-    let path = |name: &str| folder.path().join(name);
-    std::fs::write(path("source"), bytes()).unwrap();
-    std::fs::write(path("copy"), vec![0; SIZE]).unwrap();
-    let Some(source) = NbdServer::start(folder.path(), "source") else { return };
-    let Some(copy) = NbdServer::start(folder.path(), "copy") else { return };
-    let (from, to) = (address(&source.socket), address(&copy.socket));
-    let mirrored = heliostat(["mirror", "-q", &from, &to]);
-    assert!(mirrored.status.success(), "{}", said(&mirrored));
-    assert!(std::fs::read(path("copy")).unwrap() == bytes());
 }
 
 /// `nbdkit` with the file `name` of the folder, filters, and what they are told.

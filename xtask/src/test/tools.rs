@@ -26,7 +26,6 @@ const TOOLS: &[Tool] = &[
     Tool { program: "nbdinfo", packages: &["libnbd-bin"] },
     Tool { program: "nbdcopy", packages: &["libnbd-bin"] },
     Tool { program: "nbdsh", packages: &["python3-libnbd"] },
-    Tool { program: "nbd-server", packages: &["nbd-server"] },
     Tool { program: "nbdkit", packages: &["nbdkit"] },
     Tool { program: "fio", packages: &["fio"] },
     Tool { program: "openssl", packages: &["openssl"] },
