@@ -64,7 +64,7 @@ fn what_is_no_export_is_said_with_what_would_help() {
     for (address, help) in [
         (nowhere.as_str(), "start the server"),
         ("nbd://", "write nbd://HOST/EXPORT"),
-        ("nbds://localhost/x", "tls-creds"),
+        ("nbds://localhost/x", "add --tls-certificates FOLDER"),
     ] {
         let refused = heliostat(["info", address]);
         assert!(!refused.status.success() && said(&refused).contains(help), "{address}: {}", said(&refused));

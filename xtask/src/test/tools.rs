@@ -25,6 +25,7 @@ const TOOLS: &[Tool] = &[
     Tool { program: "qemu-storage-daemon", packages: &["qemu-utils", "qemu-system-common"] },
     Tool { program: "nbdinfo", packages: &["libnbd-bin"] },
     Tool { program: "nbdcopy", packages: &["libnbd-bin"] },
+    Tool { program: "nbdsh", packages: &["python3-libnbd"] },
     Tool { program: "nbdkit", packages: &["nbdkit"] },
     Tool { program: "fio", packages: &["fio"] },
     Tool { program: "openssl", packages: &["openssl"] },

@@ -20,7 +20,8 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::output::{self, Form, Outcome, say};
-use super::{progress, remote, units};
+use super::remote::{self, Certificates};
+use super::{progress, units};
 
 /// A check that is done before this shows no progress.
 const QUIET_MAX: Duration = Duration::from_secs(1);
@@ -40,6 +41,8 @@ pub struct Check {
     /// Check even while another program writes to it; the answer may then mean nothing
     #[arg(short = 'U', long, conflicts_with = "repair")]
     force_share: bool,
+    #[command(flatten)]
+    certificates: Certificates,
 }
 
 /// What is put right.
@@ -80,7 +83,7 @@ impl Check {
     }
 
     fn storage(&self, options: &OpenOptions) -> Result<Arc<dyn Storage>> {
-        match remote::open(&self.image)? {
+        match remote::open(self.certificates.at(&self.image))? {
             Some(_) if self.repair.is_some() => {
                 bail!(
                     "{} is an export, which is only looked at; repair it where its file is",

@@ -23,6 +23,7 @@ use serde_json::json;
 
 use super::disk::{Disk, FormatName, Look, Trust};
 use super::output::{self, Form, Outcome};
+use super::remote::Certificates;
 use super::units;
 use crate::daemon::Sharing;
 
@@ -56,6 +57,8 @@ pub struct Compare {
     direct: bool,
     #[command(flatten)]
     trust: Trust,
+    #[command(flatten)]
+    certificates: Certificates,
 }
 
 /// What comparing has shown.
@@ -76,8 +79,8 @@ impl Compare {
     pub fn run(&self, form: Form) -> Result<Outcome> {
         let sharing = if self.force_share { Sharing::Anything } else { Sharing::Still };
         let look = |format| Look { format, trust: &self.trust, direct: self.direct, sharing };
-        let a = Disk::open(&self.a, &look(self.format_a))?;
-        let b = Disk::open(&self.b, &look(self.format_b))?;
+        let a = Disk::open(self.certificates.at(&self.a), &look(self.format_a))?;
+        let b = Disk::open(self.certificates.at(&self.b), &look(self.format_b))?;
         let comparison = block_on(compare(&a.node, &b.node))
             .context("cannot start the I/O engine")?
             .with_context(|| format!("cannot compare {} and {}", self.a.display(), self.b.display()))?;

@@ -16,7 +16,7 @@ use heliostat_host::open::{Access, Cache, Locking, OpenOptions};
 use heliostat_host::runtime::block_on;
 
 use super::image::{self, Format, Image};
-use super::remote;
+use super::remote::{self, At};
 use crate::daemon::{
     CacheUse, Child, Daemon, DaemonError, DriverSpec, Gate, NodeSpec, Probing, Qcow2Spec, Sharing, resolved,
 };
@@ -95,12 +95,12 @@ impl Kind {
         }
     }
 
-    /// A node named `name` for the disk at `path`, otherwise as `like` says.
+    /// A node named `name` for the disk that is there, otherwise as `like` says.
     #[must_use]
-    pub fn node(self, name: &str, path: &Path, sharing: Sharing, like: &NodeSpec) -> NodeSpec {
+    pub fn node(self, name: &str, at: At<'_>, sharing: Sharing, like: &NodeSpec) -> NodeSpec {
         let file = NodeSpec {
             name: None,
-            driver: remote::driver(path, sharing),
+            driver: remote::driver(at, sharing),
             // What the node above lets through, this one need not filter again.
             discard: Discard::Unmap,
             detect_zeroes: DetectZeroes::Off,
@@ -142,39 +142,41 @@ pub struct Look<'a> {
 }
 
 impl Disk {
-    /// Opens the disk at `path`, with all that it stands on.
+    /// Opens a disk, with all that it stands on.
     ///
     /// # Errors
     /// When it cannot be opened; the text says what to do.
-    pub fn open(path: &Path, look: &Look<'_>) -> Result<Self> {
-        let kind = Kind::of(path, look.format, look_at(path)?);
+    pub fn open(at: At<'_>, look: &Look<'_>) -> Result<Self> {
+        let path = at.path;
+        let kind = Kind::of(path, look.format, look_at(at)?);
         let cache = CacheUse { direct: look.direct, no_flush: false };
         let like = NodeSpec { read_only: true, cache, ..NodeSpec::file(NODE, path) };
-        Self::open_as(path, kind, &kind.node(NODE, path, look.sharing, &like), look.trust)
+        Self::open_as(at, kind, &kind.node(NODE, at, look.sharing, &like), look.trust)
     }
 
-    /// Opens `spec`, which is for the disk at `path`.
+    /// Opens `spec`, which is for the disk that is there.
     ///
     /// # Errors
     /// As [`Disk::open`].
-    pub fn open_as(path: &Path, kind: Kind, spec: &NodeSpec, trust: &Trust) -> Result<Self> {
+    pub fn open_as(at: At<'_>, kind: Kind, spec: &NodeSpec, trust: &Trust) -> Result<Self> {
         let daemon = trust.daemon()?;
-        let node = daemon.add_node(spec).map_err(|error| explain(path, kind, error))?;
+        at.lend(&daemon)?;
+        let node = daemon.add_node(spec).map_err(|error| explain(at.path, kind, error))?;
         Ok(Self { node, daemon })
     }
 }
 
-/// The virtual size of the disk at `path`. Looks at nothing that it stands on, and takes no lock.
+/// The virtual size of a disk. Looks at nothing that it stands on, and takes no lock.
 ///
 /// # Errors
 /// When it cannot be opened, or is not of that kind.
-pub fn size_of(path: &Path, kind: Kind) -> Result<u64> {
+pub fn size_of(at: At<'_>, kind: Kind) -> Result<u64> {
     if kind.format() == Format::Raw {
-        return Ok(looked_at(path)?.node.size());
+        return Ok(looked_at(at)?.node.size());
     }
-    let storage = image::open_storage(path)?;
+    let storage = image::open_storage(at)?;
     let header = block_on(Header::read(&ImageFile::new(storage))).context("cannot start the I/O engine")?;
-    Ok(header.with_context(|| format!("cannot open {}", path.display()))?.size)
+    Ok(header.with_context(|| format!("cannot open {}", at.path.display()))?.size)
 }
 
 /// What an image stands on.
@@ -186,12 +188,13 @@ pub struct Backing {
     pub format: String,
 }
 
-/// What the image at `path` says that it stands on.
+/// What an image says that it stands on.
 ///
 /// # Errors
 /// When it cannot be read, or does not say all of it.
-pub fn backing_of(path: &Path) -> Result<Option<Backing>> {
-    let storage = image::open_storage(path)?;
+pub fn backing_of(at: At<'_>) -> Result<Option<Backing>> {
+    let path = at.path;
+    let storage = image::open_storage(at)?;
     let header = block_on(Header::read(&ImageFile::new(storage))).context("cannot start the I/O engine")?;
     let header = header.with_context(|| format!("cannot open {}", path.display()))?;
     let Some(name) = header.backing_file else { return Ok(None) };
@@ -201,18 +204,18 @@ pub fn backing_of(path: &Path) -> Result<Option<Backing>> {
     Ok(Some(Backing { name, format: String::from_utf8_lossy(&format).into_owned() }))
 }
 
-/// The bytes of the disk at `path`. Takes no lock.
-fn looked_at(path: &Path) -> Result<Image> {
+/// The bytes of a disk. Takes no lock.
+fn looked_at(at: At<'_>) -> Result<Image> {
     let (access, locking) = (Access::ReadOnly, Locking::Off);
-    image::open_any(path, &OpenOptions { access, cache: Cache::Page, locking, ..OpenOptions::default() })
+    image::open_any(at, &OpenOptions { access, cache: Cache::Page, locking, ..OpenOptions::default() })
 }
 
-/// What the disk at `path` begins with. Takes no lock.
+/// What a disk begins with. Takes no lock.
 ///
 /// # Errors
 /// When it cannot be opened or read.
-pub fn look_at(path: &Path) -> Result<Format> {
-    let image = looked_at(path)?;
+pub fn look_at(at: At<'_>) -> Result<Format> {
+    let image = looked_at(at)?;
     block_on(image.format()).context("cannot start the I/O engine")?
 }
 

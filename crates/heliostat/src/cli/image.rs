@@ -15,7 +15,7 @@ use heliostat_host::file::FileStorage;
 use heliostat_host::lock::User;
 use heliostat_host::open::{Access, Cache, Locking, OpenError, OpenOptions};
 
-use super::remote;
+use super::remote::{self, At};
 
 /// An image that is open, to be read.
 pub struct Image {
@@ -58,13 +58,13 @@ pub fn open_as(path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
 ///
 /// # Errors
 /// When it cannot be opened; the text says what to do.
-pub fn open_any(path: &Path, options: &OpenOptions) -> Result<Image> {
-    match remote::open(path)? {
+pub fn open_any(at: At<'_>, options: &OpenOptions) -> Result<Image> {
+    match remote::open(at)? {
         Some(storage) => {
             let node = remote::node(storage);
-            Ok(Image { path: path.to_owned(), node, storage: None, is_direct: false })
+            Ok(Image { path: at.path.to_owned(), node, storage: None, is_direct: false })
         }
-        None => Ok(open_as(path, options)?),
+        None => Ok(open_as(at.path, options)?),
     }
 }
 
@@ -72,12 +72,12 @@ pub fn open_any(path: &Path, options: &OpenOptions) -> Result<Image> {
 ///
 /// # Errors
 /// When it cannot be opened; the text says what to do.
-pub fn open_storage(path: &Path) -> Result<Arc<dyn Storage>> {
-    if let Some(storage) = remote::open(path)? {
+pub fn open_storage(at: At<'_>) -> Result<Arc<dyn Storage>> {
+    if let Some(storage) = remote::open(at)? {
         return Ok(storage);
     }
     let options = OpenOptions { access: Access::ReadOnly, locking: Locking::Off, ..OpenOptions::default() };
-    Ok(Arc::new(FileStorage::open(path, &options)?))
+    Ok(Arc::new(FileStorage::open(at.path, &options)?))
 }
 
 /// How an image says that it keeps its bytes.

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::disk::{Disk, Kind, Trust, look_at};
 use super::image::{self, Format};
 use super::output::{self, Form, Outcome};
-use super::remote::is_export;
+use super::remote::{Certificates, is_export};
 use super::units;
 use crate::control::{Depth, image_info};
 use crate::daemon::{BackingSpec, DriverSpec, NodeEntry, NodeSpec, Sharing};
@@ -38,6 +38,8 @@ pub struct Inspect {
     backing_chain: bool,
     #[command(flatten)]
     trust: Trust,
+    #[command(flatten)]
+    certificates: Certificates,
 }
 
 /// What there is to say of an image.
@@ -104,17 +106,18 @@ impl Inspect {
     /// it in that moment.
     fn open(&self) -> Result<Disk> {
         let path = &self.image;
+        let at = self.certificates.at(path);
         // What is shown of other files is what their headers say: nothing that a guest could want to read.
-        let kind = match look_at(path)? {
+        let kind = match look_at(at)? {
             Format::Raw => Kind::Raw,
             Format::Qcow2 => Kind::Qcow2,
         };
         let like = NodeSpec { read_only: true, ..NodeSpec::file(NODE, path) };
-        let mut spec = kind.node(NODE, path, Sharing::Anything, &like);
+        let mut spec = kind.node(NODE, at, Sharing::Anything, &like);
         if let (DriverSpec::Qcow2(image), false) = (&mut spec.driver, self.backing_chain) {
             image.backing = BackingSpec::Nothing;
         }
-        Disk::open_as(path, kind, &spec, &self.trust)
+        Disk::open_as(at, kind, &spec, &self.trust)
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::disk::{Disk, FormatName, Look, Trust};
 use super::output::{self, Form, Outcome};
+use super::remote::Certificates;
 use crate::daemon::{NodeEntry, Sharing, resolved};
 
 /// Shows where the bytes of a disk are: in which image of its chain, and where in that file
@@ -29,6 +30,8 @@ pub struct Map {
     force_share: bool,
     #[command(flatten)]
     trust: Trust,
+    #[command(flatten)]
+    certificates: Certificates,
 }
 
 impl Map {
@@ -39,7 +42,7 @@ impl Map {
     pub fn run(&self, form: Form) -> Result<Outcome> {
         let sharing = if self.force_share { Sharing::Anything } else { Sharing::Still };
         let look = Look { format: self.format, trust: &self.trust, direct: false, sharing };
-        let disk = Disk::open(&self.image, &look)?;
+        let disk = Disk::open(self.certificates.at(&self.image), &look)?;
         let mappings = block_on(all_of(&disk)).context("cannot start the I/O engine")??;
         match form {
             Form::Json => output::json(&mappings.iter().map(to_json).collect())?,

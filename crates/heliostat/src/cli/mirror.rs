@@ -19,6 +19,7 @@ use super::image::{self, Format, Image};
 use super::offer::{NODE, Offer, Offered};
 use super::output::{self, Form, Outcome, say};
 use super::progress::Wanted;
+use super::remote::{At, Certificates};
 use super::serve::{How, notify};
 use super::session::{AtReady, Ended, Session};
 use super::target::{Needs, Permission, Plan, Target};
@@ -86,6 +87,8 @@ pub struct Mirror {
     how: How,
     #[command(flatten)]
     trust: Trust,
+    #[command(flatten)]
+    certificates: Certificates,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -164,12 +167,12 @@ impl Mirror {
         let cache = self.how.host_cache();
         let needs = Needs {
             source: &self.source,
-            size: size_of(&self.source, kind)?,
+            size: size_of(self.source(), kind)?,
             kind,
             format: self.target_format,
             backing: self.backing(kind)?,
         };
-        let plan = Plan::new(needs, &self.target, self.permission(), cache)?;
+        let plan = Plan::new(needs, self.target(), self.permission(), cache)?;
         if self.sync == Sync::None && self.on_ready == OnReady::Complete && !plan.has_the_rest() {
             bail!(
                 "--sync none copies nothing that is there already, so the target would lack it; add --target-format \
@@ -211,7 +214,9 @@ impl Mirror {
         kind: Kind,
         plan: Plan,
     ) -> Result<(Offered, Subscription, Arc<Job>, Target)> {
-        let source = self.how.node(NODE, &self.source, kind, !self.offer.has_clients());
+        let source = self.how.node(NODE, self.source(), kind, !self.offer.has_clients());
+        self.source().lend(daemon)?;
+        self.target().lend(daemon)?;
         daemon.add_node(&source).map_err(|error| explain(&self.source, kind, error))?;
         let mut target = plan.make(self.how.host_cache())?;
         if self.keep_partial {
@@ -224,6 +229,14 @@ impl Mirror {
         offered.take_orders(daemon)?;
         self.announce(&offered);
         Ok((offered, events, job, target))
+    }
+
+    fn source(&self) -> At<'_> {
+        self.certificates.at(&self.source)
+    }
+
+    fn target(&self) -> At<'_> {
+        self.certificates.at(&self.target)
     }
 
     fn permission(&self) -> Permission {
@@ -249,8 +262,10 @@ impl Mirror {
             false => (Access::ReadOnly, Locking::Still),
         };
         let cache = self.how.host_cache();
-        let image =
-            image::open_any(&self.source, &OpenOptions { access, cache, locking, ..OpenOptions::default() })?;
+        let image = image::open_any(
+            self.source(),
+            &OpenOptions { access, cache, locking, ..OpenOptions::default() },
+        )?;
         let found = block_on(image.format()).context("cannot start the I/O engine")??;
         Ok((image, self.how.kind(&self.source, found)))
     }
@@ -268,7 +283,7 @@ impl Mirror {
             return Ok(Some(Backing { name, format: format.to_owned() }));
         }
         let backing = match kind.format() {
-            Format::Qcow2 => backing_of(&self.source)?,
+            Format::Qcow2 => backing_of(self.source())?,
             Format::Raw => None,
         };
         if backing.is_none() {
@@ -285,7 +300,7 @@ impl Mirror {
     }
 
     fn add_target(&self, daemon: &Arc<Daemon>, target: &Target) -> Result<()> {
-        let mut spec = self.how.node(TARGET_NODE, &self.target, target.kind(), false);
+        let mut spec = self.how.node(TARGET_NODE, self.target(), target.kind(), false);
         if let (DriverSpec::Qcow2(image), true) = (&mut spec.driver, target.shares_backing()) {
             if self.sync == Sync::None {
                 // Put there when clients are on the target.

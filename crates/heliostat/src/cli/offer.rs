@@ -42,6 +42,12 @@ pub struct Offer {
     /// yet; default 512M
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size, requires = "nbd")]
     nbd_memory: Option<u64>,
+    /// Let NBD clients ask which ranges this bitmap of the image marks, as qemu:dirty-bitmap:NAME; may be given again
+    #[arg(long, value_name = "NAME", requires = "nbd")]
+    nbd_bitmap: Vec<String>,
+    /// Let NBD clients ask in which image of the chain a range is, as qemu:allocation-depth
+    #[arg(long, requires = "nbd")]
+    nbd_allocation_depth: bool,
     /// Let other hosts reach a TCP address without TLS, or with --tls-any-client. NBD asks nobody for a password
     #[arg(long)]
     allow_remote: bool,
@@ -145,13 +151,15 @@ impl Offer {
             name: Some(self.name.clone()),
             description: None,
             writable,
-            depth: Depth::Untold,
-            bitmaps: Vec::new(),
+            depth: if self.nbd_allocation_depth { Depth::Told } else { Depth::Untold },
+            bitmaps: self.nbd_bitmap.iter().map(|name| (None, name.clone())).collect(),
             clients: self.tls.clients(),
         };
         let bound = daemon.serve(&spec, &export).map_err(|error| match error {
             // QEMU's text is for QEMU's clients; the host's says what to do.
             DaemonError::NbdListen { source, .. } => anyhow::Error::from(source).context("--nbd"),
+            DaemonError::Bitmap(error) => anyhow::Error::from(error)
+                .context("--nbd-bitmap: see which there are, and of what use, with heliostat info IMAGE"),
             other => other.into(),
         })?;
         Ok(bound)

@@ -13,6 +13,7 @@ use serde_json::json;
 use super::disk::{self, FormatName, Kind, Trust};
 use super::image::Format;
 use super::output::{self, Form, Outcome};
+use super::remote::{At, Certificates, is_export};
 use super::units;
 use crate::daemon::{NodeSpec, Sharing};
 
@@ -89,13 +90,21 @@ impl Resize {
     /// # Errors
     /// When it is in use, would become shorter without `--shrink`, or cannot have that size.
     pub fn run(&self, form: Form) -> Result<Outcome> {
-        let found = disk::look_at(&self.image)?;
+        if is_export(&self.image) {
+            bail!(
+                "{} is an export, whose length is its server's; resize it where its file is",
+                self.image.display()
+            );
+        }
+        let certificates = Certificates::default();
+        let at = certificates.at(&self.image);
+        let found = disk::look_at(at)?;
         let kind = Kind::of(&self.image, self.format, found);
         if kind == Kind::LooksRaw {
             bail!("{} looks like a raw disk; if it is one, add --format raw", self.image.display());
         }
         let (old, size) =
-            self.resize(kind).with_context(|| format!("cannot resize {}", self.image.display()))?;
+            self.resize(at, kind).with_context(|| format!("cannot resize {}", self.image.display()))?;
         match form {
             Form::Json => output::json(&json!({
                 "filename": self.image.to_string_lossy(),
@@ -115,14 +124,14 @@ impl Resize {
     }
 
     /// Says how long it was, and is.
-    fn resize(&self, kind: Kind) -> Result<(u64, u64)> {
+    fn resize(&self, at: At<'_>, kind: Kind) -> Result<(u64, u64)> {
         if kind.format() == Format::Raw && self.preallocation == Ahead::Metadata {
             bail!("a raw disk has no metadata to preallocate; falloc and full are for raw disks, too");
         }
         let like = NodeSpec::file(NODE, &self.image);
         let daemon = self.trust.daemon()?;
         let node = daemon
-            .add_node(&kind.node(NODE, &self.image, Sharing::Locked, &like))
+            .add_node(&kind.node(NODE, at, Sharing::Locked, &like))
             .map_err(|error| disk::explain(&self.image, kind, error))?;
         let old = node.size();
         let size = self.size.of(old)?;

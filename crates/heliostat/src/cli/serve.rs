@@ -15,7 +15,7 @@ use super::ending;
 use super::image::{self, Format};
 use super::offer::{NODE, Offer, Offered};
 use super::output::{self, Form, Outcome, say};
-use super::remote::Patience;
+use super::remote::{At, Certificates, Patience};
 use super::units;
 use crate::daemon::{CacheUse, Daemon, NodeSpec, Sharing};
 
@@ -35,6 +35,8 @@ pub struct Serve {
     how: How,
     #[command(flatten)]
     trust: Trust,
+    #[command(flatten)]
+    certificates: Certificates,
 }
 
 /// How a disk is kept; the arguments that `serve` and `mirror` share.
@@ -90,11 +92,11 @@ impl How {
         Kind::of(path, self.format, found)
     }
 
-    /// The node for the disk at `path`.
+    /// The node for the disk that is there.
     #[must_use]
-    pub fn node(self, name: &str, path: &Path, kind: Kind, read_only: bool) -> NodeSpec {
-        let like = NodeSpec { read_only, ..self.like(name, path) };
-        let mut node = kind.node(name, path, Sharing::default(), &like);
+    pub fn node(self, name: &str, at: At<'_>, kind: Kind, read_only: bool) -> NodeSpec {
+        let like = NodeSpec { read_only, ..self.like(name, at.path) };
+        let mut node = kind.node(name, at, Sharing::default(), &like);
         self.patience.lend(&mut node);
         node
     }
@@ -159,10 +161,11 @@ impl Serve {
     /// Opens the disk. Answers its size.
     fn add_disk(&self, daemon: &Arc<Daemon>) -> Result<Option<u64>> {
         let Some(path) = &self.disk else { return Ok(None) };
+        let at = self.certificates.at(path);
         // Looked at first: its errors say what to do, and nothing has been started yet.
         let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let options = OpenOptions { access, cache: self.how.host_cache(), ..OpenOptions::default() };
-        let image = image::open_any(path, &options).map_err(|error| match error.downcast_ref() {
+        let image = image::open_any(at, &options).map_err(|error| match error.downcast_ref() {
             Some(OpenError::Denied { attempt: Attempt::Write, .. } | OpenError::ReadOnly { .. }) => {
                 anyhow!("{error}, or add --read-only")
             }
@@ -171,7 +174,8 @@ impl Serve {
         let found = block_on(image.format()).context("cannot start the I/O engine")??;
         drop(image);
         let kind = self.how.kind(path, found);
-        let spec = self.how.node(NODE, path, kind, self.read_only);
+        let spec = self.how.node(NODE, at, kind, self.read_only);
+        at.lend(daemon)?;
         let node = daemon.add_node(&spec).map_err(|error| explain(path, kind, error))?;
         Ok(Some(node.size()))
     }

@@ -18,7 +18,8 @@ use heliostat_host::runtime::block_on;
 use super::disk::{Backing, FormatName, Kind, look_at, size_of};
 use super::image::{self, Format};
 use super::output::say;
-use super::{remote, units};
+use super::remote::{At, is_export};
+use super::units;
 
 /// What the operator allows to happen to a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,19 +86,20 @@ pub struct Target {
 }
 
 impl Plan {
-    /// Decides what is to happen to `path`, so that it can take `size` bytes from `source`.
+    /// Decides what is to happen to what is there, so that it can take `size` bytes from `source`.
     ///
     /// # Errors
     /// When it must not, or cannot, be used. Nothing has been touched.
-    pub fn new(needs: Needs<'_>, path: &Path, permission: Permission, cache: Cache) -> Result<Self> {
+    pub fn new(needs: Needs<'_>, at: At<'_>, permission: Permission, cache: Cache) -> Result<Self> {
+        let path = at.path;
         let kind = needs.kind_of_new();
         let (source, size) = (needs.source, needs.size);
         let plan =
             |way, kind| Self { path: path.to_owned(), size, kind, backing: needs.backing.clone(), way };
-        if remote::export(path)?.is_some() {
+        if is_export(path) {
             // It is there, or cannot be had: an export cannot be made.
-            let kind = Kind::of(path, needs.format, look_at(path)?);
-            check_size(path, size, kind)?;
+            let kind = Kind::of(path, needs.format, look_at(at)?);
+            check_size(at, size, kind)?;
             return Ok(plan(Way::Use, kind));
         }
         let Some(there) = metadata(path)? else {
@@ -137,8 +139,8 @@ impl Plan {
         if way != Way::Use {
             return plan(way, kind).checked();
         }
-        let kind = Kind::of(path, needs.format, look_at(path)?);
-        check_size(path, size, kind)?;
+        let kind = Kind::of(path, needs.format, look_at(at)?);
+        check_size(at, size, kind)?;
         Ok(plan(way, kind))
     }
 
@@ -293,15 +295,15 @@ fn check_parent(path: &Path) -> Result<()> {
 }
 
 /// Compares the size of a target that is there with what is needed.
-fn check_size(path: &Path, size: u64, kind: Kind) -> Result<()> {
-    let there = size_of(path, kind)?;
+fn check_size(at: At<'_>, size: u64, kind: Kind) -> Result<()> {
+    let there = size_of(at, kind)?;
     if there == size {
         return Ok(());
     }
     let relation = if there < size { "smaller" } else { "larger" };
     bail!(
         "{} is {relation} than the source: it has {} bytes ({}), the source {} ({}); both must be the same",
-        path.display(),
+        at.path.display(),
         units::count(there),
         units::size(there),
         units::count(size),

@@ -52,8 +52,8 @@ pub use mirror::MirrorSpec;
 pub use mirror_bitmap::{BitmapUse, BitmapUseError};
 pub use nodes::{
     BackingSpec, Beneath, CacheUse, Child, DriverSpec, FaultLimits, FaultSpec, FileSpec, FilterEntry,
-    NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing, TableCache,
-    errno, is_nbd, nbd_name,
+    NamedExport, NbdClientSpec, NbdEntry, NbdServerAt, NodeEntry, NodeSpec, NullSpec, Qcow2Spec, Sharing,
+    TableCache, errno, is_nbd, nbd_name,
 };
 pub use objects::Object;
 pub use poke::{Poke, Poked};

@@ -47,6 +47,14 @@ pub fn tool(name: &str) -> Option<PathBuf> {
     found
 }
 
+/// A command that runs libnbd's shell. `None`, having said so, where it is missing.
+pub fn nbdsh() -> Option<Command> {
+    let mut command = Command::new(tool("nbdsh")?);
+    // Its module belongs to the distribution's interpreter, which need not be the first in the path.
+    command.env("PATH", "/usr/bin:/bin");
+    Some(command)
+}
+
 /// Finds the Python interpreter that has the package `qemu.qmp`. `None`, having said so, where there is none.
 pub fn python_with_qmp() -> Option<PathBuf> {
     let beside_the_build = || Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("python/bin/python");

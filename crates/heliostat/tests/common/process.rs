@@ -1,6 +1,7 @@
 //! [`Daemon`]: a program that runs beside a test or a benchmark and surely ends with it.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -22,6 +23,15 @@ impl Daemon {
     /// When the program cannot be started.
     pub fn start(command: &mut Command) -> io::Result<Self> {
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+        Ok(Self { child })
+    }
+
+    /// As [`Daemon::start`], with `input` as its standard input: descriptor 0.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start_on(command: &mut Command, input: OwnedFd) -> io::Result<Self> {
+        let child = command.stdin(input).stdout(Stdio::null()).spawn()?;
         Ok(Self { child })
     }
 

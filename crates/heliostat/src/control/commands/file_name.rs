@@ -35,8 +35,9 @@ pub(super) fn target_name(name: &str, above: Inherited) -> TargetName {
         },
         // QEMU's commands know no name that says TLS; credentials are said in a definition.
         "nbd" | "nbd+unix" | "nbd+tcp" => match nbd_name(word, rest) {
-            Ok((nbd, _)) => {
-                TargetName::Protocol("nbd", Box::new(NodeSpec::new(None, DriverSpec::Nbd(Box::new(nbd)))))
+            Ok(named) => {
+                let driver = DriverSpec::Nbd(Box::new(named.spec));
+                TargetName::Protocol("nbd", Box::new(NodeSpec::new(None, driver)))
             }
             Err(why) => unusable(why),
         },

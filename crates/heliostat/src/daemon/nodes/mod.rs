@@ -42,7 +42,7 @@ pub use entry::NodeEntry;
 pub use fault_config::errno;
 pub use filters::{FaultLimits, FaultSpec, FilterEntry, NullSpec};
 pub use nbd::{NbdClientSpec, NbdEntry, NbdServerAt};
-pub use nbd_name::{is_nbd, parse as nbd_name};
+pub use nbd_name::{NamedExport, is_nbd, parse as nbd_name};
 pub use spec::{
     BackingSpec, CacheUse, Child, DriverSpec, FileSpec, NodeSpec, Qcow2Spec, Sharing, TableCache,
 };

@@ -11,7 +11,7 @@ use heliostat_block::name::NodeName;
 use heliostat_block::storage::Storage;
 use heliostat_host::nbd::{NbdOptions, NbdStorage, OpenConnection, ServerAddress, Tls};
 use heliostat_host::socket::Address;
-use heliostat_host::tls::Endpoint;
+use heliostat_host::tls::{Credentials, Endpoint};
 
 use super::super::{Daemon, DaemonError};
 use super::{Below, DriverSpec, Making, NodeEntry, NodeSpec};
@@ -100,14 +100,19 @@ impl NbdClientSpec {
         }
     }
 
-    /// How it is opened to be read.
+    /// How it is opened to be read, privately where `credentials` are given.
     ///
     /// # Errors
     /// `Nbd`, where the address cannot be used.
-    pub fn reading(&self) -> Result<NbdOptions, DaemonError> {
+    pub fn reading(&self, credentials: Option<Arc<Credentials>>) -> Result<NbdOptions, DaemonError> {
         let read_only =
             NodeSpec { read_only: true, ..NodeSpec::new(None, DriverSpec::Nbd(Box::new(self.clone()))) };
-        Ok(NbdOptions { connections: 1, ..self.options(&read_only)? })
+        let tls = credentials.map(|credentials| self.tls(credentials));
+        Ok(NbdOptions { connections: 1, tls, ..self.options(&read_only)? })
+    }
+
+    fn tls(&self, credentials: Arc<Credentials>) -> Tls {
+        Tls { credentials, host: self.tls_hostname.clone().unwrap_or_else(|| self.server.host()) }
     }
 
     fn options(&self, node: &NodeSpec) -> Result<NbdOptions, DaemonError> {
@@ -191,9 +196,7 @@ impl Daemon {
 
     fn client_tls(&self, nbd: &NbdClientSpec) -> Result<Option<Tls>, DaemonError> {
         let Some(id) = &nbd.credentials else { return Ok(None) };
-        let credentials = self.credentials(id, Endpoint::Client)?;
-        let host = nbd.tls_hostname.clone().unwrap_or_else(|| nbd.server.host());
-        Ok(Some(Tls { credentials, host }))
+        Ok(Some(nbd.tls(self.credentials(id, Endpoint::Client)?)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Names of exports: `nbd:unix:PATH:exportname=NAME`, `nbd:HOST:PORT`, `nbd://HOST/NAME`, `nbd+unix:///NAME?socket=PATH`.
 //!
-//! Pure. As QEMU has them; `nbds` and `nbds+unix`, which it does not have, say that TLS must be used.
+//! Pure. As QEMU has them; `nbds` and `nbds+unix`, which it does not have, say that TLS must be used, and may say
+//! `tls-certificates=FOLDER` and `tls-hostname=NAME` as libnbd's tools take them.
 
 use std::path::PathBuf;
 
@@ -15,18 +16,51 @@ pub fn is_nbd(word: &str) -> bool {
     matches!(word, "nbd" | "nbd+tcp" | "nbd+unix" | "nbds" | "nbds+tcp" | "nbds+unix")
 }
 
-/// The export that `rest`, behind the word `word` and a colon, names; and whether it must be reached by TLS.
+/// What a name says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedExport {
+    /// The export.
+    pub spec: NbdClientSpec,
+    /// Whether it must be reached by TLS.
+    pub is_private: bool,
+    /// The folder with the certificates for that, where the name says it.
+    pub certificates: Option<PathBuf>,
+}
+
+/// The export that `rest`, behind the word `word` and a colon, names.
 ///
 /// # Errors
 /// In QEMU's words.
-pub fn parse(word: &str, rest: &str) -> Result<(NbdClientSpec, bool), String> {
+pub fn parse(word: &str, rest: &str) -> Result<NamedExport, String> {
     let is_private = word.starts_with("nbds");
-    let spec = match rest.strip_prefix("//") {
-        Some(address) => url(address, word.ends_with("+unix")),
-        None if word == "nbd" => old(rest),
+    let is_unix = word.ends_with("+unix");
+    match rest.strip_prefix("//") {
+        Some(address) if is_private => private_url(address, is_unix),
+        Some(address) => plain(url(address, is_unix)?),
+        None if word == "nbd" => plain(old(rest)?),
         None => Err(no_url()),
-    }?;
-    Ok((spec, is_private))
+    }
+}
+
+fn plain(spec: NbdClientSpec) -> Result<NamedExport, String> {
+    Ok(NamedExport { spec, is_private: false, certificates: None })
+}
+
+/// What stands behind `nbds://`: as behind `nbd://`, and how it is kept private.
+fn private_url(address: &str, is_unix: bool) -> Result<NamedExport, String> {
+    let address = address.split_once('#').map_or(address, |(address, _)| address);
+    let (place, query) = address.split_once('?').unwrap_or((address, ""));
+    let (mut certificates, mut host, mut others) = (None, None, Vec::new());
+    for part in query.split('&') {
+        match part.split_once('=') {
+            Some(("tls-certificates", folder)) => certificates = Some(PathBuf::from(decoded(folder)?)),
+            Some(("tls-hostname", name)) => host = Some(decoded(name)?),
+            _ => others.push(part),
+        }
+    }
+    let spec = url(&format!("{place}?{}", others.join("&")), is_unix)?;
+    let spec = NbdClientSpec { tls_hostname: host, ..spec };
+    Ok(NamedExport { spec, is_private: true, certificates })
 }
 
 fn no_url() -> String {
@@ -104,7 +138,7 @@ fn decoded(text: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
-    fn read(name: &str) -> Result<(NbdClientSpec, bool), String> {
+    fn read(name: &str) -> Result<NamedExport, String> {
         let (word, rest) = name.split_once(':').unwrap();
         assert!(is_nbd(word), "{name}");
         parse(word, rest)
@@ -126,9 +160,27 @@ mod tests {
             ("nbd://h", "nbd://h:10809"),
             ("nbds://h/d", "nbd://h:10809/d"),
         ] {
-            let (spec, is_private) = read(name).unwrap();
-            assert_eq!(spec.name().unwrap(), expected, "{name}");
-            assert_eq!(is_private, name.starts_with("nbds"));
+            let named = read(name).unwrap();
+            assert_eq!(named.spec.name().unwrap(), expected, "{name}");
+            assert_eq!(named.is_private, name.starts_with("nbds"));
+        }
+    }
+
+    #[test]
+    fn only_a_private_address_says_its_certificates() {
+        for (name, export, folder, host) in [
+            ("nbds://h/d?tls-certificates=/a%20b", "nbd://h:10809/d", Some("/a b"), None),
+            ("nbds://h/d?tls-hostname=x&tls-certificates=/a", "nbd://h:10809/d", Some("/a"), Some("x")),
+            ("nbds+unix:///d?socket=/s&tls-certificates=/a", "nbd+unix:///d?socket=/s", Some("/a"), None),
+            ("nbds+unix:///d?tls-hostname=x&socket=/s", "nbd+unix:///d?socket=/s", None, Some("x")),
+        ] {
+            let named = read(name).unwrap();
+            assert_eq!(named.spec.name().unwrap(), export, "{name}");
+            assert_eq!(named.certificates.as_deref(), folder.map(std::path::Path::new), "{name}");
+            assert_eq!(named.spec.tls_hostname.as_deref(), host, "{name}");
+        }
+        for name in ["nbd://h/d?tls-certificates=/a", "nbds://h/d?tls-psk-file=/a"] {
+            assert_eq!(read(name).unwrap_err(), "No valid URL specified", "{name}");
         }
     }
 
