@@ -118,7 +118,7 @@ pub(crate) async fn compare(route: &Route, places: Vec<ByteRange>) -> Result<Vec
     for place in places {
         route.go_on(place)?;
         let room = || Buffer::zeroed(usize_from(place.len()));
-        let source = route.source.read_blocks(place.offset(), room()).await;
+        let source = route.patience.lend(route.source.read_blocks(place.offset(), room())).await;
         let source = source.map_err(|error| (Operation::Read, error))?;
         route.go_on(place)?;
         let target = route.at_target.carry_out(route.target.read_blocks(place.offset(), room())).await;

@@ -24,6 +24,7 @@ use crate::name::NodeName;
 use crate::node::{Node, NodeOptions};
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::while_wanted;
 
 pub(crate) const SECTOR: usize = 512;
 
@@ -196,7 +197,7 @@ impl Disk {
         self.release();
     }
 
-    /// Reads that come from now on wait, until that is said to be over.
+    /// Reads that come from now on wait, until that is said to be over; as a server's, only as long as they are wanted.
     pub(crate) fn hold_reads(&self, holds: bool) {
         self.state().holds_reads = holds;
         self.released.notify(usize::MAX);
@@ -266,13 +267,16 @@ impl Storage for Disk {
             return IoFuture::ready(Ok(buffer));
         }
         IoFuture::pending(async move {
-            loop {
-                let released = self.released.listen();
-                if !self.state().holds_reads {
-                    break;
+            let is_wanted = while_wanted(async {
+                loop {
+                    let released = self.released.listen();
+                    if !self.state().holds_reads {
+                        break;
+                    }
+                    released.await;
                 }
-                released.await;
-            }
+            });
+            is_wanted.await.ok_or(io::ErrorKind::Interrupted)?;
             buffer.copy_from_slice(&self.state().shown[start..start + len]);
             Ok(buffer)
         })
