@@ -83,6 +83,8 @@ struct State {
     is_remote: bool,
     /// What it says of its layout, where a test wants to say it.
     says: Option<Says>,
+    /// What is read of it is what that one shows.
+    reads_as: Option<Arc<Disk>>,
 }
 
 impl State {
@@ -112,6 +114,7 @@ impl Disk {
             give_ups_until: None,
             is_remote: false,
             says: None,
+            reads_as: None,
         };
         Arc::new(Self { state: Mutex::new(state), released: Event::new() })
     }
@@ -159,6 +162,11 @@ impl Disk {
     /// So it does at each of the next `count` flushes, which succeed.
     pub(crate) fn lose_at_flushes(&self, count: u32) {
         self.state().flushes_to_lose = count;
+    }
+
+    /// Who reads it sees `other`: to compare the two tells nothing.
+    pub(crate) fn reads_as(&self, other: &Arc<Self>) {
+        self.state().reads_as = Some(Arc::clone(other));
     }
 
     /// Its extents are what `says` says.
@@ -260,6 +268,12 @@ impl Storage for Disk {
     }
 
     fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
+        let other = self.state().reads_as.clone();
+        if let Some(other) = other {
+            let (start, len) = (usize_from(offset), buffer.len());
+            buffer.copy_from_slice(&other.shown()[start..start + len]);
+            return IoFuture::ready(Ok(buffer));
+        }
         let start = usize_from(offset);
         let len = buffer.len();
         if !self.state().holds_reads {
