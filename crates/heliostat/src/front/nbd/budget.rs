@@ -118,9 +118,7 @@ impl Budget {
     fn wake_waiters(&self) {
         let mut left = self.small_room();
         for (place, waiter) in self.queue.borrow_mut().iter_mut().enumerate() {
-            if place == 0 {
-                waiter.waker.wake_by_ref();
-            } else if waiter.leaves(&mut left) && waiter.found.take().is_some() {
+            if place == 0 || (waiter.leaves(&mut left) && waiter.found.take().is_some()) {
                 waiter.waker.wake_by_ref();
             }
         }
