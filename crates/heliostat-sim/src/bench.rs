@@ -66,6 +66,8 @@ pub struct Seen {
     pub on_lanes: u64,
     /// Times that a target was cut off from its medium.
     pub cuts: u64,
+    /// Times that a target came back as another one, or an older one.
+    pub others: u64,
 }
 
 impl Seen {
@@ -81,6 +83,7 @@ impl Seen {
         self.errors += other.errors;
         self.on_lanes += other.on_lanes;
         self.cuts += other.cuts;
+        self.others += other.others;
     }
 }
 

@@ -48,7 +48,8 @@ pub fn run(seed: u64, trace: Trace) -> Result<Seen, String> {
     caught(|| scenario::run(random::mix(seed), Targets::Stay, trace == Trace::On))
 }
 
-/// The same with targets that are cut off from their medium now and then, and may lose what was not flushed.
+/// The same with targets that are cut off from their medium now and then, and may lose what was not flushed, or come back
+/// empty or older.
 ///
 /// # Errors
 /// As [`run`].

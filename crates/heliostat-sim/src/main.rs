@@ -160,7 +160,7 @@ impl Search {
         let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!(
             "{} guests' requests; {} pivots, {} of them onto the source, {} copies left, {} jobs cancelled, {} failed, {} refused at the pivot; {} \
-             errors met; {} requests by lanes; {} cuts",
+             errors met; {} requests by lanes; {} cuts, {} of them to another disk",
             seen.requests,
             seen.pivots,
             seen.stood,
@@ -170,7 +170,8 @@ impl Search {
             seen.refused,
             seen.errors,
             seen.on_lanes,
-            seen.cuts
+            seen.cuts,
+            seen.others
         );
     }
 

@@ -190,6 +190,22 @@ impl Medium {
         any
     }
 
+    /// Another one is in its place, durably, with `bytes`, of the same length. What is on its way lands there.
+    pub(crate) fn become_other(&mut self, bytes: Vec<u8>) {
+        let other = Self::new(bytes);
+        let known = self.version.len();
+        for sector in 0..known {
+            self.version[sector] += 1;
+            self.durable_version[sector] = self.version[sector];
+        }
+        self.visible = other.visible;
+        self.durable = other.durable;
+        self.durable_len = other.durable_len;
+        self.status = other.status;
+        self.cached.clear();
+        self.lost.clear();
+    }
+
     pub(crate) fn flush_begins(&self) -> FlushStart {
         let content =
             |sector: &usize| (*sector, self.version[*sector], self.visible[self.bytes_of(*sector)].to_vec());

@@ -128,6 +128,8 @@ impl Operator {
         if errand.job.copy_mode == CopyMode::WriteBlocking {
             self.bench.waits.doubling_begins(errand.mirror.target_deadline);
         }
+        let copies_all = errand.mirror.sync == SyncMode::Full && by_bitmap.is_none();
+        self.bench.disks[target].storage.may_become_other(copies_all);
         let watch = Watch::new(Arc::clone(&self.bench), known);
         let hears = Arc::clone(&watch);
         let job = Job::start(id, errand.job, Arc::new(move |job, event| hears.hear(job, event)));

@@ -23,7 +23,7 @@ use crate::lanes::LaneTasks;
 use crate::named::{Named, draw_wishes};
 use crate::operator::{Errand, Goal, Operator};
 use crate::random::Random;
-use crate::storage::SimStorage;
+use crate::storage::{Cut, SimStorage};
 use crate::world::{Executor, Running, SimClock, World};
 
 const NAMES: [&str; 3] = ["disk0", "disk1", "disk2"];
@@ -375,8 +375,10 @@ fn cut_targets_off(bench: &Arc<Bench>, settings: &Settings, random: &mut Random)
             }
             bench.world.at(at, move || {
                 let Some(bench) = bench_then.upgrade() else { return };
-                let was_cut = bench.disks[number].storage.cut_off(&mut random);
-                bench.seen().cuts += u64::from(was_cut);
+                let cut = bench.disks[number].storage.cut_off(&mut random);
+                let mut seen = bench.seen();
+                seen.cuts += u64::from(cut != Cut::Spared);
+                seen.others += u64::from(cut == Cut::Other);
             });
         }
     }

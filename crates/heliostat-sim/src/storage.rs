@@ -7,6 +7,8 @@
 
 mod cuts;
 
+pub(crate) use self::cuts::Cut;
+
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -68,6 +70,10 @@ struct State {
     is_guests: bool,
     /// How often it was cut off from its medium.
     losses: u64,
+    /// Another medium may come in the place of this one.
+    may_become_other: bool,
+    /// What was durable when it was last cut off.
+    older: Option<Vec<u8>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -98,6 +104,8 @@ impl SimStorage {
             forgets,
             is_guests: false,
             losses: 0,
+            may_become_other: false,
+            older: None,
         };
         Arc::new(Self { name, profile, world, state: Arc::new(Mutex::new(state)) })
     }

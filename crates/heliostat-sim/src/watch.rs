@@ -157,7 +157,10 @@ impl Watch {
                 }
             }
             JobEvent::Error { operation, action, errno, .. } => self.hear_error(*operation, *action, *errno),
-            JobEvent::Completed(_) | JobEvent::Cancelled => self.hear_end(job, event),
+            JobEvent::Completed(_) | JobEvent::Cancelled => {
+                self.bench.disks[self.known.target].storage.may_become_other(false);
+                self.hear_end(job, event);
+            }
         }
     }
 

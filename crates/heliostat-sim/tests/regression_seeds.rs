@@ -25,7 +25,7 @@ fn the_first_seeds_pass_and_come_across_what_they_are_for() {
             Err(what) => panic!("seed {seed}: {what}"),
         }
     }
-    let Seen { requests, pivots, copies, cancelled, failed, stood, refused, errors, on_lanes, cuts: _ } = sum;
+    let Seen { requests, pivots, copies, cancelled, failed, stood, refused, errors, on_lanes, .. } = sum;
     let all = [requests, pivots, copies, cancelled, failed, stood, refused, errors, on_lanes];
     assert!(all.iter().all(|count| *count > 0), "{sum:?}");
 }
@@ -39,7 +39,7 @@ fn targets_that_are_cut_off_are_copied_again() {
             Err(what) => panic!("seed {seed}: {what}"),
         }
     }
-    assert!([sum.pivots, sum.copies, sum.cuts].iter().all(|count| *count > 0), "{sum:?}");
+    assert!([sum.pivots, sum.copies, sum.cuts, sum.others].iter().all(|count| *count > 0), "{sum:?}");
     for seed in 0..10 {
         assert_eq!(run_with_cuts(seed, Trace::Off), run_with_cuts(seed, Trace::Off), "seed {seed}");
     }

@@ -6,7 +6,7 @@ mod common;
 #[path = "common/nbd.rs"]
 mod nbd;
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -20,7 +20,6 @@ use heliostat_block::nbd::client_request::Ask;
 use heliostat_block::range::ByteRange;
 use heliostat_block::storage::Durability;
 
-use common::wait;
 use nbd::{Guest, Memory, Served};
 
 const MIB: usize = 1 << 20;
@@ -38,36 +37,11 @@ fn tight(slow_reader_time: Duration) -> (Served, Arc<Memory>) {
     (served, memory)
 }
 
-/// Asks for much without reading, until the server takes no more.
-fn gorge(guest: &mut Guest) {
-    guest.stream.set_nonblocking(true).unwrap();
-    let mut output = BytesMut::new();
-    let (mut asked, mut blocked_at) = (0_u32, None);
-    wait::until("the server to take no more", wait::LIMIT, || {
-        while asked < 4096 {
-            if output.is_empty() {
-                let read = Ask::Read { offset: 0, buffer: Buffer::zeroed(MIB) };
-                guest.conversation.ask(read, &mut output).unwrap();
-                asked += 1;
-            }
-            match guest.stream.write(&output) {
-                Ok(sent) => drop(output.split_to(sent)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => panic!("{error}"),
-            }
-        }
-        let is_stuck = blocked_at == Some(asked);
-        blocked_at = Some(asked);
-        is_stuck.then_some(())
-    })
-    .unwrap();
-}
-
 #[test]
 fn who_reads_nothing_leaves_something_for_the_others() {
     let (served, _) = tight(Duration::from_secs(3600));
     let mut hogs: Vec<_> = (0..HOGS).map(|_| served.guest("disk")).collect();
-    hogs.iter_mut().for_each(gorge);
+    hogs.iter_mut().for_each(|hog| drop(hog.gorge(MIB)));
     let mut guest = served.guest("disk");
     guest.write(0, b"still here");
     assert_eq!(guest.read(0, 10), b"still here");
@@ -147,7 +121,7 @@ fn requests_by_the_thousand_are_all_answered_though_they_come_at_once() {
 fn who_reads_nothing_is_given_up_when_others_wait_for_long() {
     let (served, memory) = tight(Duration::from_millis(50));
     let mut hogs: Vec<_> = (0..HOGS).map(|_| served.guest("disk")).collect();
-    hogs.iter_mut().for_each(gorge);
+    hogs.iter_mut().for_each(|hog| drop(hog.gorge(MIB)));
     // Needs all but what the hogs hold, and more than that.
     let mut guest = served.guest("disk");
     let large = Ask::Read { offset: 0, buffer: Buffer::zeroed(DISK) };
@@ -169,7 +143,7 @@ fn who_announces_data_and_sends_none_is_given_up_when_others_wait_for_long() {
 fn who_reads_nothing_is_left_alone_while_nobody_waits() {
     let (served, _) = tight(Duration::from_millis(20));
     let mut idle = served.guest("disk");
-    gorge(&mut idle);
+    idle.gorge(MIB);
     // Another's requests, one at a time, take longer than the patience and do not wait for memory.
     let mut guest = served.guest("disk");
     let began = std::time::Instant::now();

@@ -346,6 +346,9 @@ impl Mirror {
             Done::Half(begun, half, written) => {
                 self.unflushed.wrote(half.range);
                 let is_there = written.is_ok() && !self.unflushed.is_lost(begun);
+                if is_there {
+                    self.copied.copied(half.range, true);
+                }
                 self.doubling.half_ended(half, is_there);
                 if let Err(error) = written {
                     self.meet_error(stint, Operation::Write, &error);

@@ -306,6 +306,36 @@ fn what_comes_to_a_target_after_it_was_given_up_does_not_keep_the_job() {
 }
 
 #[test]
+fn a_source_that_never_answers_does_not_keep_a_job_that_is_cancelled_by_force() {
+    for held_at in [JobStatus::Running, JobStatus::Ready] {
+        let (source, target) = (disk(7), disk(0));
+        let bench = Bench::new(Arc::clone(&source), target);
+        let (job, mirror) = bench.mirror(options(), |_, _| ());
+        let mut steps = 0;
+        let mut guest = None;
+        bench.run(mirror.run(), || {
+            if job.status() == held_at && steps == 0 {
+                source.hold_reads(true);
+                let tracked = bench.export.enter().now_or_never().expect("the gate is open");
+                let data = Bytes::from_static(&[2; SECTOR]);
+                tracked.write(0, data, Durability::Cached).now_or_never().expect("at once").unwrap();
+                guest = Some(Box::pin(async move { tracked.read(0, Buffer::zeroed(SECTOR)).await }));
+            }
+            steps += u32::from(guest.is_some());
+            if let Some(guest) = &mut guest {
+                assert!(guest.as_mut().now_or_never().is_none(), "a guest's read waits on");
+            }
+            if steps == 100 {
+                job.ask(Verb::Cancel(Force::Hard)).unwrap();
+            }
+        });
+        assert!((100..120).contains(&steps), "{held_at:?}: {steps} ms");
+        source.hold_reads(false);
+        assert!(guest.unwrap().now_or_never().expect("it is answered").is_ok());
+    }
+}
+
+#[test]
 fn nothing_is_asked_of_a_target_that_was_given_up() {
     let (source, target) = (disk(7), disk(0));
     let bench = Bench::new(source, Arc::clone(&target));

@@ -14,14 +14,23 @@ use crate::dirty_bitmap::DirtyBitmap;
 use crate::limits::{SAMPLE_KEPT, SAMPLE_LEN_MAX, SAMPLE_RECENT, SAMPLE_SPREAD};
 use crate::range::ByteRange;
 
-/// Places that were copied.
+/// Places that were copied, or got a guest's write beside the source: the first [`SAMPLE_LEN_MAX`] bytes of each.
 pub(crate) struct CopiedPlaces {
     /// The last ones.
-    last: VecDeque<u64>,
+    last: VecDeque<ByteRange>,
     /// One of each so many of those that got data, from the first on.
-    kept: Vec<u64>,
+    kept: Vec<ByteRange>,
     keeps_every: u64,
     with_data: u64,
+}
+
+/// Where both sides are known to be equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// Wherever it is clean: everything was to be copied.
+    Clean,
+    /// Where it is clean and was copied by this job: the rest is the business of whoever made the target.
+    Copied,
 }
 
 /// What can be compared.
@@ -47,12 +56,13 @@ impl CopiedPlaces {
         if self.last.len() == SAMPLE_RECENT {
             self.last.pop_front();
         }
-        self.last.push_back(range.offset());
+        let place = range.pieces(SAMPLE_LEN_MAX).next().unwrap_or(range);
+        self.last.push_back(place);
         if !has_data {
             return;
         }
         if self.with_data.is_multiple_of(self.keeps_every) {
-            self.kept.push(range.offset());
+            self.kept.push(place);
         }
         self.with_data += 1;
         if self.kept.len() == SAMPLE_KEPT {
@@ -65,36 +75,46 @@ impl CopiedPlaces {
         }
     }
 
-    /// Where to look, below `end`: at clean places that lie as evenly as may be, at some of those that got data, and at
-    /// those copied last. Only where `is_still` says that nothing is on its way.
+    /// Where to look, below `end`: at clean places that lie as evenly as may be, if all of those are `known`, at some that
+    /// got data, and at those copied last. Only where `is_still` says that nothing is on its way.
     pub(crate) fn comparable(
         &self,
         dirty: &DirtyBitmap,
         end: u64,
+        known: Known,
         is_still: impl Fn(ByteRange) -> bool,
     ) -> Comparable {
-        let granularity = u64::from(dirty.granularity());
         let end = end.min(dirty.size());
-        let granules = end.div_ceil(granularity);
-        let count = granules.min(SAMPLE_SPREAD);
-        // The product needs more than 64 bits on the largest disks; a step does not.
-        let bound = |n: u64| {
-            (granules / count * n + granules % count * n / count).saturating_mul(granularity).min(end)
+        let copied = self.kept.iter().chain(&self.last);
+        let copied = copied.filter_map(|place| place.intersection(ByteRange::from_bounds(0, end)));
+        let mut places = match known {
+            Known::Clean => spread(dirty, end),
+            Known::Copied => copied.clone().collect(),
         };
-        let mut starts: Vec<_> =
-            (0..count).filter_map(|n| first_clean(dirty, bound(n), bound(n + 1))).collect();
-        if starts.is_empty() {
+        if places.is_empty() {
             return Comparable::Nothing;
         }
-        starts.extend(self.kept.iter().chain(&self.last).filter(|start| **start < end));
-        starts.sort_unstable();
-        starts.dedup();
-        let len = granularity.min(SAMPLE_LEN_MAX);
-        let places =
-            starts.into_iter().map(|start| ByteRange::from_bounds(start, end.min(start.saturating_add(len))));
-        let places: Vec<_> = places.filter(|place| is_still(*place)).collect();
+        if known == Known::Clean {
+            places.extend(copied);
+        }
+        places.sort_unstable();
+        places.dedup();
+        places.retain(|place| is_still(*place));
         if places.is_empty() { Comparable::NotNow } else { Comparable::Places(places) }
     }
+}
+
+/// Clean places below `end` that lie as evenly as may be.
+fn spread(dirty: &DirtyBitmap, end: u64) -> Vec<ByteRange> {
+    let granularity = u64::from(dirty.granularity());
+    let len = granularity.min(SAMPLE_LEN_MAX);
+    let granules = end.div_ceil(granularity);
+    let count = granules.min(SAMPLE_SPREAD);
+    // The product needs more than 64 bits on the largest disks; a step does not.
+    let bound =
+        |n: u64| (granules / count * n + granules % count * n / count).saturating_mul(granularity).min(end);
+    let starts = (0..count).filter_map(|n| first_clean(dirty, bound(n), bound(n + 1)));
+    starts.map(|start| ByteRange::from_bounds(start, end.min(start.saturating_add(len)))).collect()
 }
 
 /// The first granule that is clean, of those that start from `from` to `end`.
@@ -118,7 +138,7 @@ pub(crate) async fn compare(route: &Route, places: Vec<ByteRange>) -> Result<Vec
     for place in places {
         route.go_on(place)?;
         let room = || Buffer::zeroed(usize_from(place.len()));
-        let source = route.source.read_blocks(place.offset(), room()).await;
+        let source = route.patience.lend(route.source.read_blocks(place.offset(), room())).await;
         let source = source.map_err(|error| (Operation::Read, error))?;
         route.go_on(place)?;
         let target = route.at_target.carry_out(route.target.read_blocks(place.offset(), room())).await;
@@ -135,7 +155,7 @@ mod tests {
     use super::*;
 
     fn all_of(copied: &CopiedPlaces, dirty: &DirtyBitmap, end: u64) -> Vec<ByteRange> {
-        match copied.comparable(dirty, end, |_| true) {
+        match copied.comparable(dirty, end, Known::Clean, |_| true) {
             Comparable::Places(places) => places,
             other => panic!("{other:?}"),
         }
@@ -162,7 +182,7 @@ mod tests {
         let small = DirtyBitmap::new(1000, 512).unwrap();
         let small = all_of(&CopiedPlaces::default(), &small, 1000);
         assert_eq!(small, [ByteRange::from_bounds(0, 512), ByteRange::from_bounds(512, 1000)]);
-        let none = CopiedPlaces::default().comparable(&dirty, 0, |_| true);
+        let none = CopiedPlaces::default().comparable(&dirty, 0, Known::Clean, |_| true);
         assert_eq!(none, Comparable::Nothing);
     }
 
@@ -177,9 +197,15 @@ mod tests {
         assert!(places.iter().all(|place| place.offset() % (1 << 14) == 1024));
         dirty.mark_all();
         let none = |_| panic!("nothing is clean");
-        assert_eq!(CopiedPlaces::default().comparable(&dirty, 1 << 20, none), Comparable::Nothing);
+        assert_eq!(
+            CopiedPlaces::default().comparable(&dirty, 1 << 20, Known::Clean, none),
+            Comparable::Nothing
+        );
         dirty.clear(ByteRange::from_bounds(512, 1024));
-        assert_eq!(CopiedPlaces::default().comparable(&dirty, 1 << 20, |_| false), Comparable::NotNow);
+        assert_eq!(
+            CopiedPlaces::default().comparable(&dirty, 1 << 20, Known::Clean, |_| false),
+            Comparable::NotNow
+        );
         assert_eq!(all_of(&CopiedPlaces::default(), &dirty, 1 << 20), [ByteRange::from_bounds(512, 1024)]);
     }
 
@@ -193,5 +219,20 @@ mod tests {
         dirty.mark(ByteRange::from_bounds(40_960_000, 1 << 40));
         let places = all_of(&copied, &dirty, 1 << 40);
         assert!(places.len() >= SAMPLE_KEPT / 2, "{}", places.len());
+    }
+
+    #[test]
+    fn where_only_what_was_copied_is_known_nothing_else_is_compared() {
+        let dirty = DirtyBitmap::new(1 << 20, 1 << 16).unwrap();
+        let mut copied = CopiedPlaces::default();
+        let comparable = |copied: &CopiedPlaces| copied.comparable(&dirty, 1 << 20, Known::Copied, |_| true);
+        assert_eq!(comparable(&copied), Comparable::Nothing, "nothing was copied");
+        let [long, part] =
+            [(1 << 16, 3 << 16), (700, 4000)].map(|(from, to)| ByteRange::from_bounds(from, to));
+        copied.copied(long, true);
+        // A guest's write is known to be there; the rest of its granule is not.
+        copied.copied(part, true);
+        let first = ByteRange::from_bounds(1 << 16, 2 << 16);
+        assert_eq!(comparable(&copied), Comparable::Places(vec![part, first]));
     }
 }

@@ -59,8 +59,11 @@ pub(crate) async fn scan(route: &Route, from: u64, belief: Belief) -> Result<Sca
     let rest = ByteRange::from_bounds(from, source.size());
     // What the active layer does not hold the target has from its own chain.
     let is_top = route.sync == SyncMode::Top && source.backing().is_some();
-    let extents =
-        if is_top { source.extents_of_layer(rest).await? } else { source.extents_below(rest).await? };
+    let extents = if is_top {
+        route.patience.lend(source.extents_of_layer(rest)).await?
+    } else {
+        route.patience.lend(source.extents_below(rest)).await?
+    };
     planted::remember_holes(&extents);
     let mut dirty = Vec::new();
     let mut end = from;

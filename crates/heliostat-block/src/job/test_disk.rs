@@ -24,6 +24,7 @@ use crate::name::NodeName;
 use crate::node::{Node, NodeOptions};
 use crate::range::ByteRange;
 use crate::storage::{Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace};
+use crate::throttle::while_wanted;
 
 pub(crate) const SECTOR: usize = 512;
 
@@ -82,6 +83,8 @@ struct State {
     is_remote: bool,
     /// What it says of its layout, where a test wants to say it.
     says: Option<Says>,
+    /// What is read of it is what that one shows.
+    reads_as: Option<Arc<Disk>>,
 }
 
 impl State {
@@ -111,6 +114,7 @@ impl Disk {
             give_ups_until: None,
             is_remote: false,
             says: None,
+            reads_as: None,
         };
         Arc::new(Self { state: Mutex::new(state), released: Event::new() })
     }
@@ -160,6 +164,11 @@ impl Disk {
         self.state().flushes_to_lose = count;
     }
 
+    /// Who reads it sees `other`: to compare the two tells nothing.
+    pub(crate) fn reads_as(&self, other: &Arc<Self>) {
+        self.state().reads_as = Some(Arc::clone(other));
+    }
+
     /// Its extents are what `says` says.
     pub(crate) fn says(&self, says: Says) {
         self.state().says = Some(says);
@@ -196,7 +205,7 @@ impl Disk {
         self.release();
     }
 
-    /// Reads that come from now on wait, until that is said to be over.
+    /// Reads that come from now on wait, until that is said to be over; as a server's, only as long as they are wanted.
     pub(crate) fn hold_reads(&self, holds: bool) {
         self.state().holds_reads = holds;
         self.released.notify(usize::MAX);
@@ -259,6 +268,12 @@ impl Storage for Disk {
     }
 
     fn read(&self, offset: u64, mut buffer: Buffer) -> IoFuture<'_, Buffer> {
+        let other = self.state().reads_as.clone();
+        if let Some(other) = other {
+            let (start, len) = (usize_from(offset), buffer.len());
+            buffer.copy_from_slice(&other.shown()[start..start + len]);
+            return IoFuture::ready(Ok(buffer));
+        }
         let start = usize_from(offset);
         let len = buffer.len();
         if !self.state().holds_reads {
@@ -266,13 +281,16 @@ impl Storage for Disk {
             return IoFuture::ready(Ok(buffer));
         }
         IoFuture::pending(async move {
-            loop {
-                let released = self.released.listen();
-                if !self.state().holds_reads {
-                    break;
+            let is_wanted = while_wanted(async {
+                loop {
+                    let released = self.released.listen();
+                    if !self.state().holds_reads {
+                        break;
+                    }
+                    released.await;
                 }
-                released.await;
-            }
+            });
+            is_wanted.await.ok_or(io::ErrorKind::Interrupted)?;
             buffer.copy_from_slice(&self.state().shown[start..start + len]);
             Ok(buffer)
         })

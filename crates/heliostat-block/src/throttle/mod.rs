@@ -18,6 +18,7 @@ use self::meter::Meter;
 use crate::clock::{Clock, Moment};
 
 pub(crate) use self::patience::Patience;
+pub use self::patience::while_wanted;
 
 pub use self::meter::{Counted, Direction, InvalidLimits, Limit, Limits, RATE_MAX};
 

@@ -190,8 +190,8 @@ impl Engine {
     }
 
     fn take_mail(&mut self, cx: &Context<'_>) -> bool {
-        let Post { letters, given_up } = self.mailbox.take(cx.waker());
-        let has_moved = !letters.is_empty() || given_up.is_some();
+        let Post { letters, given_up, has_let_go } = self.mailbox.take(cx.waker());
+        let has_moved = !letters.is_empty() || given_up.is_some() || has_let_go;
         let mut letters = letters.into_iter();
         if let Some(count) = given_up {
             letters.by_ref().take(count).for_each(|letter| self.submit(letter));
@@ -200,6 +200,11 @@ impl Engine {
             self.tell(now);
         }
         letters.for_each(|letter| self.submit(letter));
+        if has_let_go {
+            let let_go = self.owed.iter().filter(|(_, owed)| owed.is_let_go());
+            let let_go: Vec<_> = let_go.map(|(ticket, _)| *ticket).collect();
+            let_go.into_iter().for_each(|ticket| self.link.let_go(ticket));
+        }
         has_moved
     }
 

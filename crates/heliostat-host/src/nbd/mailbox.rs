@@ -32,6 +32,8 @@ struct Mail {
     is_abandoned: bool,
     /// Nobody needs the answers to what was taken out so far, nor to so many of the letters.
     given_up: Option<usize>,
+    /// There may be reads that nobody waits for any more.
+    has_let_go: bool,
 }
 
 /// What was taken out of the mailbox at once.
@@ -39,6 +41,8 @@ pub(super) struct Post {
     pub(super) letters: Vec<Letter>,
     /// Nobody needs the answers to what was taken out before, nor to the first so many of these.
     pub(super) given_up: Option<usize>,
+    /// Of those taken out so far and of these some may be owed to nobody any more.
+    pub(super) has_let_go: bool,
 }
 
 /// A request, and where its answer goes.
@@ -62,19 +66,35 @@ struct Answer(Mutex<Waiting>);
 struct Waiting {
     outcome: Option<Outcome>,
     waker: Option<Waker>,
+    is_let_go: bool,
+}
+
+/// Somebody who waits for an answer.
+struct Asker<'a> {
+    mailbox: &'a Mailbox,
+    answer: Arc<Answer>,
+    /// It may go away: the answer makes no difference then.
+    is_read: bool,
+    is_answered: bool,
 }
 
 impl Mailbox {
     pub(super) fn new() -> Arc<Self> {
-        let mail =
-            Mail { letters: Vec::new(), waker: None, is_shut: false, is_abandoned: false, given_up: None };
+        let mail = Mail {
+            letters: Vec::new(),
+            waker: None,
+            is_shut: false,
+            is_abandoned: false,
+            given_up: None,
+            has_let_go: false,
+        };
         Arc::new(Self { mail: Mutex::new(mail), permits: Arc::new(Semaphore::new(REQUESTS_MAX)) })
     }
 
     /// Has a request carried out.
     ///
     /// # Cancel safety
-    /// Dropped once polled, it leaves the request on its way.
+    /// Dropped once polled, it leaves the request on its way; but of a read, or of a look at the layout, nothing.
     pub(super) async fn ask(&self, wanted: Wanted) -> Outcome {
         let permit = match self.permits.try_acquire_arc() {
             Some(permit) => permit,
@@ -82,9 +102,11 @@ impl Mailbox {
         };
         let answer = Arc::new(Answer::default());
         let owed = Owed { answer: Arc::clone(&answer), is_paid: false, _permit: permit };
+        let is_read = matches!(wanted, Wanted::Read { .. } | Wanted::BlockStatus { .. });
+        let mut asker = Asker { mailbox: self, answer, is_read, is_answered: false };
         self.post(Letter { wanted, owed });
-        poll_fn(|cx| {
-            let mut waiting = answer.lock();
+        let outcome = poll_fn(|cx| {
+            let mut waiting = asker.answer.lock();
             match waiting.outcome.take() {
                 Some(outcome) => Poll::Ready(outcome),
                 None => {
@@ -93,7 +115,9 @@ impl Mailbox {
                 }
             }
         })
-        .await
+        .await;
+        asker.is_answered = true;
+        outcome
     }
 
     fn post(&self, letter: Letter) {
@@ -144,7 +168,8 @@ impl Mailbox {
                 none => *none = Some(waker.clone()),
             }
         }
-        Post { letters: std::mem::take(&mut mail.letters), given_up: mail.given_up.take() }
+        let has_let_go = std::mem::take(&mut mail.has_let_go);
+        Post { letters: std::mem::take(&mut mail.letters), given_up: mail.given_up.take(), has_let_go }
     }
 
     /// Takes no more letters; those inside are answered.
@@ -177,7 +202,21 @@ impl Answer {
     }
 }
 
+impl Drop for Asker<'_> {
+    fn drop(&mut self) {
+        if self.is_read && !self.is_answered {
+            self.answer.lock().is_let_go = true;
+            self.mailbox.change(|mail| mail.has_let_go = true);
+        }
+    }
+}
+
 impl Owed {
+    /// Whether nobody waits for it.
+    pub(super) fn is_let_go(&self) -> bool {
+        self.answer.lock().is_let_go
+    }
+
     /// Gives the answer.
     pub(super) fn pay(mut self, outcome: Outcome) {
         self.is_paid = true;
@@ -197,6 +236,8 @@ impl Drop for Owed {
 mod tests {
     use std::future::Future;
 
+    use heliostat_block::buffer::Buffer;
+
     use super::*;
 
     #[test]
@@ -210,8 +251,25 @@ mod tests {
                 mailbox.give_up();
             }
         }
-        let Post { letters, given_up } = mailbox.take(Waker::noop());
+        let Post { letters, given_up, .. } = mailbox.take(Waker::noop());
         assert_eq!((letters.len(), given_up), (3, Some(2)));
         assert_eq!(mailbox.take(Waker::noop()).given_up, None, "once");
+    }
+
+    #[test]
+    fn a_read_that_is_dropped_is_owed_to_nobody_and_a_flush_that_is_dropped_is() {
+        let mailbox = Mailbox::new();
+        let read = Wanted::Read { offset: 0, buffer: Buffer::zeroed(512) };
+        let [mut read, mut flush] = [read, Wanted::Flush].map(|wanted| Box::pin(mailbox.ask(wanted)));
+        let mut cx = std::task::Context::from_waker(Waker::noop());
+        assert!(read.as_mut().poll(&mut cx).is_pending() && flush.as_mut().poll(&mut cx).is_pending());
+        drop(flush);
+        let Post { letters, has_let_go, .. } = mailbox.take(Waker::noop());
+        assert!(!has_let_go);
+        drop(read);
+        assert!(mailbox.take(Waker::noop()).has_let_go);
+        assert!(!mailbox.take(Waker::noop()).has_let_go, "once");
+        let let_go: Vec<_> = letters.iter().map(|letter| letter.owed.is_let_go()).collect();
+        assert_eq!(let_go, [true, false]);
     }
 }

@@ -30,6 +30,7 @@ use heliostat_block::span::Span;
 use heliostat_block::storage::{
     Durability, Extent, ExtentStatus, IoFuture, Storage, Traits, ZeroEffort, ZeroSpace,
 };
+use heliostat_block::throttle::while_wanted;
 
 use self::connect::Destination;
 pub use self::connect::{OpenConnection, ServerAddress, Tls};
@@ -223,6 +224,12 @@ impl NbdStorage {
         self.mailbox.ask(wanted).await
     }
 
+    /// A request that changes nothing: whoever asks may lose interest before the server answers.
+    async fn look(&self, wanted: Wanted) -> Result<Answered, LinkError> {
+        let looked = while_wanted(self.ask(wanted)).await;
+        looked.unwrap_or_else(|| Err(LinkError::Lost("nobody needs the answer any more".to_owned())))
+    }
+
     async fn done(&self, wanted: Wanted) -> Result<(), LinkError> {
         self.ask(wanted).await.map(|_| ())
     }
@@ -252,7 +259,7 @@ impl NbdStorage {
         let whole = ByteRange::from_bounds(offset, offset + u64_from(buffer.len()));
         let read = async |piece: ByteRange| {
             let room = Buffer::zeroed(usize_from(piece.len()));
-            (piece, self.ask(Wanted::Read { offset: piece.offset(), buffer: room }).await)
+            (piece, self.look(Wanted::Read { offset: piece.offset(), buffer: room }).await)
         };
         let mut ended = iter(whole.pieces(longest)).map(read).buffer_unordered(PIECES_IN_FLIGHT);
         let mut result = Ok(());
@@ -375,7 +382,7 @@ impl Storage for NbdStorage {
             return IoFuture::pending(self.read_pieces(offset, buffer, longest));
         }
         IoFuture::pending(async move {
-            match self.ask(Wanted::Read { offset, buffer }).await {
+            match self.look(Wanted::Read { offset, buffer }).await {
                 Ok(Answered::Data(buffer)) => Ok(buffer),
                 Ok(_) => Err(unexpected()),
                 Err(error) => Err(io_error(error)),
@@ -470,7 +477,7 @@ impl Storage for NbdStorage {
         let end = range.end().min(range.offset().saturating_add(self.piece_max(longest)));
         let asked = ByteRange::from_bounds(range.offset(), end);
         IoFuture::pending(async move {
-            match self.ask(Wanted::BlockStatus { range: asked }).await {
+            match self.look(Wanted::BlockStatus { range: asked }).await {
                 Ok(Answered::Extents(extents)) => Ok(extents),
                 Ok(_) => Err(unexpected()),
                 // Another connection than the first may not have the context, or only shorter lengths.

@@ -32,6 +32,11 @@ use heliostat_host::file::FileStorage;
 use heliostat_host::open::{self, OpenOptions};
 use heliostat_host::socket::Address;
 
+use super::common::wait;
+
+/// Requests that no server takes from a client that reads no answers.
+pub const ASKED_MAX: u32 = 4096;
+
 /// A server on a Unix socket in a folder of its own.
 pub struct Served {
     pub server: NbdServer,
@@ -269,6 +274,34 @@ impl Guest {
             }
             receive(&mut stream, &mut input).map_err(Refused::Io)?;
         }
+    }
+
+    /// Asks for `len` bytes again and again without reading, until the server takes no more. Answers how often, and what
+    /// of the last request it did not take. The socket does not block then.
+    pub fn gorge(&mut self, len: usize) -> (u32, BytesMut) {
+        self.stream.set_nonblocking(true).unwrap();
+        let mut output = BytesMut::new();
+        let (mut asked, mut blocked_at) = (0, None);
+        wait::until("the server to take no more", wait::LIMIT, || {
+            while asked < ASKED_MAX {
+                if output.is_empty() {
+                    let read = Ask::Read { offset: 0, buffer: Buffer::zeroed(len) };
+                    self.conversation.ask(read, &mut output).unwrap();
+                    asked += 1;
+                }
+                match self.stream.write(&output) {
+                    Ok(sent) => drop(output.split_to(sent)),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            // Blocked twice at the same request, with time for the server in between.
+            let is_stuck = blocked_at == Some(asked);
+            blocked_at = Some(asked);
+            is_stuck.then_some(())
+        })
+        .unwrap();
+        (asked, output)
     }
 
     /// Sends a request without waiting for its answer.

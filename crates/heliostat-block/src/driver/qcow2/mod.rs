@@ -54,6 +54,7 @@ use crate::node::Node;
 use crate::range::ByteRange;
 use crate::range_lock::RangeLock;
 use crate::storage::{Storage, Traits, pass};
+use crate::throttle::while_wanted;
 
 pub use bitmaps::StoredBitmap;
 pub use open::{CACHE_MAX, OpenOptions};
@@ -367,7 +368,10 @@ impl Qcow2 {
             let size = self.lock().slices.slice_size();
             ByteRange::from_bounds(start, start.saturating_add(size))
         };
-        let _held = self.loading.lock(slice).await;
+        // Who waits for another's load and is not wanted any more has left nothing behind.
+        let Some(_held) = while_wanted(self.loading.lock(slice)).await else {
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "nobody needs it any more"));
+        };
         if self.lock().slices.contains(start) {
             return Ok(());
         }

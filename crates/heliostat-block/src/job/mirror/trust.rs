@@ -9,7 +9,7 @@ use crate::clock::Moment;
 use crate::error::BlockError;
 use crate::job::copy::CopyError;
 use crate::job::mirror_step::Scan;
-use crate::job::sample::Comparable;
+use crate::job::sample::{Comparable, Known};
 use crate::job::scan::{Scanned, SyncMode};
 use crate::job::{JobStatus, Operation};
 use crate::limits::REST_FIRST;
@@ -81,8 +81,10 @@ impl Mirror {
     }
 
     fn comparable(&self) -> Comparable {
+        let is_all = self.options.sync == SyncMode::Full && !self.route.lacks_backing();
+        let known = if is_all { Known::Clean } else { Known::Copied };
         let dirty = self.doubling.bitmap();
-        self.copied.comparable(dirty, self.unscanned_from(), |place| self.doubling.is_still(place))
+        self.copied.comparable(dirty, self.unscanned_from(), known, |place| self.doubling.is_still(place))
     }
 
     pub(super) fn take_in_sample(&mut self, stint: u64, sampled: Result<Vec<ByteRange>, CopyError>) {
@@ -111,7 +113,8 @@ impl Mirror {
             self.doubt.stage = Stage::Again(differing, now + REST_FIRST);
             return;
         }
-        // It is another one, or an older one: the first pass begins again.
+        // It is another one, or an older one. Everything is copied, whatever the first pass was to copy: what it left out
+        // and what it had copied once cannot be told apart any more.
         self.doubling.bitmap().mark_all();
         self.first_pass_over = false;
         self.cursor = 0;
@@ -155,10 +158,7 @@ impl Mirror {
         self.blocked = false;
         self.attempt.retry();
         self.distrust_target();
-        // Only there is what is clean known to be equal on both sides.
-        if self.options.sync == SyncMode::Full && !self.route.lacks_backing() {
-            self.doubt.stage = Stage::Due(self.clock.now());
-        }
+        self.doubt.stage = Stage::Due(self.clock.now());
     }
 
     /// Believes nothing any more that the target says of itself.

@@ -2,18 +2,15 @@
 
 use super::*;
 
-/// Options under which no sample is taken, which would find out such a loss as well.
-fn unsampled() -> MirrorOptions {
-    MirrorOptions { sync: SyncMode::Top, ..options() }
-}
-
 #[test]
 fn what_the_target_lost_before_a_flush_is_copied_again() {
     for at in 0..40 {
         let (source, target) = (disk(7), disk(0xff));
+        // A sample, which would find it out as well, shows nothing.
+        target.reads_as(&source);
         let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
         let mut steps = 0;
-        let end = complete(&bench, unsampled(), || {
+        let end = complete(&bench, options(), || {
             if steps == at {
                 target.lose();
             }
@@ -29,8 +26,9 @@ fn what_the_target_lost_beside_a_flush_that_succeeds_is_copied_again() {
     for count in 1..4 {
         let (source, target) = (disk(7), disk(0));
         target.lose_at_flushes(count);
+        target.reads_as(&source);
         let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
-        assert_eq!(complete(&bench, unsampled(), || ()), JobEvent::Completed(None));
+        assert_eq!(complete(&bench, options(), || ()), JobEvent::Completed(None));
         assert_eq!(target.durable(), source.shown(), "{count} flushes");
     }
 }
@@ -56,8 +54,9 @@ fn zeroes_that_the_target_only_showed_are_written_when_it_lost_them() {
 #[test]
 fn a_copy_of_which_a_part_had_landed_at_a_loss_is_copied_again() {
     let (source, target) = (disk(1), disk(0));
+    target.reads_as(&source);
     let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
-    let (job, mirror) = bench.mirror(unsampled(), |_, _| ());
+    let (job, mirror) = bench.mirror(options(), |_, _| ());
     let (mut lost, mut held) = (false, false);
     bench.run(mirror.run(), || match (job.status(), held) {
         (JobStatus::Ready, false) => {
@@ -98,6 +97,43 @@ fn a_target_that_is_back_empty_is_copied_to_from_the_start() {
         });
         assert_eq!(job.status(), JobStatus::Null);
         assert_eq!(target.durable(), source.shown());
+    }
+}
+
+#[test]
+fn a_target_that_is_back_empty_is_found_out_whatever_the_job_was_to_copy() {
+    // One of which nothing is flushed before the end has nothing to compare.
+    for sync in [SyncMode::Top, SyncMode::Bitmap] {
+        for copy_mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+            // What the job is not to copy is there already.
+            let (source, target) = (disk(7), disk(7));
+            let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+            let job_options = JobOptions { copy_mode, ..JobOptions::default() };
+            let job = Job::start("job0".to_owned(), job_options, Arc::new(|_: &Job, _: &JobEvent| ()));
+            let (job, mirror) = bench.mirror_of(job, MirrorOptions { sync, ..options() });
+            let tracked = bench.export.enter().now_or_never().expect("the gate is open");
+            let data = Bytes::from_static(&[2; 2 * SECTOR]);
+            let mut write =
+                Some(Box::pin(async move { tracked.write(0, data, Durability::Cached).await.unwrap() }));
+            let mut steps = 0;
+            bench.run(mirror.run(), || {
+                // It has left the source when it is dropped.
+                if write.as_mut().is_some_and(|write| write.as_mut().now_or_never().is_some()) {
+                    write = None;
+                }
+                steps += u32::from(write.is_none() && job.status() == JobStatus::Ready);
+                match (job.status(), steps) {
+                    (JobStatus::Ready, 100) => {
+                        assert!(target.durable() == source.shown(), "{sync:?} {copy_mode:?}");
+                        target.become_other(0);
+                    }
+                    (JobStatus::Ready, 101) => job.ask(Verb::Complete).unwrap(),
+                    _ => {}
+                }
+            });
+            assert_eq!(job.status(), JobStatus::Null);
+            assert!(target.durable() == source.shown(), "{sync:?} {copy_mode:?}");
+        }
     }
 }
 

@@ -1,4 +1,5 @@
 //! Requests whose answers nobody needs any more: a server has a moment still, then they fail and its connections are cut.
+//! A single read is let go at once: what becomes of it makes no difference to anybody.
 //!
 //! Called by whoever carries a [`Link`] out, and by the link when a request ends.
 
@@ -23,6 +24,13 @@ impl Link {
         // Of those that wait for their time the first keeps it; the others count as one.
         self.given_up.truncate(1);
         self.given_up.push_back((before, now + GIVE_UP_GRACE));
+    }
+
+    /// Nobody needs that request any more, which must be a read or a look at the layout: it ends now. Its answer is passed
+    /// over should it come, and it is not sent again. Others are not touched.
+    pub fn let_go(&mut self, ticket: Ticket) {
+        self.queue.remove(&ticket);
+        self.end(ticket, Err(LinkError::Lost("nobody needs the answer any more".to_owned())));
     }
 
     /// What was given up and has no time left: all that is before that ticket.

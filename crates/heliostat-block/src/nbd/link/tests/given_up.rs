@@ -71,3 +71,33 @@ fn a_server_that_answers_is_not_cut_though_it_is_given_up_at_each_tick() {
     assert!(ended(&mut link).iter().all(|(_, outcome)| outcome.is_ok()));
     assert_eq!(link.status(at(5000)).reconnects, 0);
 }
+
+#[test]
+fn a_read_that_is_let_go_ends_at_once_and_is_neither_sent_again_nor_missed() {
+    let mut link = up(60_000, 1);
+    let read = |link: &mut Link| link.submit(Wanted::Read { offset: 0, buffer: Buffer::zeroed(512) });
+    let [on_its_way, other] = [read(&mut link), read(&mut link)];
+    link.hand_out(at(0));
+    let waiting = read(&mut link);
+    for ticket in [on_its_way, waiting, waiting] {
+        link.let_go(ticket);
+    }
+    let gone: Vec<_> = ended(&mut link).into_iter().map(|(ticket, _)| ticket).collect();
+    assert_eq!((gone, link.in_flight()), (vec![on_its_way, waiting], 1));
+    // The answers come after all, in their order.
+    let mut bytes = Vec::new();
+    for cookie in [1_u64, 2] {
+        bytes.extend(SIMPLE_REPLY_MAGIC.to_be_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(cookie.to_be_bytes());
+        bytes.extend([9; 512]);
+    }
+    link.receive(0, &mut &bytes[..]).unwrap();
+    assert_eq!(ended(&mut link), [(other, Ok(()))]);
+    // What is let go and lost with its connection is not sent again.
+    let lost = read(&mut link);
+    link.hand_out(at(1));
+    link.let_go(lost);
+    link.cut(0, "gone", at(2), 0);
+    assert_eq!((link.in_flight(), link.queue.len()), (0, 0));
+}
