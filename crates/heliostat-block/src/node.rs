@@ -8,6 +8,7 @@ mod cache;
 mod kind;
 mod reach;
 mod resize;
+mod spans;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,7 +29,6 @@ use crate::named_bitmap::{NamedBitmap, Watchers};
 use crate::node_options::OptionsCell;
 use crate::planted::{Bug, is_planted};
 use crate::range::ByteRange;
-use crate::span::Span;
 use crate::statistics::Statistics;
 use crate::storage::{Durability, Extent, ExtentStatus, Traits, ZeroEffort, ZeroSpace};
 use crate::throttle::Hurry;
@@ -316,22 +316,6 @@ impl Node {
         written.map_err(|error| self.failure(range, error))
     }
 
-    /// Whether [`Node::write_span`] may be called for `range`: nothing has to look at what is written there.
-    pub(crate) fn takes_span(&self, range: ByteRange) -> bool {
-        self.traits.block_size == 1
-            && self.options().detect_zeroes == DetectZeroes::Off
-            && self.driver().takes_span(range)
-    }
-
-    /// As [`Node::write`] of what lies in `span`; never doubled. See [`crate::storage::Storage::write_span`].
-    pub(crate) async fn write_span(&self, offset: u64, span: Span) -> Result<(), BlockError> {
-        let range = self.writable(offset, u64_from(span.len()))?;
-        self.mark_early(range);
-        let written = self.driver().write_span(offset, span).await;
-        self.mark(range, None, written.is_ok()).await;
-        written.map_err(|error| self.failure(range, error))
-    }
-
     pub(crate) async fn write_zeroes(
         &self,
         range: ByteRange,
@@ -403,12 +387,6 @@ impl Node {
     pub(crate) async fn read_blocks(&self, offset: u64, buffer: Buffer) -> Result<Buffer, BlockError> {
         let range = self.inside(offset, u64_from(buffer.len()))?;
         self.blocks.read(offset, buffer).await.map_err(|error| self.failure(range, error))
-    }
-
-    /// Where `range` can be sent from without being read. See [`crate::storage::Storage::span`].
-    pub(crate) fn span(&self, range: ByteRange) -> Option<Span> {
-        let range = self.inside(range.offset(), range.len()).ok()?;
-        self.driver().span(range)
     }
 
     /// How `range` reads, through all layers: a hole is one in each of them. As [`Node::extents_of_layer`] else.

@@ -61,6 +61,7 @@ struct Heard {
     cancelled: bool,
     wanted: Option<End>,
     dismissed: bool,
+    resumed: bool,
     impulse_done: bool,
     gate_asked: bool,
     /// `finalize` was accepted, and no error has taken it back.
@@ -121,6 +122,7 @@ impl Watch {
             Verb::Cancel(_) => heard.cancelled = true,
             Verb::Complete => heard.wanted = Some(End::Complete),
             Verb::Dismiss => heard.dismissed = true,
+            Verb::Resume => heard.resumed = true,
             // The way back is not counted: writes that are under way still go to both sides.
             Verb::Change(CopyMode::WriteBlocking) => {
                 heard.doubles = true;
@@ -195,7 +197,10 @@ impl Watch {
             Operation::Read => self.known.on_source_error,
             Operation::Write => self.known.on_target_error,
         };
-        if policy.action(errno == Some(crate::faults::ENOSPC)) != action {
+        let meant = policy.action(errno == Some(crate::faults::ENOSPC));
+        // What had begun before a resume does not stop it again.
+        let is_late = meant == ErrorAction::Stop && action == ErrorAction::Ignore && self.heard().resumed;
+        if meant != action && !is_late {
             self.fail(&format!("{action:?} is not what {policy:?} means for {errno:?}"));
         }
         self.bench.seen().errors += 1;

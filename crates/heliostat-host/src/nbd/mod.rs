@@ -7,6 +7,7 @@
 mod connect;
 mod durable;
 mod engine;
+mod errors;
 mod mailbox;
 
 use std::fmt;
@@ -20,11 +21,11 @@ use heliostat_block::buffer::Buffer;
 use heliostat_block::convert::{u64_from, usize_from};
 use heliostat_block::limits::NBD_PAYLOAD_MAX;
 use heliostat_block::nbd::client::Found;
-use heliostat_block::nbd::client_reply::{Answered, Failure};
+use heliostat_block::nbd::client_reply::Answered;
 use heliostat_block::nbd::link::{LinkError, LinkSettings, LinkState, LinkStatus, Wanted};
 use heliostat_block::nbd::outbox::Payload;
 use heliostat_block::nbd::wire::transmission_flag;
-use heliostat_block::nbd::{Access, Errno, ReplyStyle};
+use heliostat_block::nbd::{Access, ReplyStyle};
 use heliostat_block::range::ByteRange;
 use heliostat_block::span::Span;
 use heliostat_block::storage::{
@@ -36,6 +37,7 @@ use self::connect::Destination;
 pub use self::connect::{OpenConnection, ServerAddress, Tls};
 use self::durable::durably;
 use self::engine::{Board, Engine, TellOpened};
+use self::errors::{io_error, unexpected};
 use self::mailbox::Mailbox;
 use crate::clock::RealClock;
 use crate::runtime::{Driver, Thread};
@@ -485,35 +487,5 @@ impl Storage for NbdStorage {
                 Err(error) => Err(io_error(error)),
             }
         })
-    }
-}
-
-fn unexpected() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the NBD server answered something else")
-}
-
-/// What a storage's user is told. A failure that the server says nothing more about keeps its number.
-fn io_error(error: LinkError) -> io::Error {
-    let errno = match &error {
-        LinkError::Server(Failure { errno, .. }) => *errno,
-        LinkError::NotOffered => return io::Error::new(io::ErrorKind::Unsupported, error),
-        LinkError::OutsideTerms => return io::Error::new(io::ErrorKind::InvalidInput, error),
-        LinkError::Lost(_) | LinkError::Changed(_) | LinkError::Closed => {
-            return io::Error::new(io::ErrorKind::NotConnected, error);
-        }
-    };
-    let (number, kind) = match errno {
-        Errno::Permission => (libc::EPERM, io::ErrorKind::PermissionDenied),
-        Errno::Io => (libc::EIO, io::ErrorKind::Other),
-        Errno::Memory => (libc::ENOMEM, io::ErrorKind::OutOfMemory),
-        Errno::Invalid => (libc::EINVAL, io::ErrorKind::InvalidInput),
-        Errno::NoSpace => (libc::ENOSPC, io::ErrorKind::StorageFull),
-        Errno::Overflow => (libc::EOVERFLOW, io::ErrorKind::Other),
-        Errno::NotSupported => (libc::EOPNOTSUPP, io::ErrorKind::Unsupported),
-        Errno::Shutdown => (libc::ESHUTDOWN, io::ErrorKind::NotConnected),
-    };
-    match error {
-        LinkError::Server(failure) if failure.message.is_empty() => io::Error::from_raw_os_error(number),
-        error => io::Error::new(kind, error),
     }
 }
