@@ -101,6 +101,8 @@ pub fn reply(data: &[u8]) {
             check_ended(&mut link, &mut open);
         }
     }
+    // What the server does not offer has ended without a word of it.
+    check_ended(&mut link, &mut open);
     assert_eq!(link.in_flight(), open.len(), "a request was forgotten");
 }
 
