@@ -20,9 +20,15 @@ use crate::probe::Shape;
 /// Shorter reads are copied: lending pages costs more than that.
 const LEN_MIN: u64 = 32 << 10;
 
+/// Longer ones are left to the ring's workers: what a socket does not take at once is copied by the thread that asks, and
+/// its other clients wait for that.
+const LEN_MAX: u64 = 256 << 10;
+
 /// Lends `range` of `file`, if that is worth it and all of it is in memory.
 pub(crate) fn lend(file: &Arc<OpenFile>, shape: Shape, range: ByteRange) -> Option<Span> {
-    let is_lent = range.len() >= LEN_MIN && is_there(file, shape, range) && is_cached(file, shape, range);
+    let is_lent = (LEN_MIN..=LEN_MAX).contains(&range.len())
+        && is_there(file, shape, range)
+        && is_cached(file, shape, range);
     is_lent.then(|| Span::new(Arc::<OpenFile>::clone(file), range.offset(), usize_from(range.len())))
 }
 
