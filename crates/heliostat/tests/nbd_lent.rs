@@ -1,5 +1,4 @@
-//! Long reads of a cached file, which are sent from where they lie; and the threads among which connections are shared
-//! out.
+//! Long reads of a cached file, which are sent from where they lie.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -9,7 +8,6 @@ mod nbd;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::available_parallelism;
 
 use bytes::BytesMut;
 use heliostat::front::nbd::ServerSettings;
@@ -80,37 +78,5 @@ fn who_does_not_read_what_was_lent_keeps_no_request_in_flight() {
             panic!("{answer:?}");
         };
         assert!(*read == bytes[1..=LONG]);
-    }
-}
-
-/// Threads of this process that serve NBD.
-fn threads() -> usize {
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
-    names.filter(|name| name.trim() == "nbd").count()
-}
-
-#[test]
-fn connections_are_shared_out_among_threads_that_end_with_the_server() {
-    const MOST: usize = 4;
-    let folder = common::folder();
-    let cores = available_parallelism().unwrap().get();
-    for (memory_max, expected) in [(512 << 20, cores.min(MOST)), (128 << 20, 1)] {
-        let path = folder.path().join("disk");
-        std::fs::write(&path, vec![0; SIZE]).unwrap();
-        let served = Served::start(ServerSettings { memory_max, ..ServerSettings::default() });
-        let storage = FileStorage::open(&path, &OpenOptions::default()).unwrap();
-        served.export("disk", served.node("disk", Arc::new(storage)));
-        let mut guests: Vec<_> = (0..2 * MOST).map(|_| served.guest("disk")).collect();
-        for (turn, guest) in guests.iter_mut().enumerate() {
-            let byte = u8::try_from(turn).unwrap() + 1;
-            guest.write(0, &[byte; 100]);
-        }
-        for guest in &mut guests {
-            assert_eq!(guest.read(0, 100), [u8::try_from(2 * MOST).unwrap(); 100]);
-        }
-        assert_eq!(threads(), expected);
-        served.server.stop();
-        wait::until("the threads' end", wait::LIMIT, || (threads() == 0).then_some(())).unwrap();
     }
 }
