@@ -106,7 +106,7 @@ impl Mirror {
         source_node.attach_doubling(Arc::clone(&doubling));
         let route = Arc::new(Route::new(source_node, target_node, &options));
         Self {
-            underway: Underway::new(Arc::clone(&route)),
+            underway: Underway::new(Arc::clone(&job), Arc::clone(&route)),
             losses: route.target.losses(),
             doubt: trust::Doubt::default(),
             copied: CopiedPlaces::default(),
@@ -208,7 +208,6 @@ impl Mirror {
     fn take_orders(&mut self) {
         let orders = self.job.orders();
         let now = self.clock.now();
-        self.underway.begin_stint(orders.stint);
         self.pace.set_speed(orders.speed, now);
         self.attempt.aim(orders.end.is_some(), now);
         // A target that has just failed is left alone for a while, by guests' writes too; for ever, where that was the

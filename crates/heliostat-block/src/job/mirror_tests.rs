@@ -381,13 +381,36 @@ fn a_job_that_was_resumed_is_not_stopped_by_what_had_begun_before() {
             is_held = true;
         }
         JobStatus::Ready if target.held() == 2 && !is_let_go => {
-            target.let_held_fail();
+            target.fail_held();
+            target.release();
             is_let_go = true;
         }
         _ => {}
     });
     assert_eq!(*actions.lock().unwrap(), [ErrorAction::Stop, ErrorAction::Ignore]);
     assert_eq!(target.shown(), source.shown());
+}
+
+#[test]
+fn a_job_that_is_resumed_by_whoever_hears_that_it_has_stopped_stops_at_the_next_error() {
+    const ERRORS: usize = 3;
+    let (source, target) = (disk(7), disk(0));
+    let bench = Bench::new(Arc::clone(&source), Arc::clone(&target));
+    let actions = Arc::<Mutex<Vec<ErrorAction>>>::default();
+    let heard = Arc::clone(&actions);
+    let options = MirrorOptions { on_target_error: OnError::Stop, ..options() };
+    let (_job, mirror) = bench.mirror(options, move |job, event| {
+        if let JobEvent::Error { action, .. } = event {
+            let mut actions = heard.lock().unwrap();
+            actions.push(*action);
+            let is_enough = actions.len() == ERRORS;
+            job.ask(if is_enough { Verb::Cancel(Force::Hard) } else { Verb::Resume }).unwrap();
+        }
+    });
+    target.hold_writes();
+    // Each write fails some time after it was begun, when the mirror has looked at its orders already.
+    bench.run(mirror.run(), || target.fail_held());
+    assert_eq!(*actions.lock().unwrap(), [ErrorAction::Stop; ERRORS]);
 }
 
 // ---------------------------------------------------------------------- answers that make no sense

@@ -199,10 +199,12 @@ impl Disk {
         self.released.notify(usize::MAX);
     }
 
-    /// Lets go those that are held up; they have found no space.
-    pub(crate) fn let_held_fail(&self) {
-        self.state().failing = self.held();
-        self.release();
+    /// Those that are held up have found no space; what comes from now on is held up still.
+    pub(crate) fn fail_held(&self) {
+        let mut state = self.state();
+        state.failing = state.held;
+        drop(state);
+        self.released.notify(usize::MAX);
     }
 
     /// Reads that come from now on wait, until that is said to be over; as a server's, only as long as they are wanted.
@@ -235,10 +237,15 @@ impl Disk {
         fails
     }
 
+    fn lets_go(&self) -> bool {
+        let state = self.state();
+        !state.holds_writes || state.failing > 0
+    }
+
     async fn released(&self) {
         loop {
             let released = self.released.listen();
-            if !self.state().holds_writes {
+            if self.lets_go() {
                 return;
             }
             released.await;

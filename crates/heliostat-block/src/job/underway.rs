@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use event_listener::EventListener;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
+use super::Job;
 use super::copy::{Copied, CopyError, Route};
 use super::doubling::{Copying, TargetHalf};
 use super::lanes::{Errand, Lanes, Returns};
@@ -38,7 +39,7 @@ pub(crate) struct Ended {
 /// What is under way.
 pub(crate) struct Underway {
     route: Arc<Route>,
-    stint: u64,
+    job: Arc<Job>,
     work: FuturesUnordered<LocalFuture<'static, Ended>>,
     lanes: Option<Arc<Lanes>>,
     returns: Arc<Returns>,
@@ -46,19 +47,14 @@ pub(crate) struct Underway {
 }
 
 impl Underway {
-    pub(crate) fn new(route: Arc<Route>) -> Self {
+    pub(crate) fn new(job: Arc<Job>, route: Arc<Route>) -> Self {
         let (work, returns) = (FuturesUnordered::new(), Arc::default());
-        Self { route, stint: 0, work, lanes: None, returns, copies: 0 }
+        Self { route, job, work, lanes: None, returns, copies: 0 }
     }
 
     /// Lets it send copies to `lanes`.
     pub(crate) fn use_lanes(&mut self, lanes: Arc<Lanes>) {
         self.lanes = Some(lanes);
-    }
-
-    /// What is started from now on belongs to `stint`.
-    pub(crate) const fn begin_stint(&mut self, stint: u64) {
-        self.stint = stint;
     }
 
     /// Whether nothing is under way.
@@ -89,7 +85,7 @@ impl Underway {
             let route = Arc::clone(&self.route);
             match lanes.send(Errand {
                 route,
-                stint: self.stint,
+                stint: self.job.orders().stint,
                 begun,
                 copying,
                 returns: Arc::clone(&self.returns),
@@ -147,7 +143,8 @@ impl Underway {
 
     /// Runs `work` as far as it goes at once, and keeps it where it goes no further.
     async fn launch(&mut self, work: impl Future<Output = Done> + 'static) -> Option<Ended> {
-        let stint = self.stint;
+        // As it is now: who has just heard of an error may have resumed the job since its orders were last looked at.
+        let stint = self.job.orders().stint;
         let mut work: LocalFuture<'static, Ended> =
             Box::pin(async move { Ended { stint, done: work.await } });
         match std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await {
